@@ -1,0 +1,221 @@
+"""Every setting of the system: its name, default, check and meaning, in one place.
+
+Settings come from the environment (and `.env`, which never overrides it). A wrong value raises
+`SettingsError` with one line that names the setting, before anything is started.
+"""
+
+import contextlib
+import os
+import re
+import secrets
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+import limits
+from dotenv import dotenv_values
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class SettingsError(ValueError):
+    """A setting has a value that can't be used; the message is one line fit for an operator."""
+
+
+@dataclass(frozen=True)
+class RateLimit:
+    """`count` attempts in any `window_ms` milliseconds; a count of 0 means no limit."""
+
+    count: int
+    window_ms: int
+
+    def __bool__(self) -> bool:
+        return self.count > 0
+
+
+NO_LIMIT = RateLimit(0, 0)
+
+# The exact sliding window stores one timestamp per attempt; past this it would be slow and large.
+MAX_USER_LIMIT = 1000
+
+
+def _text(value: str) -> str:
+    return value
+
+
+def _integer(low: int, high: int) -> Callable[[str], int]:
+    def parse(value: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,18}", value) or not low <= int(value) <= high:
+            raise ValueError(f"must be a whole number from {low} to {high}")
+        return int(value)
+
+    return parse
+
+
+def _choice(*allowed: str) -> Callable[[str], str]:
+    def parse(value: str) -> str:
+        if value not in allowed:
+            raise ValueError(f"must be one of {', '.join(allowed)}")
+        return value
+
+    return parse
+
+
+def _limit(highest: int) -> Callable[[str], RateLimit]:
+    def parse(value: str) -> RateLimit:
+        if value.lower() == "off":
+            return NO_LIMIT
+        try:
+            item = limits.parse(value)
+        except ValueError:
+            raise ValueError('must look like "5/minute", or be "off"') from None
+        if not 1 <= item.amount <= highest:
+            raise ValueError(f"must allow from 1 to {highest} attempts")
+        return RateLimit(item.amount, item.get_expiry() * 1000)
+
+    return parse
+
+
+def _redis_url(value: str) -> str:
+    if not re.match(r"(redis|rediss|unix)://", value):
+        raise ValueError("must start with redis://, rediss:// or unix://")
+    return value
+
+
+def _database_url(value: str) -> str:
+    """SQLAlchemy 2.1 reads a bare postgresql:// as psycopg 3; this project uses psycopg2."""
+    match = re.match(r"(postgres|postgresql|postgresql\+psycopg2)://", value)
+    if not match:
+        raise ValueError("must start with postgresql://")
+    return "postgresql+psycopg2://" + value[match.end() :]
+
+
+def _path(value: str) -> Path:
+    if not value:
+        raise ValueError("must name a directory")
+    return Path(value).expanduser().absolute()
+
+
+def setting(name: str, default: object, parse: Callable, meaning: str):
+    """Declare a setting; `default` is a value, or a function for one that is computed."""
+    how = {"default_factory": default} if callable(default) else {"default": default}
+    return field(**how, metadata={"name": name, "parse": parse, "meaning": meaning})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of one run. `redis_url` and `database_url` are None in embedded mode."""
+
+    app_env: str = setting(
+        "APP_ENV",
+        "development",
+        _choice("development", "production"),
+        "`production` refuses embedded servers, generated secrets and weak ones",
+    )
+    host: str = setting("HOST", "127.0.0.1", _text, "address to listen on")
+    port: int = setting("PORT", 8000, _integer(1, 65535), "port to listen on")
+    data_dir: Path = setting(
+        "DATA_DIR",
+        lambda: ROOT / ".data",
+        _path,
+        "embedded servers' files and generated secrets (mode 0600)",
+    )
+    redis_url: str | None = setting(
+        "REDIS_URL", None, _redis_url, "a real Redis or Valkey; embedded when not set"
+    )
+    database_url: str | None = setting(
+        "DATABASE_URL", None, _database_url, "a real PostgreSQL; embedded when not set"
+    )
+    secret_key: str | None = setting(
+        "SECRET_KEY", None, _text, "signs sessions; generated into `DATA_DIR` in embedded mode"
+    )
+    admin_email: str = setting("ADMIN_EMAIL", "admin@example.com", _text, "the first admin")
+    admin_password: str | None = setting(
+        "ADMIN_PASSWORD", None, _text, "the first admin's password; generated when not set"
+    )
+    admin_api_token: str | None = setting(
+        "ADMIN_API_TOKEN", None, _text, "bearer token of the admin API; generated when not set"
+    )
+    purchase_user_limit: RateLimit = setting(
+        "PURCHASE_USER_LIMIT",
+        RateLimit(5, 60_000),
+        _limit(MAX_USER_LIMIT),
+        "purchase attempts of one user, exact sliding window; `off` disables",
+    )
+    purchase_address_limit: RateLimit = setting(
+        "PURCHASE_ADDRESS_LIMIT",
+        RateLimit(3000, 60_000),
+        _limit(10_000_000),
+        "purchase attempts of one client address (many shoppers share one behind a carrier); "
+        "`off` disables",
+    )
+    trusted_proxies: int = setting(
+        "TRUSTED_PROXIES", 0, _integer(0, 10), "hops of X-Forwarded-For to believe"
+    )
+    web_workers: int = setting(
+        "WEB_WORKERS", lambda: os.cpu_count() or 1, _integer(1, 256), "web processes"
+    )
+    web_threads: int = setting(
+        "WEB_THREADS", 2, _integer(1, 64), "threads of each web process that run requests"
+    )
+
+    @property
+    def embedded_redis(self) -> bool:
+        return self.redis_url is None
+
+    @property
+    def embedded_postgres(self) -> bool:
+        return self.database_url is None
+
+
+def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
+    """Read the settings from `environ` (by default `.env` below the process environment).
+
+    Raises SettingsError for the first value that can't be used. An empty value counts as not set.
+    """
+    if environ is None:
+        environ = {**dotenv_values(ROOT / ".env"), **os.environ}
+    values = {}
+    for entry in fields(Settings):
+        raw = (environ.get(entry.metadata["name"]) or "").strip()
+        if raw:
+            try:
+                values[entry.name] = entry.metadata["parse"](raw)
+            except ValueError as error:
+                raise SettingsError(f"{entry.metadata['name']} {error}") from None
+    return Settings(**values)
+
+
+# Below this a session cookie could be forged by trying keys (OWASP ASVS 6.2: 112 bits and more).
+MIN_SECRET_LENGTH = 16
+
+
+def with_secret_key(settings: Settings) -> Settings:
+    """Return the settings with a usable `secret_key`: the given one, or one kept in DATA_DIR.
+
+    Raises SettingsError when none is given and the servers are not embedded, or it is too short.
+    """
+    if settings.secret_key is not None:
+        if len(settings.secret_key) < MIN_SECRET_LENGTH:
+            raise SettingsError(f"SECRET_KEY must have at least {MIN_SECRET_LENGTH} characters")
+        return settings
+    if not (settings.embedded_redis or settings.embedded_postgres):
+        raise SettingsError("SECRET_KEY is required when REDIS_URL and DATABASE_URL are set")
+    return replace(
+        settings, secret_key=kept_secret(settings.data_dir / "secret_key", secrets.token_hex)
+    )
+
+
+def kept_secret(path: Path, generate: Callable[[], str]) -> str:
+    """Return the secret stored at `path` (mode 0600), generating it once, whoever comes first."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, draft = tempfile.mkstemp(dir=path.parent)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(generate() + "\n")
+        # A link appears whole or not at all, and only for the first of several processes.
+        with contextlib.suppress(FileExistsError):
+            os.link(draft, path)
+        os.unlink(draft)
+    return path.read_text().strip()
