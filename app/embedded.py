@@ -181,6 +181,7 @@ class _Server(Program):
         The lock is inherited by the server and its own children, so that the kernel gives it
         back when the last of them is gone, whatever killed them.
         """
+        self.process = None
         try:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             with (self.directory / "lock").open("a") as lock, self.log.open("ab") as log:
