@@ -95,7 +95,7 @@ class Program:
 
     def terminate(self) -> None:
         """Ask for a clean end."""
-        if self.is_alive():
+        if self.process and self.process.poll() is None:
             self.process.send_signal(self.stop_signal)
 
     def kill(self) -> None:
@@ -401,7 +401,7 @@ def _postgres(program: str) -> str:
 def _gist(output: str) -> str:
     """Return the line that says most: the last with an error in it, or the last."""
     lines = [line.strip() for line in output.splitlines() if line.strip()] or ["no message"]
-    errors = [line for line in lines if re.search(r"FATAL|PANIC|error|can't|fail", line, re.I)]
+    errors = [line for line in lines if re.search(r"FATAL:|PANIC:|error:|can't|fail", line, re.I)]
     return (errors or lines)[-1]
 
 

@@ -1,0 +1,257 @@
+"""`make run` keeps everything running, says what it does, and leaves nothing behind."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psycopg2
+import pytest
+import redis
+
+from app.config import ROOT
+from app.embedded import EmbeddedError, PostgresServer, Program, RedisServer
+from app.supervisor import Kept
+
+WSGI = """
+import os
+from flask import Flask
+
+app = Flask(__name__)
+
+
+@app.cli.command("prepare")
+def prepare():
+    assert os.environ["SECRET_KEY"]
+    print("prepared", os.environ["DATABASE_URL"])
+    raise SystemExit(int(os.environ.get("PREPARE_EXIT", 0)))
+
+
+@app.get("/readyz")
+def readyz():
+    return {"redis": "ok"}
+"""
+
+WORKER = """
+import os, signal, sys
+
+stubborn = "STUBBORN" in os.environ
+signal.signal(signal.SIGTERM, signal.SIG_IGN if stubborn else lambda *_: sys.exit(0))
+print("worker", os.getpid())
+while True:
+    signal.pause()
+"""
+
+
+def until(condition, seconds=15):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Run:
+    """One supervisor over a tree of stand-ins, and what it printed."""
+
+    def __init__(self, tmp_path, name="data", port=None, **environ):
+        self.port, self.data_dir = port or free_port(), tmp_path / name
+        tree = tmp_path / "tree"
+        tree.mkdir(exist_ok=True)
+        (tree / "wsgi.py").write_text(WSGI)
+        (tree / "worker.py").write_text(WORKER)
+        main = "import sys, pathlib; from app.supervisor import main; "
+        main += "sys.exit(main(pathlib.Path(sys.argv[1])))"
+        settings = {"DATA_DIR": self.data_dir, "PORT": self.port, "WEB_WORKERS": 1, "HOST": ""}
+        settings |= {"REDIS_URL": "", "DATABASE_URL": "", "SECRET_KEY": "", "APP_ENV": ""}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", main, tree],
+            cwd=ROOT,
+            env=os.environ | {name: str(value) for name, value in (settings | environ).items()},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.output = ""
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    def _read(self):
+        for line in self.process.stdout:
+            self.output += line
+
+    def says(self, pattern):
+        until(lambda: re.search(pattern, self.output) or self.process.poll() is not None)
+        assert re.search(pattern, self.output), self.output
+
+    def ends(self):
+        """Wait for the end; return the exit code."""
+        code = self.process.wait(15)
+        self.reader.join(5)
+        return code
+
+    def processes(self, *words):
+        """Return the ids of this run's processes whose command line has all the words.
+
+        The servers, which write their titles over their environment, are known by their directory.
+        """
+        found, mark = [], os.fsencode(f"DATA_DIR={self.data_dir}")
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                ours = mark in (entry / "environ").read_bytes().split(b"\0")
+                ours = ours or os.readlink(entry / "cwd").startswith(f"{self.data_dir}/")
+                line = (entry / "cmdline").read_bytes().decode()
+            except OSError:
+                continue
+            if ours and line and all(word in line for word in words):
+                found.append(int(entry.name))
+        return sorted(found)
+
+
+@pytest.fixture
+def run(tmp_path):
+    runs = []
+
+    def start(**options):
+        runs.append(Run(tmp_path, **options))
+        return runs[-1]
+
+    yield start
+    for each in runs:
+        each.process.kill()
+        until(lambda each=each: not each.processes())
+
+
+def test_a_run_from_start_to_end(run):
+    first = run()
+    first.says(f"Ready: http://127.0.0.1:{first.port}\n")
+    assert "prepared postgresql+psycopg2://" in first.output
+
+    second = run()
+    assert second.ends() == 1
+    assert f"error: already running on {second.data_dir} (process" in second.output
+
+    third = run(name="other", port=first.port)
+    assert third.ends() == 1
+    assert f"can't listen on 127.0.0.1:{first.port}" in third.output
+    assert not (third.data_dir / "redis").exists()
+
+    for name, words in {
+        "worker": ["worker.py"],
+        "web": ["granian"],
+        "Redis": ["valkey-server"],
+        "Postgres": ["bin/postgres"],
+    }.items():
+        before = first.processes(*words)
+        os.kill(before[0], signal.SIGKILL)
+        first.says(f"{name} was killed by SIGKILL; starting it again in 0.2 s")
+        until(lambda words=words, before=before: set(first.processes(*words)) - set(before))
+    url = PostgresServer(first.data_dir).url.replace("+psycopg2", "")
+    until(lambda: RedisServer(first.data_dir).is_running())
+    until(lambda: PostgresServer(first.data_dir).is_running())
+    assert redis.from_url(RedisServer(first.data_dir).url).ping()
+    psycopg2.connect(url).close()
+
+    first.process.terminate()
+    assert first.ends() == 0
+    assert first.processes() == []
+
+
+def test_sighup_renews_the_web_processes(run):
+    it = run()
+    it.says("Ready")
+    main, *workers = it.processes("granian")
+    it.process.send_signal(signal.SIGHUP)
+    until(lambda: (now := it.processes("granian"))[1:] and not set(workers) & set(now))
+    assert it.processes("granian")[0] == main
+
+
+def test_a_killed_run_takes_all_with_it_and_can_be_repeated_at_once(run):
+    first = run()
+    first.says("Ready")
+    first.process.kill()
+    again = run(port=first.port)
+    again.says("Ready")
+    again.process.send_signal(signal.SIGINT)
+    assert again.ends() == 0
+    assert again.processes() == []
+
+
+def test_a_second_ctrl_c_hurries(run):
+    it = run(STUBBORN="1")
+    it.says("Ready")
+    it.says("worker ")
+    it.process.send_signal(signal.SIGINT)
+    until(lambda: not it.processes("granian"))  # the worker's turn, which ignores it
+    it.process.send_signal(signal.SIGINT)
+    asked_at = time.monotonic()
+    assert it.ends() == 0
+    assert time.monotonic() - asked_at < 5
+    assert it.processes() == []
+
+
+def test_a_failed_preparation_ends_the_start(run):
+    it = run(PREPARE_EXIT="3")
+    assert it.ends() == 1
+    assert "prepared" in it.output
+    assert "error: prepare ended with exit code 3: not started" in it.output
+    assert it.processes() == []
+
+
+def test_a_wrong_setting_is_told_in_one_line(run):
+    it = run(port="eighty")
+    assert it.ends() == 2
+    assert it.output == "error: PORT must be a whole number from 1 to 65535\n"
+
+
+class Brittle(Program):
+    """Dies whenever it is looked at."""
+
+    name = "brittle"
+
+    def __init__(self, error=None):
+        self.launches, self.error = 0, error
+
+    def launch(self):
+        self.launches += 1
+        if self.error:
+            raise self.error
+
+    def is_alive(self):
+        return False
+
+
+def test_restarts_back_off(capsys):
+    kept, now = Kept(Brittle(), started_at=100), 100.0
+    delays = []
+    for _ in range(7):
+        kept.check(now)
+        delays.append(kept.restart_at - now)
+        kept.check(kept.restart_at - 0.01)
+        assert kept.program.launches == len(delays) - 1
+        now = kept.restart_at
+        kept.check(now)
+        assert kept.program.launches == len(delays)
+    assert delays == pytest.approx([0.2, 0.4, 0.8, 1.6, 3.2, 5, 5])
+    kept.check(now + 10)
+    assert kept.restart_at == pytest.approx(now + 10.2)
+    assert capsys.readouterr().out.endswith("brittle is gone; starting it again in 0.2 s\n")
+
+
+def test_a_server_that_cannot_be_started_again_is_told(capsys):
+    kept = Kept(Brittle(EmbeddedError("Redis can't use /data: No space left on device")))
+    kept.check(0)
+    kept.check(kept.restart_at)
+    assert "No space left" in capsys.readouterr().out
+    assert kept.restart_at is None
