@@ -1,0 +1,68 @@
+"""The flash-sale system: a JSON purchase API and HTMX admin pages on one Flask app."""
+
+from flask import Flask
+from werkzeug.middleware.proxy_fix import ProxyFix
+
+from . import admin, api, auth, cli, database, errors
+from .config import ROOT, Settings, load_settings, with_secrets
+from .extensions import csrf, db, limiter, login, migrate, stock
+from .lane import PurchaseLane
+from .stock import connection_options
+
+
+def create_app(settings: Settings | None = None) -> Flask:
+    """Build the app. The servers need not be up: nothing is connected before the first request.
+
+    Raises SettingsError for settings that can't work.
+    """
+    settings = with_secrets(settings or load_settings())
+    app = Flask(
+        __name__,
+        template_folder=str(ROOT / "templates"),
+        static_folder=str(ROOT / "static"),
+    )
+    app.config.from_mapping(flask_config(settings))
+    database.limit_waits()
+
+    db.init_app(app)
+    migrate.init_app(app, db, directory=str(ROOT / "migrations"), compare_type=True)
+    stock.init_app(settings)
+    csrf.init_app(app)
+    login.init_app(app)
+    limiter.init_app(app)
+    errors.init_app(app)
+
+    app.register_blueprint(api.bp)
+    admin.init_app(app)
+    cli.init_app(app)
+
+    app.wsgi_app = PurchaseLane(app.wsgi_app, stock, settings)
+    if settings.trusted_proxies:
+        hops = settings.trusted_proxies
+        app.wsgi_app = ProxyFix(app.wsgi_app, x_for=hops, x_proto=hops, x_host=hops)
+    return app
+
+
+def flask_config(settings: Settings) -> dict:
+    """Return what Flask and its extensions read, derived from our settings."""
+    return {
+        "SETTINGS": settings,
+        "SECRET_KEY": settings.secret_key,
+        "ADMIN_API_TOKEN": settings.admin_api_token,
+        "SQLALCHEMY_DATABASE_URI": settings.database_url,
+        "SQLALCHEMY_ENGINE_OPTIONS": database.ENGINE_OPTIONS,
+        "RATELIMIT_STORAGE_URI": limiter_url(settings.redis_url),
+        "RATELIMIT_STORAGE_OPTIONS": connection_options(decode=False),
+        "RATELIMIT_HEADERS_ENABLED": True,
+        "RATELIMIT_KEY_PREFIX": "limits",
+        "SESSION_COOKIE_HTTPONLY": True,
+        "SESSION_COOKIE_SAMESITE": "Lax",
+        # The purchase API has its own, tighter bound; this one is for the forms.
+        "MAX_CONTENT_LENGTH": 64 * 1024,
+        "WTF_CSRF_TIME_LIMIT": None,
+    }
+
+
+def limiter_url(redis_url: str) -> str:
+    """Return the URL as the limits package writes it."""
+    return "redis+" + redis_url if redis_url.startswith("unix://") else redis_url

@@ -160,6 +160,13 @@ class Settings:
         "WEB_THREADS", 2, _integer(1, 64), "threads of each web process that run requests"
     )
 
+    outbox_limit: int = setting(
+        "OUTBOX_LIMIT",
+        5_000_000,
+        _integer(1, 10**12),
+        "orders that may wait to be persisted; beyond it purchases are answered 503",
+    )
+
     @property
     def embedded_redis(self) -> bool:
         return self.redis_url is None
@@ -187,23 +194,33 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
     return Settings(**values)
 
 
-# Below this a session cookie could be forged by trying keys (OWASP ASVS 6.2: 112 bits and more).
+# Below this a session cookie could be forged by trying keys.
 MIN_SECRET_LENGTH = 16
 
 
-def with_secret_key(settings: Settings) -> Settings:
-    """Return the settings with a usable `secret_key`: the given one, or one kept in DATA_DIR.
+def with_secrets(settings: Settings) -> Settings:
+    """Fill in the secrets that were not given: generated once, and kept in DATA_DIR.
 
-    Raises SettingsError when none is given and the servers are not embedded, or it is too short.
+    Raises SettingsError when SECRET_KEY is too short, or missing although both servers are given:
+    several machines would then each have generated a different one.
     """
-    if settings.secret_key is not None:
-        if len(settings.secret_key) < MIN_SECRET_LENGTH:
-            raise SettingsError(f"SECRET_KEY must have at least {MIN_SECRET_LENGTH} characters")
-        return settings
-    if not (settings.embedded_redis or settings.embedded_postgres):
+    key = settings.secret_key
+    if key is None and not (settings.embedded_redis or settings.embedded_postgres):
         raise SettingsError("SECRET_KEY is required when REDIS_URL and DATABASE_URL are set")
+    if key is not None and len(key) < MIN_SECRET_LENGTH:
+        raise SettingsError(f"SECRET_KEY must have at least {MIN_SECRET_LENGTH} characters")
+    generate = {
+        "secret_key": secrets.token_hex,
+        "admin_password": lambda: secrets.token_urlsafe(12),
+        "admin_api_token": lambda: "fst_" + secrets.token_urlsafe(32),
+    }
     return replace(
-        settings, secret_key=kept_secret(settings.data_dir / "secret_key", secrets.token_hex)
+        settings,
+        **{
+            name: kept_secret(settings.data_dir / name, new)
+            for name, new in generate.items()
+            if getattr(settings, name) is None
+        },
     )
 
 

@@ -49,8 +49,8 @@ REDIS_OPTIONS = {
     "appendfsync": "always",
     "save": "",  # the AOF is the truth; snapshots would only fork and write besides
     "aof-load-truncated": "yes",  # a kill in mid-write leaves a torn tail, never acknowledged
-    # A rewrite forks and copies every touched page: at some 500 bytes an order, the default of
-    # 64 MB would come in the middle of each sale; 512 MB still loads in seconds.
+    # A rewrite forks, and every page touched meanwhile is copied: the default of 64 MB would have
+    # it in the middle of a big sale.
     "auto-aof-rewrite-min-size": "512mb",
     "maxmemory-policy": "noeviction",  # refuse a sale rather than forget one
 }
@@ -62,7 +62,7 @@ POSTGRES_OPTIONS = {
     "timezone": "UTC",
     "log_timezone": "UTC",
     "synchronous_commit": "on",  # the outbox is trimmed after COMMIT, so COMMIT must mean disk
-    "max_connections": "100",  # web and worker take some 10, the rest is for people and tools
+    "max_connections": "100",  # a few for each web and worker process, and room for people and tools
     "shared_buffers": "256MB",  # holds the orders of a few sales, and fits a 1 GB machine
     # A sale passes between two checkpoints, whose full-page writes would double its WAL; it
     # still takes seconds to replay this much after a crash.
@@ -354,8 +354,14 @@ class PostgresServer(_Server):
 
 
 def embedded_servers(settings: "Settings") -> "dict[str, _Server]":
-    """Return the servers that `settings` lack, by the name of the setting, in starting order."""
+    """Return the servers that `settings` lack, by the name of the setting, in starting order.
+
+    Raises EmbeddedError in production, which needs servers that somebody backs up.
+    """
     wanted = {}
+    lacking = settings.embedded_redis or settings.embedded_postgres
+    if lacking and settings.app_env == "production":
+        raise EmbeddedError("APP_ENV=production needs REDIS_URL and DATABASE_URL")
     if settings.embedded_redis:
         wanted["redis_url"] = RedisServer(settings.data_dir)
     if settings.embedded_postgres:

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from app.config import ROOT, Settings, SettingsError, load_settings, with_secret_key
+from app.config import ROOT, Settings, SettingsError, load_settings, with_secrets
 from app.embedded import EmbeddedError, Program, embedded_servers
 
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
@@ -131,7 +131,7 @@ class Supervisor:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         enough = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, enough), hard))
-        settings = with_secret_key(self.settings)
+        settings = with_secrets(self.settings)
         for name, server in embedded_servers(settings).items():
             self._keep(server)
             server.start(SERVER_START_SECONDS, wait=self._pause)

@@ -246,6 +246,12 @@ def test_given_urls_are_kept(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_production_has_servers_of_its_own(tmp_path):
+    lacking = Settings(data_dir=tmp_path, app_env="production", redis_url="redis://r")
+    with pytest.raises(EmbeddedError, match="needs REDIS_URL"), servers(lacking):
+        pass
+
+
 def test_the_terminals_ctrl_c_does_not_reach_a_server(redis_server):
     assert os.getpgid(redis_server.process.pid) != os.getpgid(0)
     assert redis_server.stop_signal != signal.SIGKILL

@@ -1,0 +1,27 @@
+VENV = .venv/bin
+
+.PHONY: run test lint stress
+
+run: .venv/installed
+	exec $(VENV)/python -m app.supervisor
+
+test: .venv/installed-dev
+	$(VENV)/python -m pytest
+
+lint: .venv/installed-dev
+	$(VENV)/ruff check .
+	$(VENV)/ruff format --check .
+
+stress: .venv/installed
+	$(VENV)/python stress/stress_test.py
+	$(VENV)/python stress/rate_limit_test.py
+	$(VENV)/python stress/idempotency_test.py
+
+.venv/installed: requirements.txt
+	python3 -m venv .venv
+	$(VENV)/pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	touch $@
+
+.venv/installed-dev: requirements-dev.txt .venv/installed
+	$(VENV)/pip install --quiet --disable-pip-version-check --requirement requirements-dev.txt
+	touch $@

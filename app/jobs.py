@@ -1,0 +1,49 @@
+"""What RQ runs. A job only says "drain": the outbox is the truth, so a lost or doubled job is harmless."""
+
+import rq
+from rq.serializers import JSONSerializer
+
+from .drain import Drained, drain_batch
+from .extensions import db, stock
+from .stock import Keys
+
+QUEUE = "orders"
+# While the lease stands nobody enqueues another job; a killed worker's lease runs out by itself.
+LEASE_MS = 2000
+# Long enough to see a batch in rq-dashboard, short enough not to fill Redis.
+RESULT_TTL_SECONDS = 300
+FAILURE_TTL_SECONDS = 3600
+JOB_TIMEOUT_SECONDS = 30
+
+
+def orders_queue() -> rq.Queue:
+    """Return the queue that every worker listens on. JSON, because pickle would run code."""
+    return rq.Queue(QUEUE, connection=stock.raw_client, serializer=JSONSerializer)
+
+
+def enqueue_drain() -> rq.job.Job | None:
+    """Enqueue one drain unless one is under way."""
+    if not stock.raw_client.set(Keys.drain_lease, b"1", nx=True, px=LEASE_MS):
+        return None
+    return orders_queue().enqueue(
+        persist_orders,
+        description="store the waiting orders",
+        job_timeout=JOB_TIMEOUT_SECONDS,
+        result_ttl=RESULT_TTL_SECONDS,
+        failure_ttl=FAILURE_TTL_SECONDS,
+    )
+
+
+def persist_orders() -> str:
+    """Store one batch of waiting orders and tell what was done; a full one calls for the next."""
+    job = rq.get_current_job(stock.raw_client)
+    drained = Drained()
+    try:
+        drained = drain_batch(job.id if job else "by hand", (job and job.worker_name) or "")
+    finally:
+        db.session.remove()
+        if not drained.busy:
+            stock.raw_client.delete(Keys.drain_lease)
+    if drained.more:
+        enqueue_drain()
+    return str(drained)

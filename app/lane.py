@@ -1,0 +1,185 @@
+"""POST /purchase as a plain WSGI function in front of Flask's router.
+
+The framework's own work per request costs several times a claim, so the one hot route goes past it;
+every other request is handed on to Flask untouched.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
+
+from .config import RateLimit, Settings
+from .purchases import MAX_BODY_BYTES, InvalidRequest, purchase
+from .stock import Claim, Stock, Unavailable
+
+log = logging.getLogger(__name__)
+
+JSON_TYPE = ("Content-Type", "application/json")
+# How long a client had best wait before it asks again about an unknown outcome.
+UNAVAILABLE_RETRY = ("Retry-After", "1")
+
+
+def error_body(message: str, code: str, **more: object) -> bytes:
+    return json.dumps({"error": message, "code": code, **more}, separators=(",", ":")).encode()
+
+
+UNAVAILABLE = error_body("Service unavailable", "unavailable")
+INTERNAL_ERROR = error_body("Internal server error", "internal_error")
+
+# What each refusal of the claim script is answered with; a function where the detail is told.
+REFUSALS: dict[bytes, tuple[str, bytes | Callable[[int], bytes]]] = {
+    b"sold_out": ("409 Conflict", error_body("Stock problem", "sold_out")),
+    b"insufficient": (
+        "409 Conflict",
+        lambda left: error_body("Stock problem", "insufficient_stock", remaining=left),
+    ),
+    b"not_open": (
+        "409 Conflict",
+        lambda opens: error_body("Sale not open", "not_open", opensAt=rfc3339(opens)),
+    ),
+    b"paused": ("409 Conflict", error_body("Sale not open", "paused")),
+    b"ended": ("409 Conflict", error_body("Sale not open", "ended")),
+    b"capped": ("409 Conflict", error_body("Purchase limit reached", "purchase_limit")),
+    b"unknown": ("404 Not Found", error_body("Unknown product", "unknown_product")),
+    b"too_many": (
+        "400 Bad Request",
+        lambda most: error_body(
+            f"quantity must be from 1 to {most}", "invalid_request", field="quantity"
+        ),
+    ),
+    b"mismatched": (
+        "422 Unprocessable Content",
+        error_body("Idempotency-Key was used with another request", "idempotency_mismatch"),
+    ),
+    b"limited": ("429 Too Many Requests", error_body("Too many requests", "rate_limited")),
+    b"limited_address": ("429 Too Many Requests", error_body("Too many requests", "rate_limited")),
+    b"unprepared": ("503 Service Unavailable", UNAVAILABLE),
+    b"overloaded": ("503 Service Unavailable", UNAVAILABLE),
+}
+
+
+def rfc3339(milliseconds: int) -> str:
+    moment = datetime.fromtimestamp(milliseconds / 1000, UTC)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+class PurchaseLane:
+    """WSGI middleware that answers POST /purchase completely, errors included."""
+
+    def __init__(self, app: Callable, stock: Stock, settings: Settings) -> None:
+        self.app = app
+        self.stock = stock
+        self.user_policy = _policy("user", settings.purchase_user_limit)
+        self.address_policy = _policy("address", settings.purchase_address_limit)
+
+    def __call__(self, environ: dict, start_response: Callable) -> Iterable[bytes]:
+        if environ["PATH_INFO"] != "/purchase":
+            return self.app(environ, start_response)
+        status, body, headers = self.answer(environ)
+        start_response(status, [JSON_TYPE, ("Content-Length", str(len(body))), *headers])
+        return (body,)
+
+    def answer(self, environ: dict) -> tuple[str, bytes, list | tuple]:
+        """Return status line, body and further headers."""
+        if environ["REQUEST_METHOD"] != "POST":
+            return (
+                "405 Method Not Allowed",
+                error_body("Method not allowed", "method_not_allowed"),
+                (("Allow", "POST"),),
+            )
+        try:
+            claim = purchase(
+                self.stock,
+                read_body(environ),
+                environ.get("HTTP_IDEMPOTENCY_KEY"),
+                environ.get("REMOTE_ADDR", ""),
+            )
+        except InvalidRequest as error:
+            field = {"field": error.field} if error.field else {}
+            return "400 Bad Request", error_body(str(error), "invalid_request", **field), ()
+        except UnreadableBody as error:
+            return error.status, error.body, ()
+        except Unavailable:
+            return "503 Service Unavailable", UNAVAILABLE, (UNAVAILABLE_RETRY,)
+        except Exception:
+            log.exception("POST /purchase failed")
+            return "500 Internal Server Error", INTERNAL_ERROR, ()
+        outcome = claim.outcome
+        if outcome == b"accepted":
+            return "200 OK", b'{"status":"queued","orderId":%d}' % claim.detail, self.limits(claim)
+        if outcome == b"replayed":
+            body = b'{"status":"queued","orderId":%d}' % claim.detail
+            return "200 OK", body, (("Idempotent-Replayed", "true"),)
+        status, body = REFUSALS[outcome]
+        if callable(body):
+            body = body(claim.detail)
+        return status, body, self.limits(claim)
+
+    def limits(self, claim: Claim) -> list[tuple[str, str]]:
+        """Return the rate-limit headers of an answer (draft-ietf-httpapi-ratelimit-headers-10)."""
+        outcome, detail, left, reset_ms = claim
+        # Rounded up: who waits so long is surely let in.
+        seconds = -(-reset_ms // 1000)
+        headers = []
+        if left >= 0:
+            name, policy = (
+                self.address_policy if outcome == b"limited_address" else self.user_policy
+            )
+            headers = [
+                ("RateLimit-Policy", policy),
+                ("RateLimit", f'"{name}";r={left};t={seconds}'),
+            ]
+        if outcome in (b"limited", b"limited_address"):
+            headers.append(("Retry-After", str(seconds)))
+        elif outcome in (b"unprepared", b"overloaded"):
+            headers.append(UNAVAILABLE_RETRY)
+        elif outcome == b"not_open":
+            wait_ms = detail - datetime.now(UTC).timestamp() * 1000
+            headers.append(("Retry-After", str(max(1, -int(-wait_ms // 1000)))))
+        return headers
+
+
+def _policy(name: str, limit: RateLimit) -> tuple[str, str]:
+    return name, f'"{name}";q={limit.count};w={limit.window_ms // 1000}'
+
+
+class UnreadableBody(Exception):
+    """The body was refused before it was read."""
+
+    def __init__(self, status: str, message: str, code: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.body = error_body(message, code)
+
+
+def read_body(environ: dict) -> bytes:
+    """Return the request's body. Raises UnreadableBody for a wrong media type or size."""
+    media_type = environ.get("CONTENT_TYPE", "")
+    if media_type != "application/json" and (
+        media_type.partition(";")[0].strip().lower() != "application/json"
+    ):
+        raise UnreadableBody(
+            "415 Unsupported Media Type",
+            "Content-Type must be application/json",
+            "unsupported_media_type",
+        )
+    body = environ["wsgi.input"].read(_content_length(environ))
+    if len(body) > MAX_BODY_BYTES:
+        raise UnreadableBody(*TOO_LARGE)
+    return body
+
+
+TOO_LARGE = ("413 Content Too Large", "The body is larger than 16 KiB", "body_too_large")
+
+
+def _content_length(environ: dict) -> int:
+    """Return how much to read: the announced length, or for a chunked body one byte too many."""
+    announced = environ.get("CONTENT_LENGTH")
+    if not announced:
+        return MAX_BODY_BYTES + 1 if environ.get("HTTP_TRANSFER_ENCODING") else 0
+    if not announced.isascii() or not announced.isdigit() or len(announced) > 18:
+        raise UnreadableBody("400 Bad Request", "Content-Length is not a number", "invalid_request")
+    if int(announced) > MAX_BODY_BYTES:
+        raise UnreadableBody(*TOO_LARGE)
+    return int(announced)

@@ -1,0 +1,300 @@
+"""Tables and constraints. No HTTP and no Redis here.
+
+The rules that must never break stand in the schema itself, so that no path around this code can
+break them either: see the checks, the unique indexes, and the triggers of the first migration.
+"""
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    ForeignKey,
+    Identity,
+    Index,
+    Integer,
+    String,
+    Text,
+    func,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
+from sqlalchemy.orm import Mapped, mapped_column
+
+from .extensions import db
+
+# Ids and user ids travel through JSON and Lua, whose numbers are exact up to here (RFC 8259, 6).
+MAX_ID = 2**53 - 1
+MAX_STOCK = 10_000_000
+MAX_RESTOCK = 1_000_000
+MAX_QUANTITY = 1_000_000
+
+Timestamp = TIMESTAMP(timezone=True)
+
+
+class Product(db.Model):
+    """What is sold, and on which terms. `version` rises with each change; Redis obeys the highest."""
+
+    __tablename__ = "products"
+    __table_args__ = (
+        CheckConstraint("length(name) between 1 and 200", name="name"),
+        CheckConstraint("price_cents between 0 and 9007199254740991", name="price"),
+        CheckConstraint("currency ~ '^[A-Z]{3}$'", name="currency"),
+        CheckConstraint("opens_at < closes_at", name="window"),
+        CheckConstraint(f"per_user_limit between 1 and {MAX_QUANTITY}", name="per_user_limit"),
+        CheckConstraint(f"max_quantity between 1 and {MAX_QUANTITY}", name="max_quantity"),
+    )
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    name: Mapped[str] = mapped_column(Text)
+    price_cents: Mapped[int] = mapped_column(BigInteger)
+    currency: Mapped[str] = mapped_column(String(3))
+    opens_at: Mapped[datetime | None] = mapped_column(Timestamp)
+    closes_at: Mapped[datetime | None] = mapped_column(Timestamp)
+    per_user_limit: Mapped[int | None] = mapped_column(Integer)
+    max_quantity: Mapped[int] = mapped_column(Integer, server_default="10")
+    paused: Mapped[bool] = mapped_column(server_default=text("false"))
+    version: Mapped[int] = mapped_column(BigInteger, server_default="1")
+    created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
+    updated_at: Mapped[datetime] = mapped_column(
+        Timestamp, server_default=func.now(), onupdate=func.now()
+    )
+
+
+class ProductTotals(db.Model):
+    """Sums over a product's orders, dead letters and movements, kept by triggers in the same commit.
+
+    They make every figure of a page a read of one row, however many orders there are.
+    """
+
+    __tablename__ = "product_totals"
+
+    product_id: Mapped[int] = mapped_column(
+        ForeignKey("products.id", ondelete="CASCADE"), primary_key=True
+    )
+    confirmed_orders: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    confirmed_units: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    cancelled_orders: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    cancelled_units: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    dead_orders: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    dead_units: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    moved_units: Mapped[int] = mapped_column(BigInteger, server_default="0")
+
+
+class StockMovement(db.Model):
+    """Units put into or taken out of the sale by something else than a purchase: the ledger."""
+
+    __tablename__ = "stock_movements"
+    __table_args__ = (
+        CheckConstraint("kind in ('initial', 'restock', 'return', 'correction')", name="kind"),
+        CheckConstraint(
+            "units > 0 or kind = 'correction' or (kind = 'initial' and units = 0)", name="units"
+        ),
+        Index("ix_stock_movements_product_id_id", "product_id", "id"),
+        # What a crash left between the row and Redis; the sweeper reads only this.
+        Index("ix_stock_movements_pending", "id", postgresql_where=text("applied_at is null")),
+        # An order, or a dead letter, gives its units back once.
+        Index(
+            "uq_stock_movements_order_id",
+            "order_id",
+            unique=True,
+            postgresql_where=text("order_id is not null"),
+        ),
+        Index(
+            "uq_stock_movements_dead_letter_id",
+            "dead_letter_id",
+            unique=True,
+            postgresql_where=text("dead_letter_id is not null"),
+        ),
+        Index(
+            "uq_stock_movements_idempotency_key",
+            "idempotency_key",
+            unique=True,
+            postgresql_where=text("idempotency_key is not null"),
+        ),
+    )
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    product_id: Mapped[int] = mapped_column(ForeignKey("products.id"))
+    kind: Mapped[str] = mapped_column(String(16))
+    units: Mapped[int] = mapped_column(BigInteger)
+    reason: Mapped[str | None] = mapped_column(Text)
+    actor: Mapped[str] = mapped_column(Text)
+    user_id: Mapped[int | None] = mapped_column(BigInteger)
+    order_id: Mapped[int | None] = mapped_column(BigInteger)
+    dead_letter_id: Mapped[int | None] = mapped_column(BigInteger)
+    idempotency_key: Mapped[str | None] = mapped_column(String(255))
+    created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
+    applied_at: Mapped[datetime | None] = mapped_column(Timestamp)
+    stock_after: Mapped[int | None] = mapped_column(BigInteger)
+
+
+class Batch(db.Model):
+    """One run of the drain: which job stored which orders."""
+
+    __tablename__ = "batches"
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    job_id: Mapped[str] = mapped_column(Text)
+    worker: Mapped[str] = mapped_column(Text)
+    first_order_id: Mapped[int] = mapped_column(BigInteger)
+    last_order_id: Mapped[int] = mapped_column(BigInteger)
+    orders: Mapped[int] = mapped_column(Integer)
+    dead_letters: Mapped[int] = mapped_column(Integer)
+    persisted_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
+
+
+class Order(db.Model):
+    """A purchase that was promised. The id was given by the claim, so storing it twice can't happen."""
+
+    __tablename__ = "orders"
+    __table_args__ = (
+        CheckConstraint("id > 0", name="id"),
+        CheckConstraint("user_id between 1 and 9007199254740991", name="user_id"),
+        CheckConstraint("quantity > 0", name="quantity"),
+        CheckConstraint("unit_price_cents >= 0", name="unit_price"),
+        CheckConstraint(
+            "(status = 'CONFIRMED' and cancelled_at is null) or "
+            "(status = 'CANCELLED' and cancelled_at is not null)",
+            name="status",
+        ),
+        Index("ix_orders_user_id_id", "user_id", "id"),
+        Index("ix_orders_product_id_id", "product_id", "id"),
+        Index("ix_orders_claimed_at", "claimed_at"),
+        Index("ix_orders_cancelled", "id", postgresql_where=text("status = 'CANCELLED'")),
+        # One order for each (user, Idempotency-Key), also after Redis has forgotten the key.
+        Index(
+            "uq_orders_user_id_idempotency_key",
+            "user_id",
+            "idempotency_key",
+            unique=True,
+            postgresql_where=text("idempotency_key is not null"),
+        ),
+    )
+
+    id: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    user_id: Mapped[int] = mapped_column(BigInteger)
+    product_id: Mapped[int] = mapped_column(ForeignKey("products.id"))
+    quantity: Mapped[int] = mapped_column(Integer)
+    unit_price_cents: Mapped[int] = mapped_column(BigInteger)
+    currency: Mapped[str] = mapped_column(String(3))
+    status: Mapped[str] = mapped_column(String(9), server_default="CONFIRMED")
+    idempotency_key: Mapped[str | None] = mapped_column(String(255))
+    claimed_at: Mapped[datetime] = mapped_column(Timestamp)
+    persisted_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
+    batch_id: Mapped[int | None] = mapped_column(BigInteger)
+    cancelled_at: Mapped[datetime | None] = mapped_column(Timestamp)
+    cancelled_by: Mapped[str | None] = mapped_column(Text)
+    cancel_reason: Mapped[str | None] = mapped_column(Text)
+
+
+class DeadLetter(db.Model):
+    """An order that could not be stored. Its stock stays held until a person decides."""
+
+    __tablename__ = "dead_letters"
+    __table_args__ = (
+        CheckConstraint("resolution in ('replayed', 'abandoned')", name="resolution"),
+        CheckConstraint("(resolution is null) = (resolved_at is null)", name="resolved"),
+        # The same entry may be read again after a crash between the commit and the trim.
+        Index("uq_dead_letters_entry", "stream_id", text("md5(payload)"), unique=True),
+        Index("ix_dead_letters_open", "id", postgresql_where=text("resolution is null")),
+        Index("ix_dead_letters_user_id_id", "user_id", "id"),
+    )
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    stream_id: Mapped[str] = mapped_column(String(41))
+    payload: Mapped[str] = mapped_column(Text)
+    error: Mapped[str] = mapped_column(Text)
+    # Empty where the payload can't be read as an order.
+    order_id: Mapped[int | None] = mapped_column(BigInteger)
+    user_id: Mapped[int | None] = mapped_column(BigInteger)
+    product_id: Mapped[int | None] = mapped_column(BigInteger)
+    quantity: Mapped[int | None] = mapped_column(BigInteger)
+    created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
+    resolution: Mapped[str | None] = mapped_column(String(9))
+    resolved_at: Mapped[datetime | None] = mapped_column(Timestamp)
+    resolved_by: Mapped[str | None] = mapped_column(Text)
+    resolve_reason: Mapped[str | None] = mapped_column(Text)
+    # A replay under a new id, where the old one belonged to another order.
+    replayed_as: Mapped[int | None] = mapped_column(BigInteger)
+
+
+class Sale(db.Model):
+    """One row: which sale this is, so that a Redis that lost it or holds another one is noticed."""
+
+    __tablename__ = "sale"
+    __table_args__ = (CheckConstraint("id = 1", name="one_row"),)
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True, server_default="1")
+    generation: Mapped[str] = mapped_column(String(32))
+    # Copied from Redis once a second; bounds what a loss of Redis can have taken with it.
+    last_order_id: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    sampled_at: Mapped[datetime | None] = mapped_column(Timestamp)
+
+
+class Staff(db.Model):
+    """A person who signs in. `session_key` changes with the password and ends other sessions."""
+
+    __tablename__ = "staff"
+    __table_args__ = (
+        CheckConstraint("role in ('admin', 'support')", name="role"),
+        CheckConstraint("email = lower(email)", name="email"),
+    )
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    email: Mapped[str] = mapped_column(String(254), unique=True)
+    password_hash: Mapped[str] = mapped_column(Text)
+    role: Mapped[str] = mapped_column(String(16))
+    active: Mapped[bool] = mapped_column(server_default=text("true"))
+    session_key: Mapped[str] = mapped_column(String(32))
+    created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
+    last_sign_in_at: Mapped[datetime | None] = mapped_column(Timestamp)
+
+    # Flask-Login's protocol. The session names the key, so a changed password ends the session.
+    is_authenticated = True
+    is_anonymous = False
+
+    @property
+    def is_active(self) -> bool:
+        return self.active
+
+    @property
+    def is_admin(self) -> bool:
+        return self.role == "admin"
+
+    def get_id(self) -> str:
+        return f"{self.id}:{self.session_key}"
+
+
+class ApiToken(db.Model):
+    """A bearer token of the admin API; only its SHA-256 is kept."""
+
+    __tablename__ = "api_tokens"
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    name: Mapped[str] = mapped_column(String(100))
+    token_hash: Mapped[str] = mapped_column(String(64), unique=True)
+    created_by: Mapped[str] = mapped_column(Text)
+    created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
+    last_used_at: Mapped[datetime | None] = mapped_column(Timestamp)
+    revoked_at: Mapped[datetime | None] = mapped_column(Timestamp)
+
+
+class AuditEntry(db.Model):
+    """Who changed what, when and from where. A trigger refuses to change or delete a row."""
+
+    __tablename__ = "audit_log"
+    __table_args__ = (
+        Index("ix_audit_log_target_id", "target", "id"),
+        Index("ix_audit_log_actor_id", "actor", "id"),
+    )
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
+    actor: Mapped[str] = mapped_column(Text)
+    action: Mapped[str] = mapped_column(String(40))
+    target: Mapped[str] = mapped_column(Text)
+    before: Mapped[dict[str, Any] | None] = mapped_column(JSONB)
+    after: Mapped[dict[str, Any] | None] = mapped_column(JSONB)
+    address: Mapped[str | None] = mapped_column(Text)

@@ -1,0 +1,419 @@
+"""The Redis side of the sale: keys, scripts, and typed results. The only caller of the scripts.
+
+Two roads lead to Redis. `Stock.claim` is the hot one: a connection of its own for each thread, the
+command packed by hand. Everything else goes through an ordinary client.
+"""
+
+import contextlib
+import logging
+import re
+import threading
+import time
+from dataclasses import dataclass
+from importlib import resources
+from typing import NamedTuple
+
+import hiredis
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from .config import RateLimit, Settings
+
+log = logging.getLogger(__name__)
+
+# A shopper gets an answer within 2 s even from a dead Redis; a healthy one needs about 1 ms.
+CONNECT_TIMEOUT_SECONDS = 0.5
+COMMAND_TIMEOUT_SECONDS = 1.0
+# After a failure requests are refused at once for so long, then one of them tries again.
+RETRY_AFTER_FAILURE_SECONDS = 0.25
+IDEMPOTENCY_TTL_MS = 24 * 60 * 60 * 1000
+# So many users share one small hash of bought units: about 8 bytes each instead of 100.
+USERS_PER_BUCKET = 128
+# The dashboard's chart: one sample a second, 15 minutes.
+HISTORY_SAMPLES = 900
+
+
+# An order in the outbox, as claim.lua writes it: user, product, quantity, price in cents, currency,
+# time of the claim in ms since 1970, Idempotency-Key or nothing.
+ENTRY = re.compile(
+    r"(\d{1,16}) (\d{1,16}) (\d{1,9}) (\d{1,16}) ([A-Z]{3}) (\d{1,15}) ([\x21-\x7e]{0,255})",
+    re.ASCII,
+).fullmatch
+
+
+class Unavailable(Exception):
+    """Redis can't be reached or did not answer: the outcome is unknown, nothing is retried."""
+
+
+class Unprepared(Unavailable):
+    """Redis answers but does not hold this sale (new, flushed, or being rebuilt)."""
+
+
+class Keys:
+    """Every Redis key of the sale. The tag {0} names the shard; a shopper's keys all share one."""
+
+    prefix = "sale:{0}:"
+    generation = "sale:{0}:generation"
+    outbox = "sale:{0}:outbox"
+    queued = "sale:{0}:queued"
+    order_ids = "sale:{0}:order-ids"
+    movements = "sale:{0}:movements"
+    products = "sale:{0}:products"
+    refused = "sale:{0}:refused"
+    history = "sale:{0}:history"
+    drain_lease = "sale:{0}:drain-lease"
+    workers = "sale:{0}:workers"
+
+    @staticmethod
+    def product(product_id: int) -> str:
+        return f"sale:{{0}}:product:{product_id}"
+
+    @staticmethod
+    def rate(user_id: int) -> str:
+        return f"sale:{{0}}:rate:{user_id}"
+
+    @staticmethod
+    def address(address: str) -> str:
+        return f"sale:{{0}}:address:{address}"
+
+    @staticmethod
+    def bought(product_id: int, user_id: int) -> tuple[str, int]:
+        """Return the hash and the field that count the units a user bought of a product."""
+        bucket, field = divmod(user_id, USERS_PER_BUCKET)
+        return f"sale:{{0}}:bought:{product_id}:{bucket}", field
+
+    @staticmethod
+    def idempotency(user_id: int, key: str) -> str:
+        return f"sale:{{0}}:key:{user_id}:{key}"
+
+
+class Claim(NamedTuple):
+    """What the claim script decided; see claim.lua for the outcomes."""
+
+    outcome: bytes
+    detail: int
+    attempts_left: int
+    reset_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One order as the outbox holds it."""
+
+    user_id: int
+    product_id: int
+    quantity: int
+    unit_price_cents: int
+    currency: str
+    claimed_ms: int
+    idempotency_key: str | None
+
+    @classmethod
+    def parse(cls, text: str) -> "Entry":
+        """Raises ValueError when the text is not an order."""
+        match = ENTRY(text)
+        if match is None:
+            raise ValueError("not an order")
+        user, product, quantity, cents, currency, claimed, key = match.groups()
+        return cls(
+            int(user), int(product), int(quantity), int(cents), currency, int(claimed), key or None
+        )
+
+
+@dataclass(frozen=True)
+class View:
+    """What Redis holds of the sale at one instant, by product id."""
+
+    generation: str
+    last_order_id: int
+    waiting: int
+    oldest_claimed_ms: int | None
+    applied_movements: frozenset[int]
+    overlap: list[Entry]
+    products: dict[int, dict[str, int]]
+
+
+def connection_options(decode: bool) -> dict:
+    """Options of every connection: bounded waits, and no silent second try of a command."""
+    return {
+        "socket_connect_timeout": CONNECT_TIMEOUT_SECONDS,
+        "socket_timeout": COMMAND_TIMEOUT_SECONDS,
+        "retry": Retry(NoBackoff(), 0),
+        "decode_responses": decode,
+        "protocol": 2,
+    }
+
+
+class Stock:
+    """The sale in Redis. One for each app; safe to use from several threads."""
+
+    def init_app(self, settings: Settings) -> None:
+        """Prepare the clients; nothing is connected before the first use."""
+        url = settings.redis_url
+        self.client = redis.Redis.from_url(url, **connection_options(decode=True))
+        # RQ stores pickled bytes of its own; it needs answers undecoded, and blocks for long.
+        self.raw_client = redis.Redis.from_url(url, **connection_options(decode=False))
+        scripts = {
+            path.name.removesuffix(".lua"): path.read_text()
+            for path in resources.files("app.lua").iterdir()
+            if path.name.endswith(".lua")
+        }
+        self._scripts = {name: self.client.register_script(text) for name, text in scripts.items()}
+        self._line = ClaimLine(url, scripts["claim"], settings)
+
+    def claim(
+        self, user_id: int, product_id: int, quantity: int, key: str | None, address: str
+    ) -> Claim:
+        """Decide one purchase in one round trip.
+
+        Raises Unavailable when Redis gave no answer: the order may or may not exist.
+        """
+        return self._line.claim(user_id, product_id, quantity, key, address)
+
+    def _run(self, name: str, keys: list, args: list):
+        try:
+            return self._scripts[name](keys=keys, args=args)
+        except redis.RedisError as error:
+            raise Unavailable(str(error)) from error
+
+    def put_product(self, product_id: int, version: int, terms: dict[str, object]) -> bool:
+        """Publish the terms of sale; False when this or a later version is in force already.
+
+        `terms` holds opens and closes (ms since 1970 or None), pause, cap, max and price.
+        """
+        values = [
+            "" if terms[name] is None else terms[name]
+            for name in ("opens", "closes", "pause", "cap", "max", "price")
+        ]
+        outcome = self._run(
+            "put_product",
+            [Keys.generation, Keys.products, Keys.product(product_id)],
+            [product_id, version, *values],
+        )
+        if outcome == "unprepared":
+            raise Unprepared("the sale is not in Redis")
+        return outcome == "published"
+
+    def move(
+        self, movement_id: int, product_id: int, units: int, user_id: int | None = None
+    ) -> tuple[str, int]:
+        """Apply a stock movement at most once: (applied | repeated | short | unknown, free stock).
+
+        With `user_id` the units also go back to what this user may still buy.
+        """
+        keys = [Keys.generation, Keys.movements, Keys.product(product_id)]
+        args = [movement_id, units]
+        if user_id is not None:
+            bucket, field = Keys.bought(product_id, user_id)
+            keys.append(bucket)
+            args.append(field)
+        outcome, free = self._run("move", keys, args)
+        if outcome == "unprepared":
+            raise Unprepared("the sale is not in Redis")
+        return outcome, free
+
+    def queued_orders(self, user_id: int, most: int) -> list[tuple[int, Entry]]:
+        """Return the user's orders that wait to be persisted, newest first."""
+        found = self._run("queued", [Keys.queued, Keys.outbox], [user_id, most])
+        return [(int(order_id), Entry.parse(text)) for order_id, text in found]
+
+    def read_outbox(self, count: int) -> list[tuple[bytes, dict[bytes, bytes]]]:
+        """Return the oldest waiting entries, undecoded, as (stream id, fields)."""
+        try:
+            return self.raw_client.xrange(Keys.outbox, count=count)
+        except redis.RedisError as error:
+            raise Unavailable(str(error)) from error
+
+    def settle(
+        self,
+        generation: str | None,
+        stream_ids: list[str],
+        order_ids: list[int],
+        products: dict[int, tuple[int, int, int]],
+    ) -> bool:
+        """Take a stored batch out of the outbox; False when somebody did it already.
+
+        `generation` is the sale that the batch was read from: a reset in between starts ids anew.
+        `products` maps a product id to (orders, units, orders persisted) of the batch.
+        """
+        args = [stream_ids[0], stream_ids[-1], generation or "", len(order_ids), *order_ids]
+        for figures in products.values():
+            args.extend(figures)
+        keys = [
+            Keys.outbox,
+            Keys.queued,
+            Keys.generation,
+            *(Keys.product(product) for product in products),
+        ]
+        return bool(self._run("settle", keys, args))
+
+    def view(
+        self,
+        product_ids: list[int],
+        stored_through: int | None = None,
+        movement_ids: list[int] | tuple[int, ...] = (),
+    ) -> View:
+        """Return what Redis holds, read at one instant.
+
+        `stored_through` asks for the entries up to this id that are still in the outbox,
+        `movement_ids` which of these movements are applied. Unknown products are left out.
+        """
+        keys = [Keys.generation, Keys.movements, Keys.outbox, Keys.order_ids]
+        keys += [Keys.product(product_id) for product_id in product_ids]
+        through = "" if stored_through is None else stored_through
+        generation, last, waiting, head, applied, overlap, hashes = self._run(
+            "view", keys, [through, *movement_ids]
+        )
+        products = {}
+        for product_id, flat in zip(product_ids, hashes, strict=True):
+            if flat:
+                fields = dict(zip(flat[::2], flat[1::2], strict=True))
+                fields.pop("price")
+                products[product_id] = {
+                    name: int(value) for name, value in fields.items() if value != ""
+                }
+        oldest = None
+        with contextlib.suppress(ValueError):
+            oldest = Entry.parse(head).claimed_ms
+        return View(
+            generation=generation,
+            last_order_id=int(last),
+            waiting=waiting,
+            oldest_claimed_ms=oldest,
+            applied_movements=frozenset(map(int, applied)),
+            overlap=[Entry.parse(text) for text in overlap],
+            products=products,
+        )
+
+    def product_ids(self) -> list[int]:
+        """Return the ids of the products on sale in Redis, ascending."""
+        try:
+            return sorted(map(int, self.client.smembers(Keys.products)))
+        except redis.RedisError as error:
+            raise Unavailable(str(error)) from error
+
+    def waiting(self) -> int:
+        """Return the number of orders claimed and not yet taken out of the outbox."""
+        try:
+            return self.client.xlen(Keys.outbox)
+        except redis.RedisError as error:
+            raise Unavailable(str(error)) from error
+
+    def generation(self) -> str | None:
+        """Return the name of the sale that Redis holds, None when it holds none."""
+        try:
+            return self.client.get(Keys.generation)
+        except redis.RedisError as error:
+            raise Unavailable(str(error)) from error
+
+    def clear(self) -> None:
+        """Delete every key of the sale, the generation first, so that claims are refused at once."""
+        try:
+            self.client.delete(Keys.generation)
+            for key in self.client.scan_iter(
+                match=Keys.prefix.replace("{", "\\{") + "*", count=1000
+            ):
+                self.client.delete(key)
+        except redis.RedisError as error:
+            raise Unavailable(str(error)) from error
+
+    def open(self, generation: str, first_order_id: int) -> None:
+        """Let claims in: from here on order ids start at `first_order_id`."""
+        try:
+            with self.client.pipeline() as pipe:
+                pipe.set(Keys.order_ids, first_order_id - 1)
+                pipe.set(Keys.generation, generation)
+                pipe.execute()
+        except redis.RedisError as error:
+            raise Unavailable(str(error)) from error
+
+
+class ClaimLine:
+    """The hot road to Redis: per thread one connection, per claim one packed EVALSHA.
+
+    An ordinary client would cost twice the CPU, and might send a claim again by itself.
+    """
+
+    def __init__(self, url: str, script: str, settings: Settings) -> None:
+        self._pool = redis.ConnectionPool.from_url(url, **connection_options(decode=False))
+        self._load = ("SCRIPT", "LOAD", script)
+        self._local = threading.local()
+        self._sha = b""
+        self._limits = _limit_args(settings.purchase_user_limit) + _limit_args(
+            settings.purchase_address_limit
+        )
+        self._limits += (str(settings.outbox_limit), str(IDEMPOTENCY_TTL_MS))
+        # A failure anywhere makes every thread's connection suspect: they reconnect before next use.
+        self._failures = 0
+        self._closed_until = 0.0
+
+    def claim(self, user_id, product_id, quantity, key, address) -> Claim:
+        bucket, field = Keys.bought(product_id, user_id)
+        keys = (
+            Keys.generation,
+            Keys.rate(user_id),
+            Keys.address(address),
+            Keys.product(product_id),
+            bucket,
+            Keys.outbox,
+            Keys.queued,
+            Keys.order_ids,
+            Keys.refused,
+        )
+        args = (str(user_id), str(product_id), str(quantity), str(field), *self._limits)
+        if key is None:
+            words = ("9", *keys, *args)
+        else:
+            words = ("10", *keys, Keys.idempotency(user_id, key), *args, key)
+        return Claim._make(self._send(words))
+
+    def _send(self, words: tuple):
+        failures = self._failures
+        if self._closed_until and time.monotonic() < self._closed_until:
+            raise Unavailable("Redis was unreachable a moment ago")
+        if self._closed_until:
+            # This request is the one that tries; the others go on being refused meanwhile.
+            self._closed_until = time.monotonic() + COMMAND_TIMEOUT_SECONDS
+        try:
+            connection = self._connection(failures)
+            try:
+                answer = self._exchange(connection, words)
+            except redis.exceptions.NoScriptError:
+                # Nothing ran, so this is the one case where sending again is safe.
+                self._load_script(connection)
+                answer = self._exchange(connection, words)
+        except redis.ResponseError as error:
+            # Redis itself refused (out of memory, read only, loading): nothing was written.
+            self._closed_until = 0.0
+            raise Unavailable(str(error)) from error
+        except (redis.RedisError, OSError) as error:
+            self._failures += 1
+            self._closed_until = time.monotonic() + RETRY_AFTER_FAILURE_SECONDS
+            raise Unavailable(str(error)) from error
+        self._closed_until = 0.0
+        return answer
+
+    def _exchange(self, connection, words: tuple):
+        command = hiredis.pack_command(("EVALSHA", self._sha, *words))
+        connection.send_packed_command((command,))
+        return connection.read_response()
+
+    def _connection(self, failures: int):
+        local = self._local
+        if getattr(local, "failures", None) != failures:
+            if hasattr(local, "connection"):
+                local.connection.disconnect()
+            local.connection = self._pool.make_connection()
+            local.connection.connect()
+            self._load_script(local.connection)
+            local.failures = failures
+        return local.connection
+
+    def _load_script(self, connection) -> None:
+        connection.send_command(*self._load)
+        self._sha = connection.read_response()
+
+
+def _limit_args(limit: RateLimit) -> tuple[str, str]:
+    return str(limit.count), str(limit.window_ms)

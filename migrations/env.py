@@ -1,0 +1,34 @@
+"""Run migrations on the app's own database connection (`flask db …`)."""
+
+from alembic import context
+from flask import current_app
+
+migrate = current_app.extensions["migrate"]
+
+
+def run_offline() -> None:
+    """Print the SQL instead of running it (`flask db upgrade --sql`)."""
+    context.configure(
+        url=migrate.db.engine.url.render_as_string(hide_password=False),
+        target_metadata=migrate.db.metadata,
+        literal_binds=True,
+    )
+    with context.begin_transaction():
+        context.run_migrations()
+
+
+def run_online() -> None:
+    with migrate.db.engine.connect() as connection:
+        context.configure(
+            connection=connection,
+            target_metadata=migrate.db.metadata,
+            **migrate.configure_args,
+        )
+        with context.begin_transaction():
+            context.run_migrations()
+
+
+if context.is_offline_mode():
+    run_offline()
+else:
+    run_online()

@@ -1,0 +1,21 @@
+"""What a WSGI server and the `flask` command load: `wsgi:app`.
+
+Without REDIS_URL and DATABASE_URL the embedded servers are used: those of a running `make run`, or
+else started for the life of this process.
+"""
+
+import atexit
+import contextlib
+import sys
+
+from app import create_app
+from app.config import SettingsError, load_settings, with_secrets
+from app.embedded import EmbeddedError, servers
+
+_open = contextlib.ExitStack()
+atexit.register(_open.close)
+
+try:
+    app = create_app(_open.enter_context(servers(with_secrets(load_settings()))))
+except (SettingsError, EmbeddedError) as error:
+    sys.exit(f"{error}")
