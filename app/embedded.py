@@ -62,7 +62,7 @@ POSTGRES_OPTIONS = {
     "timezone": "UTC",
     "log_timezone": "UTC",
     "synchronous_commit": "on",  # the outbox is trimmed after COMMIT, so COMMIT must mean disk
-    "max_connections": "100",  # a few for each web and worker process, and room for people and tools
+    "max_connections": "100",  # a few for each process, and room for people and tools
     "shared_buffers": "256MB",  # holds the orders of a few sales, and fits a 1 GB machine
     # A sale passes between two checkpoints, whose full-page writes would double its WAL; it
     # still takes seconds to replay this much after a crash.
