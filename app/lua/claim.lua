@@ -105,7 +105,7 @@ if redis.call('XLEN', KEYS[6]) >= tonumber(ARGV[9]) then count('overloaded'); re
 -- The order's id is also its id in the outbox. XADD is the one write that can fail (an id that is not
 -- above the last), so it comes before any unit moves.
 local order_id = redis.call('INCR', KEYS[8])
-local entry = table.concat({ user, product_id, ARGV[3], product[7], string.format('%d', now), ARGV[11] }, ' ')
+local entry = table.concat({ user, product_id, ARGV[3], product[7], string.format('%d', now), ARGV[11] or '' }, ' ')
 redis.call('XADD', KEYS[6], order_id .. '-0', 'order', entry)
 redis.call('ZADD', KEYS[7], user, order_id)
 redis.call('HSET', KEYS[4], 'free', free - quantity, 'accepted', product[8] + 1, 'claimed', product[9] + quantity)
