@@ -21,12 +21,11 @@ from .stock import HISTORY_SAMPLES, Keys, Unavailable
 
 log = logging.getLogger(__name__)
 
-# At full speed a batch is called for five times a second: RQ's cost per job stays below 4 % of a core.
+# At full speed a batch is called for five times a second: RQ's cost stays below 4 % of a core.
 PACE_SECONDS = 0.2
 # How long one look at an empty outbox may last; an order that comes in ends it at once.
 WATCH_MS = 500
 SWEEP_SECONDS = 1.0
-# A movement this young is most likely being applied right now by the request that made it.
 ERROR_PAUSE_SECONDS = 0.5
 
 
@@ -107,17 +106,16 @@ def run_forever(app: Flask, run_once: Callable, stopped: threading.Event) -> Non
     """Repeat a step until `stopped` is set; a server that fails is waited for."""
     failing = False
     while not stopped.is_set():
-        with app.app_context():
-            try:
+        try:
+            # A dead connection shows up at the end of the context too, when it is rolled back.
+            with app.app_context():
                 run_once(stopped)
-                failing = False
-            except (Unavailable, redis.RedisError, SQLAlchemyError) as error:
-                if not failing:
-                    log.warning(
-                        "%s pauses: %s", run_once.__qualname__, str(error).partition("\n")[0]
-                    )
-                failing = True
-                stopped.wait(ERROR_PAUSE_SECONDS)
-            except Exception:
-                log.exception("%s failed", run_once.__qualname__)
-                stopped.wait(ERROR_PAUSE_SECONDS)
+            failing = False
+        except (Unavailable, redis.RedisError, SQLAlchemyError) as error:
+            if not failing:
+                log.warning("%s pauses: %s", run_once.__qualname__, str(error).partition("\n")[0])
+            failing = True
+            stopped.wait(ERROR_PAUSE_SECONDS)
+        except Exception:
+            log.exception("%s failed", run_once.__qualname__)
+            stopped.wait(ERROR_PAUSE_SECONDS)
