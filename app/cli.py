@@ -3,7 +3,7 @@
 import click
 import flask_migrate
 from flask import Flask, current_app
-from flask.cli import AppGroup
+from flask.cli import AppGroup, with_appcontext
 from sqlalchemy import select, text
 
 from . import auth, recovery
@@ -27,6 +27,7 @@ def init_app(app: Flask) -> None:
 
 
 @click.command()
+@with_appcontext
 def prepare() -> None:
     """Make the database ready: migrations, the first admin, and into an empty one the first product."""
     settings = current_app.config["SETTINGS"]
@@ -47,6 +48,7 @@ def prepare() -> None:
 
 @click.command()
 @click.option("--yes", is_flag=True, help="Do not ask.")
+@with_appcontext
 def seed(yes: bool) -> None:
     """Reset to one product with 100 items: every product and order is deleted, ids start from 1."""
     if not yes:

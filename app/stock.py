@@ -336,7 +336,10 @@ class ClaimLine:
     """
 
     def __init__(self, url: str, script: str, settings: Settings) -> None:
-        self._pool = redis.ConnectionPool.from_url(url, **connection_options(decode=False))
+        # The pool is only a factory here (it knows URLs, TLS, passwords): each thread keeps its own.
+        self._pool = redis.ConnectionPool.from_url(
+            url, max_connections=2**31, **connection_options(decode=False)
+        )
         self._load = ("SCRIPT", "LOAD", script)
         self._local = threading.local()
         self._sha = b""
@@ -402,9 +405,9 @@ class ClaimLine:
     def _connection(self, failures: int):
         local = self._local
         if getattr(local, "failures", None) != failures:
-            if hasattr(local, "connection"):
-                local.connection.disconnect()
-            local.connection = self._pool.make_connection()
+            if not hasattr(local, "connection"):
+                local.connection = self._pool.make_connection()
+            local.connection.disconnect()
             local.connection.connect()
             self._load_script(local.connection)
             local.failures = failures

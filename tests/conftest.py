@@ -1,4 +1,4 @@
-"""Real servers for every test: one Redis and one PostgreSQL for the run, a clean sale for each test."""
+"""Real servers for every test: one Redis and one PostgreSQL for all, a clean sale for each."""
 
 import os
 import signal
@@ -205,4 +205,3 @@ def start_system(data_dir: Path, **environ: str) -> Server:
 def stop_system(server: Server) -> None:
     server.process.send_signal(signal.SIGTERM)
     server.process.wait(timeout=40)
-

@@ -1,0 +1,79 @@
+"""The `flask …` commands."""
+
+from app.extensions import db, stock
+from app.models import AuditEntry, Staff
+
+
+def test_seed_asks_first(runner, buy, drain):
+    buy(1)
+    drain()
+    result = runner.invoke(args=["seed"], input="n\n")
+    assert result.exit_code == 1
+    assert stock.view([1]).products[1]["free"] == 99
+
+
+def test_seed_resets_everything(runner, client, buy, drain, admin_headers):
+    client.post(
+        "/products",
+        json={"name": "Lamp", "priceCents": 1, "currency": "EUR", "stock": 3},
+        headers=admin_headers,
+    )
+    buy(1, key="k")
+    drain()
+    buy(1, key="waiting")
+    result = runner.invoke(args=["seed", "--yes"])
+    assert result.exit_code == 0, result.output
+    assert client.get("/purchase/metrics").json == {
+        "stock_remaining": 100, "queue_depth": 0, "total_processed": 0,
+    }  # fmt: skip
+    assert [product["id"] for product in client.get("/products").json] == [1]
+    assert client.get("/purchase/orders/1").json == []
+    answer = buy(1, key="k")
+    assert answer.json["orderId"] == 1
+    assert "Idempotent-Replayed" not in answer.headers
+    assert drain() == 1
+
+
+def test_prepare_changes_nothing_the_second_time(runner, app, buy):
+    runner.invoke(args=["prepare"])
+    buy(1)
+    result = runner.invoke(args=["prepare"])
+    assert (result.exit_code, result.output) == (0, "")
+    assert stock.view([1]).products[1]["free"] == 99
+
+
+def test_staff(runner, app):
+    with app.app_context():
+        db.session.query(Staff).filter(Staff.email.like("%@cli.example")).delete()
+        db.session.commit()
+    args = ["staff", "create", "Ann@cli.example", "--role", "admin"]
+    result = runner.invoke(args=args, input="long enough\nlong enough\n")
+    assert result.exit_code == 0, result.output
+    assert "ann@cli.example  admin" in runner.invoke(args=["staff", "list"]).output
+    result = runner.invoke(args=args, input="long enough\nlong enough\n")
+    assert result.exit_code == 1
+    result = runner.invoke(args=["staff", "passwd", "ann@cli.example"], input="short\nshort\n")
+    assert result.exit_code == 1
+    assert "8 to 200" in result.output
+    result = runner.invoke(
+        args=["staff", "passwd", "ann@cli.example"], input="longer still\nlonger still\n"
+    )
+    assert result.exit_code == 0
+    assert runner.invoke(args=["staff", "passwd", "no@body.example"], input="x").exit_code != 0
+
+
+def test_tokens(runner, client, app):
+    result = runner.invoke(args=["token", "create", "checkout"])
+    assert result.exit_code == 0
+    number, secret = result.output.removeprefix("Token ").strip().split(": ")
+    headers = {"Authorization": f"Bearer {secret}"}
+    body = {"productId": 1, "amount": 5}
+    assert client.post("/products/restock", json=body, headers=headers).status_code == 200
+    with app.app_context():
+        entry = db.session.query(AuditEntry).order_by(AuditEntry.id.desc()).first()
+    assert entry.actor == f"token {number} checkout"
+    assert "checkout" in runner.invoke(args=["token", "list"]).output
+    assert secret not in runner.invoke(args=["token", "list"]).output
+    assert runner.invoke(args=["token", "revoke", number]).exit_code == 0
+    assert client.post("/products/restock", json=body, headers=headers).status_code == 401
+    assert runner.invoke(args=["token", "revoke", "99999"]).exit_code == 1
