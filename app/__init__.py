@@ -3,9 +3,10 @@
 from flask import Flask
 from werkzeug.middleware.proxy_fix import ProxyFix
 
-from . import admin, api, auth, cli, database, errors
+from . import admin, api, auth, cli, database, errors, ratelimit
 from .config import ROOT, Settings, load_settings, with_secrets
 from .extensions import csrf, db, limiter, login, migrate, stock
+from .identity import Shoppers
 from .lane import PurchaseLane
 from .stock import connection_options
 
@@ -30,16 +31,20 @@ def create_app(settings: Settings | None = None) -> Flask:
     csrf.init_app(app)
     login.init_app(app)
     limiter.init_app(app)
+    ratelimit.init_app(app)
     errors.init_app(app)
 
     app.register_blueprint(api.bp)
     admin.init_app(app)
     cli.init_app(app)
 
-    app.wsgi_app = PurchaseLane(app.wsgi_app, stock, settings)
+    shoppers = Shoppers(settings) if settings.shopper_auth == "jwt" else None
+    app.extensions["shoppers"] = shoppers
+    app.wsgi_app = PurchaseLane(app.wsgi_app, stock, settings, shoppers)
     if settings.trusted_proxies:
-        hops = settings.trusted_proxies
-        app.wsgi_app = ProxyFix(app.wsgi_app, x_for=hops, x_proto=hops, x_host=hops)
+        # Each hop adds to X-Forwarded-For. X-Forwarded-Proto is set anew by the last one, and the
+        # host is taken from Host alone, so that a client can't choose it.
+        app.wsgi_app = ProxyFix(app.wsgi_app, x_for=settings.trusted_proxies, x_proto=1, x_host=0)
     return app
 
 
@@ -53,9 +58,11 @@ def flask_config(settings: Settings) -> dict:
         "SQLALCHEMY_ENGINE_OPTIONS": database.ENGINE_OPTIONS,
         "RATELIMIT_STORAGE_URI": limiter_url(settings.redis_url),
         "RATELIMIT_STORAGE_OPTIONS": connection_options(decode=False),
-        "RATELIMIT_HEADERS_ENABLED": True,
+        # Its own headers are an older draft's, with a Retry-After on answers that are no refusal.
+        "RATELIMIT_HEADERS_ENABLED": False,
         "RATELIMIT_KEY_PREFIX": "limits",
         "SESSION_COOKIE_HTTPONLY": True,
+        "SESSION_COOKIE_SECURE": settings.app_env == "production",
         "SESSION_COOKIE_SAMESITE": "Lax",
         # The purchase API has its own, tighter bound; this one is for the forms.
         "MAX_CONTENT_LENGTH": 64 * 1024,

@@ -8,6 +8,7 @@ from . import health, inventory, orders
 from .auth import token_required
 from .errors import api_error
 from .extensions import csrf, limiter, stock
+from .identity import AnotherShopper
 from .models import MAX_ID
 from .purchases import MAX_BODY_BYTES, VALID_KEY, InvalidRequest, read_integer, read_object
 
@@ -45,6 +46,10 @@ def list_orders(user: str):
         raise InvalidRequest(f"userId must be a whole number from 1 to {MAX_ID}", "userId")
     limit = query_integer("limit", 1, orders.MAX_LISTED) or 50
     before = query_integer("before", 1, MAX_ID)
+    if (shoppers := current_app.extensions["shoppers"]) and int(user) != shoppers.identify(
+        request.headers.get("Authorization")
+    ):
+        raise AnotherShopper("The token is another shopper's")
     queued = orders.queued_orders_of(int(user), limit, before)
     try:
         return jsonify(orders.orders_of(queued, int(user), limit, before))

@@ -93,7 +93,7 @@ def _database_url(value: str) -> str:
 
 def _path(value: str) -> Path:
     if not value:
-        raise ValueError("must name a directory")
+        raise ValueError("must name a path")
     return Path(value).expanduser().absolute()
 
 
@@ -150,6 +150,36 @@ class Settings:
         "purchase attempts of one client address (many shoppers share one behind a carrier); "
         "`off` disables",
     )
+    shopper_auth: str = setting(
+        "SHOPPER_AUTH",
+        "trusted",
+        _choice("trusted", "jwt"),
+        "`trusted` believes the `userId` of a request (behind a shop that vouches for it); `jwt` "
+        "asks each shopper for a bearer token whose `sub` is the `userId`",
+    )
+    jwt_secret: str | None = setting(
+        "JWT_SECRET", None, _text, "shared secret of HS256 tokens, 32 bytes or more"
+    )
+    jwt_key_file: Path | None = setting(
+        "JWT_KEY_FILE",
+        None,
+        _path,
+        "public key (PEM) or key set (JWKS) of RS256 or ES256 tokens, instead of `JWT_SECRET`",
+    )
+    jwt_issuer: str | None = setting("JWT_ISSUER", None, _text, "`iss` that a token must have")
+    jwt_audience: str | None = setting("JWT_AUDIENCE", None, _text, "`aud` that a token must have")
+    metrics_token: str | None = setting(
+        "METRICS_TOKEN", None, _text, "bearer token of `/metrics`; `ADMIN_API_TOKEN` when not set"
+    )
+    log_format: str = setting(
+        "LOG_FORMAT", "console", _choice("console", "json"), "form of the log lines"
+    )
+    log_level: str = setting(
+        "LOG_LEVEL",
+        "info",
+        _choice("debug", "info", "warning", "error"),
+        "least level that is logged; `debug` writes a line for every purchase",
+    )
     trusted_proxies: int = setting(
         "TRUSTED_PROXIES", 0, _integer(0, 10), "hops of X-Forwarded-For to believe"
     )
@@ -196,14 +226,25 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
 
 # Below this a session cookie could be forged by trying keys.
 MIN_SECRET_LENGTH = 16
+# In production a secret is a random one: 128 bits have 32 characters in hexadecimal.
+MIN_PRODUCTION_SECRET_LENGTH = 32
+MIN_DISTINCT_CHARACTERS = 8
+MIN_PRODUCTION_PASSWORD = 12
+DEFAULT_ADMIN_EMAIL = "admin@example.com"
+# RFC 7518, 3.2: a key of HS256 has at least the size of the hash.
+MIN_JWT_SECRET_BYTES = 32
 
 
 def with_secrets(settings: Settings) -> Settings:
     """Fill in the secrets that were not given: generated once, and kept in DATA_DIR.
 
     Raises SettingsError when SECRET_KEY is too short, or missing although both servers are given:
-    several machines would then each have generated a different one.
+    several machines would then each have generated a different one; and for settings that don't go
+    together.
     """
+    check_shopper_auth(settings)
+    if settings.app_env == "production":
+        check_production(settings)
     key = settings.secret_key
     if key is None and not (settings.embedded_redis or settings.embedded_postgres):
         raise SettingsError("SECRET_KEY is required when REDIS_URL and DATABASE_URL are set")
@@ -222,6 +263,54 @@ def with_secrets(settings: Settings) -> Settings:
             if getattr(settings, name) is None
         },
     )
+
+
+def check_shopper_auth(settings: Settings) -> None:
+    """Raise SettingsError for token settings that contradict each other or leave a check out."""
+    given = {
+        "JWT_SECRET": settings.jwt_secret,
+        "JWT_KEY_FILE": settings.jwt_key_file,
+        "JWT_ISSUER": settings.jwt_issuer,
+        "JWT_AUDIENCE": settings.jwt_audience,
+    }
+    if settings.shopper_auth == "trusted":
+        for name, value in given.items():
+            if value is not None:
+                # Whoever sets it believes that tokens are checked.
+                raise SettingsError(f"{name} is of no use without SHOPPER_AUTH=jwt")
+        return
+    if (settings.jwt_secret is None) == (settings.jwt_key_file is None):
+        raise SettingsError("SHOPPER_AUTH=jwt needs JWT_SECRET or JWT_KEY_FILE, one of them")
+    for name in ("JWT_ISSUER", "JWT_AUDIENCE"):
+        if given[name] is None:
+            raise SettingsError(f"SHOPPER_AUTH=jwt needs {name}")
+    if settings.jwt_secret and len(settings.jwt_secret.encode()) < MIN_JWT_SECRET_BYTES:
+        raise SettingsError(f"JWT_SECRET must have at least {MIN_JWT_SECRET_BYTES} bytes")
+
+
+def check_production(settings: Settings) -> None:
+    """Raise SettingsError for what is fine at home and dangerous in public."""
+    secrets_given = {
+        "SECRET_KEY": settings.secret_key,
+        "ADMIN_API_TOKEN": settings.admin_api_token,
+        "METRICS_TOKEN": settings.metrics_token,
+    }
+    for name, value in secrets_given.items():
+        if value is None:
+            if name != "METRICS_TOKEN":
+                raise SettingsError(f"APP_ENV=production needs {name}: none is generated")
+        elif len(value) < MIN_PRODUCTION_SECRET_LENGTH or len(set(value)) < MIN_DISTINCT_CHARACTERS:
+            raise SettingsError(
+                f"{name} is too weak for APP_ENV=production: use a random one, such as "
+                "`openssl rand -hex 32` prints"
+            )
+    if settings.admin_email == DEFAULT_ADMIN_EMAIL:
+        raise SettingsError("APP_ENV=production needs ADMIN_EMAIL: the first admin's own address")
+    if settings.admin_password is None or len(settings.admin_password) < MIN_PRODUCTION_PASSWORD:
+        raise SettingsError(
+            "APP_ENV=production needs ADMIN_PASSWORD of at least "
+            f"{MIN_PRODUCTION_PASSWORD} characters: none is generated"
+        )
 
 
 def kept_secret(path: Path, generate: Callable[[], str]) -> str:

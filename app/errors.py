@@ -9,6 +9,7 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from werkzeug.exceptions import HTTPException, TooManyRequests
 
 from .extensions import db
+from .identity import AnotherShopper, Unauthenticated
 from .inventory import Conflict, KeyMismatch, UnknownProduct
 from .orders import UnknownOrder
 from .purchases import InvalidRequest
@@ -78,6 +79,16 @@ def init_app(app: Flask) -> None:
     @app.errorhandler(InvalidRequest)
     def invalid(error: InvalidRequest):
         return show_error(400, str(error), **({"field": error.field} if error.field else {}))
+
+    @app.errorhandler(Unauthenticated)
+    def unauthenticated(error: Unauthenticated):
+        response = api_error(401, str(error))
+        response.headers["WWW-Authenticate"] = error.challenge
+        return response
+
+    @app.errorhandler(AnotherShopper)
+    def another_shopper(error: AnotherShopper):
+        return show_error(403, str(error))
 
     @app.errorhandler(UnknownProduct)
     def unknown_product(error: UnknownProduct):

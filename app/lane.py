@@ -9,7 +9,9 @@ import logging
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 
+from .addresses import client_of
 from .config import RateLimit, Settings
+from .identity import AnotherShopper, Shoppers, Unauthenticated
 from .purchases import MAX_BODY_BYTES, InvalidRequest, purchase
 from .stock import Claim, Stock, Unavailable
 
@@ -67,9 +69,13 @@ def rfc3339(milliseconds: int) -> str:
 class PurchaseLane:
     """WSGI middleware that answers POST /purchase completely, errors included."""
 
-    def __init__(self, app: Callable, stock: Stock, settings: Settings) -> None:
+    def __init__(
+        self, app: Callable, stock: Stock, settings: Settings, shoppers: Shoppers | None = None
+    ) -> None:
+        """`shoppers` tells who is asking by the request's token; None believes its userId."""
         self.app = app
         self.stock = stock
+        self.shoppers = shoppers
         self.user_policy = _policy("user", settings.purchase_user_limit)
         self.address_policy = _policy("address", settings.purchase_address_limit)
 
@@ -89,15 +95,23 @@ class PurchaseLane:
                 (("Allow", "POST"),),
             )
         try:
+            shopper = self.shoppers and self.shoppers.identify(environ.get("HTTP_AUTHORIZATION"))
+            address = environ.get("REMOTE_ADDR", "")
             claim = purchase(
                 self.stock,
                 read_body(environ),
                 environ.get("HTTP_IDEMPOTENCY_KEY"),
-                environ.get("REMOTE_ADDR", ""),
+                client_of(address) if ":" in address else address,
+                shopper,
             )
         except InvalidRequest as error:
             field = {"field": error.field} if error.field else {}
             return "400 Bad Request", error_body(str(error), "invalid_request", **field), ()
+        except Unauthenticated as error:
+            headers = (("WWW-Authenticate", error.challenge),)
+            return "401 Unauthorized", error_body(str(error), "unauthorized"), headers
+        except AnotherShopper as error:
+            return "403 Forbidden", error_body(str(error), "forbidden"), ()
         except UnreadableBody as error:
             return error.status, error.body, ()
         except Unavailable:

@@ -3,6 +3,7 @@
 import json
 import re
 
+from .identity import AnotherShopper
 from .models import MAX_ID
 from .stock import Claim, Stock
 
@@ -47,14 +48,18 @@ def read_integer(data: dict, name: str, low: int, high: int) -> int:
     return value
 
 
-def purchase(stock: Stock, body: bytes, key: str | None, address: str) -> Claim:
-    """Decide one purchase request.
+def purchase(
+    stock: Stock, body: bytes, key: str | None, address: str, shopper: int | None = None
+) -> Claim:
+    """Decide one purchase request, which must be the `shopper`'s own where one is given.
 
-    Raises InvalidRequest before anything is asked of Redis, and stock.Unavailable when Redis gave
-    no answer, so that the outcome is unknown.
+    Raises InvalidRequest and AnotherShopper before anything is asked of Redis, and stock.Unavailable
+    when Redis gave no answer, so that the outcome is unknown.
     """
     data = read_object(body)
     user_id = read_integer(data, "userId", 1, MAX_ID)
+    if shopper is not None and shopper != user_id:
+        raise AnotherShopper("The token is another shopper's")
     product_id = read_integer(data, "productId", 1, MAX_ID)
     # The product's own maximum is checked by the claim, which alone knows it.
     quantity = read_integer(data, "quantity", 1, MAX_ID) if "quantity" in data else 1
