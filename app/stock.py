@@ -5,11 +5,13 @@ command packed by hand. Everything else goes through an ordinary client.
 """
 
 import contextlib
+import json
 import logging
 import re
 import threading
 import time
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib import resources
 from typing import NamedTuple
 
@@ -63,7 +65,11 @@ class Keys:
     refused = "sale:{0}:refused"
     history = "sale:{0}:history"
     drain_lease = "sale:{0}:drain-lease"
+    # The newest ledger check, as JSON; and whose turn the next one is.
+    ledger = "sale:{0}:ledger"
+    ledger_turn = "sale:{0}:ledger-turn"
     workers = "sale:{0}:workers"
+    ledger = "sale:{0}:ledger"
 
     @staticmethod
     def product(product_id: int) -> str:
@@ -134,6 +140,37 @@ class View:
     products: dict[int, dict[str, int]]
 
 
+@dataclass(frozen=True)
+class Account:
+    """One product's counters in Redis, and its share of the outbox, for the ledger."""
+
+    on_sale: bool
+    free: int
+    moved: int
+    accepted: int
+    claimed: int
+    settled: int
+    settled_units: int
+    persisted: int
+    # In the outbox: already stored in PostgreSQL; and all together (only where counted).
+    overlap: int
+    overlap_units: int
+    waiting: int
+    waiting_units: int
+
+
+@dataclass(frozen=True)
+class Accounts:
+    """The Redis half of the ledger at one instant."""
+
+    generation: str
+    last_order_id: int
+    waiting: int
+    counted: bool
+    applied_movements: frozenset[int]
+    products: dict[int, Account]
+
+
 def connection_options(decode: bool) -> dict:
     """Options of every connection: bounded waits, and no silent second try of a command."""
     return {
@@ -196,14 +233,20 @@ class Stock:
         return outcome == "published"
 
     def move(
-        self, movement_id: int, product_id: int, units: int, user_id: int | None = None
+        self,
+        generation: str | None,
+        movement_id: int,
+        product_id: int,
+        units: int,
+        user_id: int | None = None,
     ) -> tuple[str, int]:
         """Apply a stock movement at most once: (applied | repeated | short | unknown, free stock).
 
-        With `user_id` the units also go back to what this user may still buy.
+        With `user_id` the units also go back to what this user may still buy. Raises Unprepared
+        when Redis holds another sale than `generation`.
         """
         keys = [Keys.generation, Keys.movements, Keys.product(product_id)]
-        args = [movement_id, units]
+        args = [movement_id, units, generation or ""]
         if user_id is not None:
             bucket, field = Keys.bought(product_id, user_id)
             keys.append(bucket)
@@ -286,6 +329,49 @@ class Stock:
             products=products,
         )
 
+    def accounts(
+        self,
+        product_ids: list[int],
+        stored_through: int,
+        movement_ids: list[int],
+        count_up_to: int,
+    ) -> Accounts:
+        """Return the Redis half of the ledger, read at one instant.
+
+        `stored_through` is the last order id known to be stored. An outbox of at most `count_up_to`
+        orders is counted entry by entry, which takes about 1 µs each and delays claims meanwhile.
+        """
+        keys = [Keys.generation, Keys.movements, Keys.outbox, Keys.order_ids]
+        keys += [Keys.product(product_id) for product_id in product_ids]
+        generation, last, waiting, counted, applied, accounts = self._run(
+            "account",
+            keys,
+            [stored_through, count_up_to, len(product_ids), *product_ids, *movement_ids],
+        )
+        return Accounts(
+            generation=generation,
+            last_order_id=int(last),
+            waiting=waiting,
+            counted=bool(counted),
+            applied_movements=frozenset(map(int, applied)),
+            products={
+                product_id: Account(bool(account[0]), *account[1:])
+                for product_id, account in zip(product_ids, accounts, strict=True)
+            },
+        )
+
+    def mend(self, generation: str, product_id: int, take: int, amounts: dict[str, int]) -> int:
+        """Lower a product's free stock, add to its counters; return the units taken, -1 for none."""
+        args = [generation, take, *(word for pair in amounts.items() for word in pair)]
+        return self._run("mend", [Keys.generation, Keys.product(product_id)], args)
+
+    def close(self, generation: str, issued: int = 0) -> bool:
+        """Refuse every claim and movement from now on; tell whether this call did it.
+
+        With `issued`, an order id surely given out, only if Redis has forgotten it.
+        """
+        return bool(self._run("close", [Keys.generation, Keys.order_ids], [generation, issued]))
+
     def product_ids(self) -> list[int]:
         """Return the ids of the products on sale in Redis, ascending."""
         try:
@@ -306,6 +392,48 @@ class Stock:
             return self.client.get(Keys.generation)
         except redis.RedisError as error:
             raise Unavailable(str(error)) from error
+
+    def newest_waiting(self, most: int) -> list[tuple[int, Entry]]:
+        """Return the orders that entered the outbox last, newest first."""
+        return self._entries(max="+", min="-", count=most)
+
+    def waiting_order(self, order_id: int) -> Entry | None:
+        """Return an order that waits in the outbox, None when it does not."""
+        found = self._entries(max=f"{order_id}-0", min=f"{order_id}-0", count=1)
+        return found[0][1] if found else None
+
+    def _entries(self, **bounds: object) -> list[tuple[int, Entry]]:
+        try:
+            found = self.client.xrevrange(Keys.outbox, **bounds)
+        except redis.RedisError as error:
+            raise Unavailable(str(error)) from error
+        entries = []
+        for stream_id, fields in found:
+            # What is no order at all becomes a dead letter, and is shown there.
+            with contextlib.suppress(ValueError):
+                entry = Entry.parse(fields.get("order", ""))
+                entries.append((int(stream_id.partition("-")[0]), entry))
+        return entries
+
+    def history(self, since: int, most: int = HISTORY_SAMPLES) -> list[tuple[int, dict]]:
+        """Return the samples from the second `since` on, the newest `most` of them, oldest first."""
+        try:
+            found = self.client.xrevrange(Keys.history, min=f"{since}-0", count=most)
+        except redis.RedisError as error:
+            raise Unavailable(str(error)) from error
+        return [
+            (int(stream_id.partition("-")[0]), json.loads(fields["sample"]))
+            for stream_id, fields in reversed(found)
+        ]
+
+    def clock(self) -> datetime:
+        """Return the time by which claims are judged, in whole milliseconds, rounded down."""
+        try:
+            seconds, microseconds = self.client.time()
+        except redis.RedisError as error:
+            raise Unavailable(str(error)) from error
+        whole = datetime.fromtimestamp(seconds, UTC)
+        return whole.replace(microsecond=microseconds // 1000 * 1000)
 
     def clear(self) -> None:
         """Delete every key of the sale, the generation first, so that claims are refused at once."""
