@@ -68,6 +68,8 @@ class Keys:
     # The newest ledger check, as JSON; and whose turn the next one is.
     ledger = "sale:{0}:ledger"
     ledger_turn = "sale:{0}:ledger-turn"
+    telemetry = "sale:{0}:telemetry"
+    processes = "sale:{0}:processes"
     workers = "sale:{0}:workers"
     ledger = "sale:{0}:ledger"
 
