@@ -83,9 +83,16 @@ class Server:
             raise CannotRun(f"can't reach {self.url.geturl()}{origin}: {error}") from None
         return connection
 
-    def call(self, method: str, path: str, body: object = None, **headers: str) -> Answer:
+    def call(
+        self,
+        method: str,
+        path: str,
+        body: object = None,
+        source: str | None = None,
+        **headers: str,
+    ) -> Answer:
         """Send one request over a connection of its own."""
-        with contextlib.closing(self.connect()) as connection:
+        with contextlib.closing(self.connect(source)) as connection:
             return self.prepare(connection, method, path, body, headers)()
 
     def prepare(
@@ -118,12 +125,12 @@ class Server:
 
         return send
 
-    def read(self, path: str) -> dict | list:
+    def read(self, path: str, source: str | None = None) -> dict | list:
         """GET what must be there, waiting as told when we ask too often."""
-        answer = self.call("GET", path)
-        while answer.status == 429:
-            time.sleep(int(answer.headers.get("retry-after", "1")))
-            answer = self.call("GET", path)
+        while (answer := self.call("GET", path, source=source)).status == 429:
+            wait = int(answer.headers.get("retry-after", "1"))
+            print(f"GET {path} answered 429: waiting {wait} s", file=sys.stderr)
+            time.sleep(wait)
         if answer.status != 200:
             raise CannotRun(f"GET {path} answered {answer.outcome}")
         return answer.body
@@ -163,15 +170,23 @@ def fresh_user() -> int:
     return random.randrange(10**9, 2**52)
 
 
+def fresh_addresses(count: int) -> list[str]:
+    """Return addresses of this machine that no run met before, of 127.0.0.0/8."""
+    first = IPv4Address("127.1.0.0") + random.randrange(2**23)
+    return [str(first + number) for number in range(count)]
+
+
 def rush(
-    server: Server, purchases: list[dict], key: str | None = None, addresses: bool = False
+    server: Server,
+    purchases: list[dict],
+    key: str | None = None,
+    sources: list[str | None] | None = None,
 ) -> list[Answer]:
     """Send all purchases at the same moment: connected and composed first, then let go together.
 
-    With `addresses` each comes from an address of its own in 127.0.0.0/8.
+    `sources` are the addresses they come from, when not all from the usual one.
     """
     _allow_open_files(len(purchases))
-    first = random.randrange(2**16, 2**23)
     start = threading.Barrier(len(purchases))
     answers = [Answer(failure="not sent")] * len(purchases)
 
@@ -183,8 +198,8 @@ def rush(
         shoppers = []
         threading.stack_size(THREAD_STACK_BYTES)
         for number, purchase in enumerate(purchases):
-            source = str(IPv4Address("127.0.0.0") + first + number) if addresses else None
-            connection = stack.enter_context(contextlib.closing(server.connect(source)))
+            connection = server.connect(sources[number] if sources else None)
+            stack.enter_context(contextlib.closing(connection))
             send = server.prepare(connection, "POST", "/purchase", purchase, _key_header(key))
             shoppers.append(threading.Thread(target=shop, args=(number, send), daemon=True))
         try:
