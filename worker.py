@@ -3,7 +3,6 @@
 Run as many as you like, on as many machines as you like.
 """
 
-import logging
 import os
 import socket
 import threading
@@ -14,14 +13,13 @@ from rq.serializers import JSONSerializer
 from app.jobs import orders_queue
 from app.relay import Relay, Sweeper, run_forever
 from app.stock import Keys
+from app.telemetry import Meter
 from wsgi import app
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s worker %(levelname)s %(message)s")
-    # RQ tells every job; at several batches a second that is noise.
-    logging.getLogger("rq.worker").setLevel(logging.WARNING)
     name = f"{socket.gethostname()}-{os.getpid()}"
+    Meter("worker").start()
     stopped = threading.Event()
     threads = [
         threading.Thread(target=run_forever, args=(app, step, stopped), name=step.__qualname__)

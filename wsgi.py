@@ -8,7 +8,7 @@ import atexit
 import contextlib
 import sys
 
-from app import create_app
+from app import create_app, logs
 from app.config import SettingsError, load_settings, with_secrets
 from app.embedded import EmbeddedError, servers
 
@@ -16,6 +16,8 @@ _open = contextlib.ExitStack()
 atexit.register(_open.close)
 
 try:
-    app = create_app(_open.enter_context(servers(with_secrets(load_settings()))))
+    settings = with_secrets(load_settings())
+    logs.configure(settings)
+    app = create_app(_open.enter_context(servers(settings)))
 except (SettingsError, EmbeddedError) as error:
     sys.exit(f"{error}")

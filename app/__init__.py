@@ -3,7 +3,7 @@
 from flask import Flask
 from werkzeug.middleware.proxy_fix import ProxyFix
 
-from . import admin, api, auth, cli, database, errors, ratelimit
+from . import admin, api, auth, cli, database, errors, headers, logs
 from .config import ROOT, Settings, load_settings, with_secrets
 from .extensions import csrf, db, limiter, login, migrate, stock
 from .identity import Shoppers
@@ -31,7 +31,8 @@ def create_app(settings: Settings | None = None) -> Flask:
     csrf.init_app(app)
     login.init_app(app)
     limiter.init_app(app)
-    ratelimit.init_app(app)
+    headers.init_app(app)
+    logs.init_app(app)
     errors.init_app(app)
 
     app.register_blueprint(api.bp)

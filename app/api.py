@@ -1,11 +1,12 @@
 """The JSON routes beside the purchase: lookups, metrics, products, restock, health."""
 
-from flask import Blueprint, current_app, g, jsonify, request, url_for
+from flask import Blueprint, Response, current_app, g, jsonify, request, url_for
+from prometheus_client import CONTENT_TYPE_LATEST
 from sqlalchemy.exc import SQLAlchemyError
 from werkzeug.exceptions import UnsupportedMediaType
 
-from . import health, inventory, orders
-from .auth import token_required
+from . import health, inventory, orders, telemetry
+from .auth import metrics_token_required, token_required
 from .errors import api_error
 from .extensions import csrf, limiter, stock
 from .identity import AnotherShopper
@@ -132,6 +133,14 @@ def restock():
     if done.replayed:
         response.headers["Idempotent-Replayed"] = "true"
     return response
+
+
+@bp.get("/metrics")
+@limiter.exempt
+@metrics_token_required
+def prometheus_metrics():
+    """Every figure in Prometheus's text format; of the whole sale, whichever process answers."""
+    return Response(telemetry.exposition(), content_type=CONTENT_TYPE_LATEST)
 
 
 @bp.get("/healthz")

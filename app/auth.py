@@ -75,6 +75,25 @@ def token_required(view):
     return guarded
 
 
+def metrics_token_required(view):
+    """Let only METRICS_TOKEN in, or ADMIN_API_TOKEN where there is none. No server is asked."""
+
+    @functools.wraps(view)
+    def guarded(*args, **kwargs):
+        settings = current_app.config["SETTINGS"]
+        expected = settings.metrics_token or settings.admin_api_token
+        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(
+            token.strip().encode(), expected.encode()
+        ):
+            response = api_error(401, "The metrics token is required")
+            response.headers["WWW-Authenticate"] = 'Bearer realm="metrics"'
+            return response
+        return view(*args, **kwargs)
+
+    return guarded
+
+
 def _token_name(token: str) -> str | None:
     expected = current_app.config["ADMIN_API_TOKEN"]
     if expected and hmac.compare_digest(token.encode(), expected.encode()):

@@ -3,6 +3,7 @@
 import rq
 from rq.serializers import JSONSerializer
 
+from . import telemetry
 from .drain import Drained, drain_batch
 from .extensions import db, stock
 from .stock import Keys
@@ -44,6 +45,8 @@ def persist_orders() -> str:
         db.session.remove()
         if not drained.busy:
             stock.raw_client.delete(Keys.drain_lease)
+    if drained.persisted:
+        telemetry.count_batch(drained.persisted)
     if drained.more:
         enqueue_drain()
     return str(drained)

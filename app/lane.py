@@ -8,15 +8,19 @@ import json
 import logging
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
+from time import perf_counter
 
 from .addresses import client_of
 from .config import RateLimit, Settings
 from .identity import AnotherShopper, Shoppers, Unauthenticated
+from .logs import PurchaseLog
 from .purchases import MAX_BODY_BYTES, InvalidRequest, purchase
 from .stock import Claim, Stock, Unavailable
+from .telemetry import Meter
 
 log = logging.getLogger(__name__)
 
+SOLD = "200 OK"
 JSON_TYPE = ("Content-Type", "application/json")
 # How long a client had best wait before it asks again about an unknown outcome.
 UNAVAILABLE_RETRY = ("Retry-After", "1")
@@ -76,13 +80,19 @@ class PurchaseLane:
         self.app = app
         self.stock = stock
         self.shoppers = shoppers
+        self.meter = Meter("web")
+        self.log = PurchaseLog(settings)
         self.user_policy = _policy("user", settings.purchase_user_limit)
         self.address_policy = _policy("address", settings.purchase_address_limit)
 
     def __call__(self, environ: dict, start_response: Callable) -> Iterable[bytes]:
         if environ["PATH_INFO"] != "/purchase":
             return self.app(environ, start_response)
+        started = perf_counter()
         status, body, headers = self.answer(environ)
+        if status != SOLD or "HTTP_X_REQUEST_ID" in environ or self.log.every:
+            headers = (*headers, self.log.note(environ, status, body))
+        self.meter.observe(status, perf_counter() - started)
         start_response(status, [JSON_TYPE, ("Content-Length", str(len(body))), *headers])
         return (body,)
 
@@ -121,10 +131,10 @@ class PurchaseLane:
             return "500 Internal Server Error", INTERNAL_ERROR, ()
         outcome = claim.outcome
         if outcome == b"accepted":
-            return "200 OK", b'{"status":"queued","orderId":%d}' % claim.detail, self.limits(claim)
+            return SOLD, b'{"status":"queued","orderId":%d}' % claim.detail, self.limits(claim)
         if outcome == b"replayed":
             body = b'{"status":"queued","orderId":%d}' % claim.detail
-            return "200 OK", body, (("Idempotent-Replayed", "true"),)
+            return SOLD, body, (("Idempotent-Replayed", "true"),)
         status, body = REFUSALS[outcome]
         if callable(body):
             body = body(claim.detail)
