@@ -7,6 +7,7 @@ import os
 import socket
 import threading
 
+import redis
 from rq import SimpleWorker
 from rq.serializers import JSONSerializer
 
@@ -15,6 +16,9 @@ from app.relay import Relay, Sweeper, run_forever
 from app.stock import Keys
 from app.telemetry import Meter
 from wsgi import app
+
+# RQ waits 15 s less than this for a job, and 10 s more for an answer from a connection that is dead.
+WORKER_TTL_SECONDS = 20
 
 
 def main() -> None:
@@ -28,11 +32,16 @@ def main() -> None:
     for thread in threads:
         thread.daemon = True
         thread.start()
+    # RQ blocks on its queue for seconds, and raises this client's timeout for it: one of its own.
+    connection = redis.Redis.from_url(app.config["SETTINGS"].redis_url, socket_connect_timeout=1)
     with app.app_context():
-        queue = orders_queue()
         # No fork per job (19 ms), and one queue: a worker of several can lose a job when killed.
         worker = SimpleWorker(
-            [queue], name=name, connection=queue.connection, serializer=JSONSerializer
+            [orders_queue(connection)],
+            name=name,
+            connection=connection,
+            serializer=JSONSerializer,
+            worker_ttl=WORKER_TTL_SECONDS,
         )
         worker.max_connection_wait_time = 1.0
         try:
@@ -41,7 +50,8 @@ def main() -> None:
             stopped.set()
             for thread in threads:
                 thread.join(timeout=5)
-            queue.connection.zrem(Keys.workers, name)
+            with contextlib.suppress(redis.RedisError):
+                connection.zrem(Keys.workers, name)
 
 
 if __name__ == "__main__":

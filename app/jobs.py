@@ -1,5 +1,6 @@
 """What RQ runs. A job only says "drain": the outbox is the truth, so a lost or doubled job is harmless."""
 
+import redis
 import rq
 from rq.serializers import JSONSerializer
 
@@ -17,9 +18,9 @@ FAILURE_TTL_SECONDS = 3600
 JOB_TIMEOUT_SECONDS = 30
 
 
-def orders_queue() -> rq.Queue:
+def orders_queue(connection: redis.Redis | None = None) -> rq.Queue:
     """Return the queue that every worker listens on. JSON, because pickle would run code."""
-    return rq.Queue(QUEUE, connection=stock.raw_client, serializer=JSONSerializer)
+    return rq.Queue(QUEUE, connection=connection or stock.raw_client, serializer=JSONSerializer)
 
 
 def enqueue_drain() -> rq.job.Job | None:
