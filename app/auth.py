@@ -177,6 +177,38 @@ def set_password(person: Staff, password: str, actor: Actor) -> None:
     db.session.commit()
 
 
+def set_active(person: Staff, active: bool, actor: Actor) -> None:
+    """Let a person in, or no longer; then every session of theirs ends with its next request."""
+    if person.active == active:
+        return
+    person.active = active
+    record(
+        actor,
+        "staff.activate" if active else "staff.deactivate",
+        f"staff {person.email}",
+        before={"active": not active},
+        after={"active": active},
+    )
+    db.session.commit()
+
+
+def set_role(person: Staff, role: str, actor: Actor) -> None:
+    """Change what a person may do, from their next request on. Raises InvalidRequest."""
+    if role not in ROLES:
+        raise InvalidRequest(f"role must be one of {', '.join(ROLES)}", "role")
+    if person.role == role:
+        return
+    record(
+        actor,
+        "staff.role",
+        f"staff {person.email}",
+        before={"role": person.role},
+        after={"role": role},
+    )
+    person.role = role
+    db.session.commit()
+
+
 # Checked when nobody has the address, so that an unknown one takes as long as a wrong password.
 _NOBODY = generate_password_hash(secrets.token_hex())
 

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from sqlalchemy import select, update
+from sqlalchemy import select, text
 from sqlalchemy.exc import IntegrityError
 
 from .audit import SYSTEM, Actor, record
@@ -30,6 +30,9 @@ RFC3339 = re.compile(
     r"\d{4}-\d{2}-\d{2}[Tt ]\d{2}:\d{2}:\d{2}(\.\d{1,9})?([Zz]|[+-]\d{2}:\d{2})"
 ).fullmatch
 MAX_REASON = 500
+# Held shared while a movement is carried out, alone while the sale in Redis is replaced: a movement
+# applied to the old sale is never marked as applied to the new one.
+SALE_LOCK = 7_316_003
 
 
 class UnknownProduct(LookupError):
@@ -228,6 +231,34 @@ def change_product(product_id: int, data: dict, actor: Actor) -> tuple[Product, 
     return products_with_stock(product_id)[0]
 
 
+def open_now(product_id: int, actor: Actor) -> tuple[Product, int]:
+    """Let the next purchase through: open, not paused, not ended. Errors as in change_product."""
+    now, product = _moment_of_change(product_id)
+    terms: dict[str, object] = {"paused": False}
+    if product.opens_at and product.opens_at > now:
+        terms["opensAt"] = now.isoformat()
+    if product.closes_at and product.closes_at <= now:
+        terms["closesAt"] = None
+    return change_product(product_id, terms, actor)
+
+
+def end_now(product_id: int, actor: Actor) -> tuple[Product, int]:
+    """Refuse the next purchase as ended. Errors as in change_product."""
+    now, product = _moment_of_change(product_id)
+    terms: dict[str, object] = {"closesAt": now.isoformat()}
+    if product.opens_at and product.opens_at >= now:
+        terms["opensAt"] = None
+    return change_product(product_id, terms, actor)
+
+
+def _moment_of_change(product_id: int) -> tuple[datetime, Product]:
+    """Return the time by the clock that judges claims, or "now" might be a moment too late."""
+    product = db.session.get(Product, product_id)
+    if product is None:
+        raise UnknownProduct(product_id)
+    return stock.clock(), product
+
+
 def _check_window(opens_at: datetime | None, closes_at: datetime | None) -> None:
     if opens_at and closes_at and opens_at >= closes_at:
         raise InvalidRequest("closesAt must be after opensAt", "closesAt")
@@ -235,8 +266,16 @@ def _check_window(opens_at: datetime | None, closes_at: datetime | None) -> None
 
 def _require_sale() -> None:
     """Refuse a change while Redis can't carry it out. Raises stock.Unavailable."""
-    if stock.generation() is None:
+    held = stock.generation()
+    if held is None:
         raise Unprepared("the sale is not in Redis")
+    if held != expected_generation():
+        raise Unprepared("Redis holds another sale")
+
+
+def expected_generation() -> str | None:
+    """Return the name of the sale that Redis should hold, None before the first one."""
+    return db.session.execute(text("SELECT generation FROM sale")).scalar()
 
 
 def _milliseconds(moment: datetime | None) -> int | None:
@@ -354,26 +393,35 @@ def correct(product_id: int, units: int, reason: str, actor: Actor) -> int:
 def apply_movement(movement: StockMovement) -> int:
     """Carry a recorded movement out in Redis and mark it applied; return the free stock.
 
-    Safe to repeat, and safe for two at once. Raises stock.Unavailable; raises Conflict, and removes
-    the movement, when a correction would take more than is free.
+    Safe to repeat, and safe for two at once: the second waits for the first. Raises
+    stock.Unavailable; raises Conflict, and removes the movement, when a correction would take more
+    than is free.
     """
-    outcome, free = stock.move(movement.id, movement.product_id, movement.units, movement.user_id)
+    movement_id = movement.id
+    db.session.execute(text(f"SELECT pg_advisory_xact_lock_shared({SALE_LOCK})"))
+    generation = expected_generation()
+    movement = db.session.get(
+        StockMovement, movement_id, with_for_update=True, populate_existing=True
+    )
+    if movement is None:
+        db.session.rollback()
+        raise Conflict("The movement was refused: too few units were free", "insufficient_stock")
+    if movement.applied_at is not None:
+        db.session.commit()
+        return movement.stock_after
+    identity = (movement_id, movement.product_id, movement.units, movement.user_id)
+    outcome, free = stock.move(generation, *identity)
     if outcome == "unknown":
         publish(db.session.get(Product, movement.product_id))
-        outcome, free = stock.move(
-            movement.id, movement.product_id, movement.units, movement.user_id
-        )
+        outcome, free = stock.move(generation, *identity)
     if outcome == "short":
         target, units = f"product {movement.product_id}", movement.units
         db.session.delete(movement)
         record(SYSTEM, "movement.refused", target, before={"units": units}, after={"free": free})
         db.session.commit()
         raise Conflict(f"Only {free} units are free", "insufficient_stock")
-    db.session.execute(
-        update(StockMovement)
-        .where(StockMovement.id == movement.id, StockMovement.applied_at.is_(None))
-        .values(applied_at=datetime.now(UTC), stock_after=free)
-    )
+    movement.applied_at = datetime.now(UTC)
+    movement.stock_after = free
     db.session.commit()
     return free
 
@@ -394,6 +442,26 @@ def finish_pending() -> int:
         except Conflict:
             continue
     return len(pending)
+
+
+def movements_of(
+    product_id: int, before: int | None = None, limit: int = 50
+) -> list[StockMovement]:
+    """Return a product's movements, newest first."""
+    query = (
+        select(StockMovement)
+        .where(StockMovement.product_id == product_id)
+        .order_by(StockMovement.id.desc())
+        .limit(limit)
+    )
+    if before is not None:
+        query = query.where(StockMovement.id < before)
+    return list(db.session.scalars(query))
+
+
+def names() -> dict[int, str]:
+    """Return the name of every product, by its id."""
+    return dict(db.session.execute(select(Product.id, Product.name).order_by(Product.id)).all())
 
 
 def totals() -> dict[int, ProductTotals]:
