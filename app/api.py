@@ -1,11 +1,11 @@
 """The JSON routes beside the purchase: lookups, metrics, products, restock, health."""
 
-from flask import Blueprint, Response, current_app, g, jsonify, request, url_for
+from flask import Blueprint, Response, current_app, g, jsonify, render_template, request, url_for
 from prometheus_client import CONTENT_TYPE_LATEST
 from sqlalchemy.exc import SQLAlchemyError
 from werkzeug.exceptions import UnsupportedMediaType
 
-from . import health, inventory, orders, telemetry
+from . import health, inventory, openapi, orders, telemetry
 from .auth import metrics_token_required, token_required
 from .errors import api_error
 from .extensions import csrf, limiter, stock
@@ -17,6 +17,8 @@ bp = Blueprint("api", __name__)
 # No cookie speaks here, so there is nothing that another site could misuse.
 csrf.exempt(bp)
 
+# One style sheet of our own, and nothing else.
+DOCS_POLICY = "default-src 'none'; style-src 'self'; img-src data:; frame-ancestors 'none'"
 LOOKUP_LIMIT = "600/minute"
 ADMIN_LIMIT = "600/minute"
 
@@ -133,6 +135,23 @@ def restock():
     if done.replayed:
         response.headers["Idempotent-Replayed"] = "true"
     return response
+
+
+@bp.get("/openapi.json")
+@limiter.exempt
+def openapi_document():
+    """The API for programs."""
+    return Response(openapi.document_bytes(), mimetype="application/json")
+
+
+@bp.get("/docs")
+@limiter.exempt
+def docs():
+    """The API for people."""
+    page = render_template(
+        "docs.html", document=openapi.document(), operations=openapi.operations()
+    )
+    return page, {"Content-Security-Policy": DOCS_POLICY}
 
 
 @bp.get("/metrics")

@@ -1,0 +1,355 @@
+"""The document (OpenAPI 3.1): which operations there are, and what each answers.
+
+Written by hand beside the contract; the tests hold it against the routes and the running server.
+"""
+
+import json
+from functools import cache
+
+from .components import (
+    HEADERS,
+    ID,
+    KEY,
+    LIMIT_HEADERS,
+    MAX_LISTED,
+    ORDER,
+    PRODUCT,
+    PRODUCT_ID,
+    REQUEST_ID,
+    SCHEMAS,
+    body,
+    failures,
+    integer,
+    json_content,
+    json_object,
+    ok,
+    operation,
+    parameter,
+    ref,
+)
+
+INTRODUCTION = """\
+Sells exactly the stock there is. A purchase is answered as soon as it is decided; the order is \
+stored in the database shortly after.
+
+* Send an `Idempotency-Key` with a purchase, and repeat the request with the same key whenever no \
+answer came: it is made once, and answered the same.
+* A 5xx or no answer means that the outcome is unknown. Everything else is final, but for a 429.
+* Errors have one form: `error` for people, `code` for programs, and `field` where one is wrong.
+* `X-Request-Id` is taken over from a request, and found again in the server's log lines."""
+
+
+SHOPPER = [{}, {"shopper": []}]
+ADMIN = [{"admin": []}]
+RATE_NOTE = "The body's shape is checked first, then replay, rate, product, window, cap, stock."
+
+
+def _paths() -> dict:
+    product = json_content(ref("schemas", "Product"), product=PRODUCT)
+    refused = ("sold_out", "insufficient_stock", "not_open", "paused", "ended", "purchase_limit")
+    conflict = (
+        "Not sold: `code` tells why. `Retry-After` comes with `not_open` alone",
+        refused,
+        (*LIMIT_HEADERS, "Retry-After"),
+    )
+    health = json_content(
+        ref("schemas", "Health"),
+        ready={"status": "ok", "checks": {"redis": {"ok": True, "state": "reachable"}}},
+    )
+    readiness = {
+        "200": ok("Ready", health, ()),
+        "503": ok("Not ready; each part is named with its state", health, ()),
+        **failures(),
+    }
+    purchased = ok(
+        "Bought. A replay has the same body",
+        json_content(ref("schemas", "Purchased"), bought={"status": "queued", "orderId": 17}),
+        (*LIMIT_HEADERS, "Idempotent-Replayed"),
+    )
+    purchased["links"] = {
+        "orders": {
+            "operationId": "listOrders",
+            "parameters": {"userId": "$request.body#/userId"},
+            "description": "the order is listed at once",
+        }
+    }
+    created = ok("Created, and on sale", product, (*LIMIT_HEADERS, "Location"))
+    created["links"] = {
+        name: {"operationId": name, "parameters": {"productId": "$response.body#/id"}}
+        for name in ("showProduct", "changeProduct")
+    }
+    before = parameter("before", "query", ID, "orders with a smaller id: the next page")
+    return {
+        "/purchase": {
+            "post": operation(
+                "Buying",
+                "purchase",
+                "Buy",
+                {
+                    "200": purchased,
+                    **failures(
+                        400,
+                        401,
+                        403,
+                        404,
+                        409,
+                        413,
+                        415,
+                        422,
+                        429,
+                        503,
+                        s409=conflict,
+                        s404=("There is no such product", ["unknown_product"], LIMIT_HEADERS),
+                    ),
+                },
+                description=RATE_NOTE,
+                security=SHOPPER,
+                parameters=[KEY, REQUEST_ID],
+                requestBody=body("Purchase", one={"userId": 1, "productId": 1, "quantity": 1}),
+            )
+        },
+        "/purchase/orders/{userId}": {
+            "get": operation(
+                "Buying",
+                "listOrders",
+                "A user's orders, newest first",
+                {
+                    "200": ok(
+                        "The orders; those of the last moment included",
+                        json_content(
+                            {
+                                "type": "array",
+                                "items": ref("schemas", "Order"),
+                                "maxItems": MAX_LISTED,
+                            },
+                            orders=[ORDER],
+                        ),
+                    ),
+                    **failures(400, 401, 403, 429, 503),
+                },
+                security=SHOPPER,
+                parameters=[
+                    parameter("userId", "path", ID, "whose"),
+                    parameter(
+                        "limit", "query", integer(1, MAX_LISTED, default=50), "at most so many"
+                    ),
+                    before,
+                    REQUEST_ID,
+                ],
+            )
+        },
+        "/purchase/metrics": {
+            "get": operation(
+                "Buying",
+                "metrics",
+                "The sale in figures",
+                {
+                    "200": ok(
+                        "Totals over all products, or of one",
+                        json_content(
+                            ref("schemas", "Metrics"),
+                            figures={
+                                "stock_remaining": 45,
+                                "queue_depth": 0,
+                                "total_processed": 55,
+                            },
+                        ),
+                    ),
+                    **failures(400, 404, 429, 503),
+                },
+                parameters=[
+                    parameter("productId", "query", ID, "of this product alone"),
+                    REQUEST_ID,
+                ],
+            )
+        },
+        "/products": {
+            "get": operation(
+                "Products",
+                "listProducts",
+                "The products on sale",
+                {
+                    "200": ok(
+                        "Every product",
+                        json_content(
+                            {"type": "array", "items": ref("schemas", "Product")},
+                            products=[PRODUCT],
+                        ),
+                    ),
+                    **failures(429, 503),
+                },
+                parameters=[REQUEST_ID],
+            ),
+            "post": operation(
+                "Products",
+                "createProduct",
+                "Put a product on sale",
+                {"201": created, **failures(400, 401, 413, 415, 429, 503)},
+                security=ADMIN,
+                parameters=[REQUEST_ID],
+                requestBody=body(
+                    "NewProduct",
+                    item={
+                        "name": "Flash-sale item",
+                        "priceCents": 99_999,
+                        "currency": "USD",
+                        "stock": 100,
+                    },
+                ),
+            ),
+        },
+        "/products/{productId}": {
+            "get": operation(
+                "Products",
+                "showProduct",
+                "One product",
+                {"200": ok("The product", product), **failures(404, 429, 503)},
+                parameters=[PRODUCT_ID, REQUEST_ID],
+            ),
+            "patch": operation(
+                "Products",
+                "changeProduct",
+                "Change terms of sale",
+                {
+                    "200": ok("The product; the change binds the next purchase", product),
+                    **failures(400, 401, 404, 413, 415, 429, 503),
+                },
+                security=ADMIN,
+                parameters=[PRODUCT_ID, REQUEST_ID],
+                requestBody=body("ProductChange", pause={"paused": True}),
+            ),
+        },
+        "/products/restock": {
+            "post": operation(
+                "Products",
+                "restock",
+                "Add units to a product's stock",
+                {
+                    "200": ok(
+                        "Added; a replay has the same body",
+                        json_content(
+                            ref("schemas", "Restocked"),
+                            added={"productId": 1, "amount": 50, "stock_remaining": 95},
+                        ),
+                        (*LIMIT_HEADERS, "Idempotent-Replayed"),
+                    ),
+                    **failures(400, 401, 404, 413, 415, 422, 429, 503),
+                },
+                security=ADMIN,
+                parameters=[KEY, REQUEST_ID],
+                requestBody=body("Restock", fifty={"productId": 1, "amount": 50}),
+            )
+        },
+        "/healthz": {
+            "get": operation(
+                "Operation",
+                "alive",
+                "Whether the process answers",
+                {
+                    "200": ok(
+                        "It does",
+                        json_content(
+                            json_object({"status": {"const": "ok"}}), alive={"status": "ok"}
+                        ),
+                        (),
+                    ),
+                    **failures(),
+                },
+                parameters=[REQUEST_ID],
+            )
+        },
+        "/readyz": {
+            "get": operation(
+                "Operation",
+                "ready",
+                "Whether each part that a sale needs is there",
+                readiness,
+                parameters=[REQUEST_ID],
+            )
+        },
+        "/health": {
+            "get": operation(
+                "Operation", "health", "The same as /readyz", readiness, parameters=[REQUEST_ID]
+            )
+        },
+        "/metrics": {
+            "get": operation(
+                "Operation",
+                "prometheusMetrics",
+                "Every figure, for Prometheus",
+                {
+                    "200": ok(
+                        "Text format of Prometheus",
+                        {"text/plain": {"schema": {"type": "string"}}},
+                        (),
+                    ),
+                    **failures(401),
+                },
+                security=[{"metrics": []}],
+                parameters=[REQUEST_ID],
+            )
+        },
+        "/openapi.json": {
+            "get": operation(
+                "Operation",
+                "openapi",
+                "This document",
+                {"200": ok("OpenAPI 3.1", json_content({"type": "object"}), ()), **failures()},
+                parameters=[REQUEST_ID],
+            )
+        },
+        "/docs": {
+            "get": operation(
+                "Operation",
+                "docs",
+                "This document, to be read",
+                {
+                    "200": ok("A page", {"text/html": {"schema": {"type": "string"}}}, ()),
+                    **failures(),
+                },
+                parameters=[REQUEST_ID],
+            )
+        },
+    }
+
+
+def _bearer(meaning: str, **more: str) -> dict:
+    return {"type": "http", "scheme": "bearer", "description": meaning, **more}
+
+
+@cache
+def document() -> dict:
+    """Return the document."""
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "Flash sale", "version": "1.0.0", "description": INTRODUCTION},
+        "servers": [{"url": "/"}],
+        "tags": [{"name": name} for name in ("Buying", "Products", "Operation")],
+        "paths": _paths(),
+        "components": {
+            "schemas": SCHEMAS,
+            "headers": {
+                name: {
+                    "description": meaning,
+                    "schema": {"type": "string", "pattern": pattern},
+                    "example": example,
+                }
+                for name, (pattern, example, meaning) in HEADERS.items()
+            },
+            "securitySchemes": {
+                "shopper": _bearer(
+                    "A shopper's token whose `sub` is the userId; asked for where the operator "
+                    "has set `SHOPPER_AUTH=jwt`",
+                    bearerFormat="JWT",
+                ),
+                "admin": _bearer("An API token (`flask token create`)"),
+                "metrics": _bearer("`METRICS_TOKEN`, or `ADMIN_API_TOKEN` where it is not set"),
+            },
+        },
+    }
+
+
+@cache
+def document_bytes() -> bytes:
+    """Return the document as JSON."""
+    return json.dumps(document(), separators=(",", ":")).encode()

@@ -1,0 +1,105 @@
+"""The document rearranged as the page at /docs reads it: everything looked up, nothing nested."""
+
+import json
+from functools import cache
+
+from .document import document
+
+METHODS = ("get", "post", "patch", "put", "delete")
+# Told once for all operations; a list of them below each would hide what is particular.
+COMMON = ("X-Request-Id",)
+
+
+@cache
+def operations() -> dict[str, list[dict]]:
+    """Return {tag: operations}, each with what the page shows of it."""
+    tagged: dict[str, list[dict]] = {tag["name"]: [] for tag in document()["tags"]}
+    for path, item in document()["paths"].items():
+        for method in METHODS:
+            if method in item:
+                tagged[item[method]["tags"][0]].append(_operation(method, path, item[method]))
+    return tagged
+
+
+def _operation(method: str, path: str, operation: dict) -> dict:
+    body = operation.get("requestBody", {}).get("content", {}).get("application/json")
+    return {
+        "id": operation["operationId"],
+        "method": method.upper(),
+        "path": path,
+        "summary": operation["summary"],
+        "description": operation.get("description", ""),
+        "security": [name for entry in operation.get("security", ()) for name in entry],
+        "parameters": [
+            {
+                "name": parameter["name"],
+                "where": parameter["in"],
+                "required": parameter["required"],
+                "type": _type(parameter["schema"]),
+                "meaning": parameter["description"],
+            }
+            for parameter in operation.get("parameters", ())
+            if parameter["name"] not in COMMON
+        ],
+        "fields": _fields(body["schema"]) if body else [],
+        "example": _example(body) if body else "",
+        "responses": [
+            _response(status, response) for status, response in operation["responses"].items()
+        ],
+    }
+
+
+def _response(status: str, response: dict) -> dict:
+    content = next(iter(response.get("content", {}).values()), {})
+    examples = [example["value"] for example in content.get("examples", {}).values()]
+    fails = int(status) >= 400 and all("code" in example for example in examples)
+    return {
+        "status": status,
+        "meaning": response["description"],
+        "codes": [example["code"] for example in examples] if fails else [],
+        "headers": [name for name in response["headers"] if name not in COMMON],
+        "example": "" if fails and len(examples) > 1 else _example(content),
+    }
+
+
+def _example(content: dict) -> str:
+    examples = list(content.get("examples", {}).values())
+    return json.dumps(examples[0]["value"], indent=2) if examples else ""
+
+
+def _resolve(schema: dict) -> dict:
+    if "$ref" in schema:
+        schema = document()["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
+    return schema
+
+
+def _fields(schema: dict, required: frozenset = frozenset()) -> list[dict]:
+    schema = _resolve(schema)
+    required = required | set(schema.get("required", ()))
+    fields = [field for part in schema.get("allOf", ()) for field in _fields(part, required)]
+    return fields + [
+        {
+            "name": name,
+            "required": name in required,
+            "type": _type(entry),
+            "meaning": entry.get("description", ""),
+        }
+        for name, entry in schema.get("properties", {}).items()
+    ]
+
+
+def _type(schema: dict) -> str:
+    """Return the type and its bounds in a few words."""
+    schema = _resolve(schema)
+    kinds = schema.get("type", "value")
+    words = " or ".join(kinds) if isinstance(kinds, list) else kinds
+    if "format" in schema:
+        words += f" ({schema['format']})"
+    low, high = schema.get("minimum"), schema.get("maximum")
+    if low is not None:
+        words += f", {low:,} … {high:,}"
+    if "maxLength" in schema:
+        words += f", {schema.get('minLength', 0)} … {schema['maxLength']} characters"
+    if "default" in schema:
+        words += f"; default {json.dumps(schema['default'])}"
+    return words
