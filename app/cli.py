@@ -6,23 +6,28 @@ from flask import Flask, current_app
 from flask.cli import AppGroup, with_appcontext
 from sqlalchemy import select, text
 
-from . import auth, recovery
+from . import auth, deadletters, inventory, ledger, recovery
 from .audit import CLI
-from .extensions import db, stock
-from .inventory import Conflict
-from .models import ApiToken, Sale, Staff
+from .extensions import db
+from .inventory import MAX_REASON, Conflict, UnknownProduct
+from .models import ApiToken, Staff
 from .purchases import InvalidRequest
 from .stock import Unavailable
 
 # Two starts at once must not migrate at once.
 PREPARE_LOCK = 7_316_002
 
+ledger_commands = AppGroup("ledger", help="The proof that stock and orders agree to the unit.")
+dead_letters = AppGroup("dead-letters", help="Orders that could not be stored.")
+stock_commands = AppGroup("stock", help="The stock of products.")
 staff = AppGroup("staff", help="People who may sign in to /admin.")
 token = AppGroup("token", help="Bearer tokens of the admin API.")
 
 
 def init_app(app: Flask) -> None:
-    for command in (prepare, seed, staff, token):
+    for command in (
+        prepare, seed, rebuild, ledger_commands, dead_letters, stock_commands, staff, token,
+    ):  # fmt: skip
         app.cli.add_command(command)
 
 
@@ -58,6 +63,162 @@ def seed(yes: bool) -> None:
     except Unavailable as error:
         raise click.ClickException(f"Redis: {error}") from None
     click.echo(f"Product {product_id} is on sale with 100 items.")
+
+
+@click.command()
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--replace", is_flag=True, help="Delete the other sale that Redis holds.")
+@with_appcontext
+def rebuild(yes: bool, replace: bool) -> None:
+    """Make the sale in Redis anew from PostgreSQL, after Redis lost it."""
+    if not yes:
+        click.confirm("Nothing is sold until this is done, some seconds. Go on?", abort=True)
+    try:
+        report = recovery.rebuild(CLI, replace)
+    except recovery.ForeignSale as error:
+        raise click.ClickException(f"{error}: use --replace if it may go") from None
+    except (Conflict, Unavailable) as error:
+        raise click.ClickException(str(error)) from None
+    click.echo(report)
+
+
+@ledger_commands.command("check")
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+@with_appcontext
+def check_ledger(as_json: bool) -> None:
+    """Prove every product's ledger, while selling goes on; exits with 1 when one is wrong."""
+    try:
+        result = ledger.check(rows=True)
+    except (Unavailable, ledger.Unquiet) as error:
+        raise click.ClickException(str(error)) from None
+    if as_json:
+        click.echo(result.as_json())
+    else:
+        for product in result.products.values():
+            click.echo(
+                f"product {product.product_id}: {product.moved} put on sale "
+                f"- {product.stored} stored - {product.queued} waiting "
+                f"= {product.expected_free}, free {product.free}: "
+                f"{'ok' if product.ok else 'WRONG'}"
+            )
+            for problem in product.problems:
+                click.echo(f"  {problem}")
+        for problem in result.problems:
+            click.echo(problem)
+    if result.ok:
+        return
+    if not as_json:
+        for product in result.products.values():
+            if not product.ok:
+                show_differences(product.product_id)
+    raise SystemExit(1)
+
+
+def show_differences(product_id: int) -> None:
+    found = ledger.differences(product_id)
+    for first, last in found.missing_orders:
+        click.echo(f"  issued and nowhere: order {first}" + (f" to {last}" if last > first else ""))
+    for name, ids in (
+        ("stored but never issued: order", found.unknown_orders),
+        ("marked as applied, but not in Redis: movement", found.unapplied_movements),
+        ("listed as waiting, but not in the outbox: order", found.not_waiting),
+    ):
+        for found_id in ids:
+            click.echo(f"  {name} {found_id}")
+
+
+@ledger_commands.command("repair")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@with_appcontext
+def repair_ledger(yes: bool) -> None:
+    """Set Redis' counters right. Free stock is only ever lowered."""
+    try:
+        planned = ledger.plan_repair(ledger.check())
+        if not planned:
+            click.echo("There is nothing to repair.")
+            return
+        for step in planned:
+            show_repair(step, "to take")
+        if not yes:
+            click.confirm("Go on?", abort=True)
+        for step in ledger.repair(CLI):
+            show_repair(step, "taken")
+    except (Unavailable, ledger.Unquiet, Conflict) as error:
+        raise click.ClickException(str(error)) from None
+
+
+def show_repair(step: ledger.Repair, verb: str) -> None:
+    amounts = ", ".join(f"{name} {amount:+}" for name, amount in step.amounts.items()) or "none"
+    click.echo(f"product {step.product_id}: {step.take} free units {verb}; counters: {amounts}")
+    if step.held_back:
+        click.echo(f"  {step.held_back} units stay held back; `flask rebuild` releases them")
+
+
+@dead_letters.command("list")
+@click.option("--state", type=click.Choice(["open", "replayed", "abandoned", "all"]),
+              default="open", show_default=True)  # fmt: skip
+@click.option("--limit", default=50, show_default=True)
+@with_appcontext
+def list_dead_letters(state: str, limit: int) -> None:
+    """Show the newest dead letters."""
+    filters = deadletters.Filters(state=None if state == "all" else state)
+    for letter in deadletters.list_letters(filters, limit=limit):
+        click.echo(
+            f"{letter.id}  {letter.resolution or 'open'}  order {letter.order_id or '?'}  "
+            f"user {letter.user_id or '?'}  product {letter.product_id or '?'}  "
+            f"quantity {letter.quantity or '?'}  {letter.error}"
+        )
+
+
+def _resolve(act, ids: tuple[int, ...], reason: str) -> None:
+    try:
+        results = act(list(ids), reason.strip()[:MAX_REASON], CLI)
+    except Unavailable as error:
+        raise click.ClickException(str(error)) from None
+    for result in results:
+        click.echo(f"{result.letter_id}: {result.message}")
+    if not all(result.done for result in results):
+        raise SystemExit(1)
+
+
+@dead_letters.command("replay")
+@click.argument("ids", type=int, nargs=-1, required=True)
+@click.option("--reason", required=True)
+@with_appcontext
+def replay_dead_letters(ids: tuple[int, ...], reason: str) -> None:
+    """Store the orders after all; their stock is held already."""
+    _resolve(deadletters.replay, ids, reason)
+
+
+@dead_letters.command("abandon")
+@click.argument("ids", type=int, nargs=-1, required=True)
+@click.option("--reason", required=True)
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@with_appcontext
+def abandon_dead_letters(ids: tuple[int, ...], reason: str, yes: bool) -> None:
+    """Give the orders up and return their units to free stock."""
+    effects = deadletters.effect_of(list(ids))
+    units = sum(effect.returned_units for effect in effects)
+    click.echo(f"{len(effects)} open letters; {units} units would return to free stock.")
+    if not yes:
+        click.confirm("Go on?", abort=True)
+    _resolve(deadletters.abandon, ids, reason)
+
+
+@stock_commands.command("correct", context_settings={"ignore_unknown_options": True})
+@click.argument("product_id", type=int)
+@click.argument("units", type=int)
+@click.option("--reason", required=True)
+@with_appcontext
+def correct_stock(product_id: int, units: int, reason: str) -> None:
+    """Add UNITS, or take them away when negative, because a count was wrong."""
+    try:
+        free = inventory.correct(product_id, units, reason.strip()[:MAX_REASON], CLI)
+    except UnknownProduct:
+        raise click.ClickException(f"There is no product {product_id}") from None
+    except (InvalidRequest, Conflict, Unavailable) as error:
+        raise click.ClickException(str(error)) from None
+    click.echo(f"Product {product_id} has {free} free units.")
 
 
 @staff.command("create")

@@ -6,9 +6,10 @@ either nothing stored, or orders stored that are still in the outbox and are rec
 
 import logging
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psycopg2
+from psycopg2 import errors
 
 from .extensions import db, stock
 from .stock import ENTRY
@@ -25,8 +26,8 @@ DRAIN_LOCK = 7_316_001
 BEGIN = f"""
     SET LOCAL idle_in_transaction_session_timeout = '2s';
     SET LOCAL statement_timeout = '10s';
-    SELECT pg_try_advisory_xact_lock({DRAIN_LOCK})
-"""
+    SELECT pg_try_advisory_xact_lock({DRAIN_LOCK}), (SELECT generation FROM sale)
+"""  # noqa: S608
 INSERT_BATCH = """
     INSERT INTO batches (job_id, worker, first_order_id, last_order_id, orders, dead_letters)
     VALUES (%s, %s, %s, %s, %s, 0) RETURNING id
@@ -39,6 +40,8 @@ INSERT_ORDERS = """
     FROM unnest(%s::bigint[], %s::bigint[], %s::bigint[], %s::int[], %s::bigint[], %s::text[],
                 %s::bigint[], %s::text[])
          AS entry (id, user_id, product_id, quantity, cents, currency, claimed_ms, key)
+    -- A dead letter read again (the trim failed) stays one: somebody may have abandoned it since.
+    WHERE NOT EXISTS (SELECT FROM dead_letters WHERE stream_id = entry.id || '-0')
     ON CONFLICT DO NOTHING
 """
 SELECT_STORED = """
@@ -97,34 +100,36 @@ def drain_batch(job_id: str, worker: str, most: int = BATCH_ORDERS) -> Drained:
     try:
         with connection.cursor() as cursor:
             cursor.execute(BEGIN)
-            if not cursor.fetchone()[0]:
+            locked, generation = cursor.fetchone()
+            if not locked:
                 return Drained(busy=True)
-            generation = stock.generation()
+            if stock.generation() != generation:
+                # Another sale's orders, or a rebuild at work, which stores what waits by itself.
+                return Drained()
             entries = stock.read_outbox(most)
             if not entries:
                 return Drained()
             rows = [Row(stream_id, fields) for stream_id, fields in entries]
-            cursor.execute(
-                INSERT_BATCH, (job_id, worker, rows[0].order_id, rows[-1].order_id, len(rows))
-            )
-            batch_id = cursor.fetchone()[0]
-            dead, inserted = _store(cursor, batch_id, rows)
-            if inserted != len(rows):
-                cursor.execute(UPDATE_BATCH, (inserted, len(dead), batch_id))
+            dead, drained = store(cursor, rows, job_id, worker)
         connection.commit()
     finally:
         # Back to the pool, which rolls back what was not committed.
         connection.close()
     _settle(generation, rows, dead)
-    return Drained(
-        persisted=inserted,
-        duplicates=len(rows) - inserted - len(dead),
-        dead_letters=len(dead),
-        more=len(rows) == most,
-    )
+    return replace(drained, more=len(rows) == most)
 
 
-def _store(cursor, batch_id: int, rows: list[Row]) -> tuple[set[str], int]:
+def store(cursor, rows: list[Row], job_id: str, worker: str) -> tuple[set[str], Drained]:
+    """Store a batch in the current transaction; return the stream ids of its dead letters too."""
+    cursor.execute(INSERT_BATCH, (job_id, worker, rows[0].order_id, rows[-1].order_id, len(rows)))
+    batch_id = cursor.fetchone()[0]
+    dead, inserted = _insert_all(cursor, batch_id, rows)
+    if inserted != len(rows):
+        cursor.execute(UPDATE_BATCH, (inserted, len(dead), batch_id))
+    return dead, Drained(inserted, len(rows) - inserted - len(dead), len(dead))
+
+
+def _insert_all(cursor, batch_id: int, rows: list[Row]) -> tuple[set[str], int]:
     """Insert the rows; return the stream ids of the dead letters and the number inserted."""
     orders = [row for row in rows if row.parts]
     dead = {row.stream_id: "not an order" for row in rows if not row.parts}
@@ -174,7 +179,7 @@ def _insert(cursor, batch_id: int, rows: list[Row], dead: dict[str, str]) -> int
                 list(keys),
             ),
         )
-    except (psycopg2.IntegrityError, psycopg2.DataError) as error:
+    except (psycopg2.IntegrityError, psycopg2.DataError, errors.RaiseException) as error:
         cursor.execute("ROLLBACK TO SAVEPOINT batch")
         if len(rows) == 1:
             dead[rows[0].stream_id] = str(error).strip().partition("\n")[0]

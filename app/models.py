@@ -80,6 +80,8 @@ class ProductTotals(db.Model):
     dead_orders: Mapped[int] = mapped_column(BigInteger, server_default="0")
     dead_units: Mapped[int] = mapped_column(BigInteger, server_default="0")
     moved_units: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    # Dead letters given up: their units went out, and came back by a movement.
+    abandoned_units: Mapped[int] = mapped_column(BigInteger, server_default="0")
 
 
 class StockMovement(db.Model):
@@ -230,6 +232,8 @@ class Sale(db.Model):
     generation: Mapped[str] = mapped_column(String(32))
     # Copied from Redis once a second; bounds what a loss of Redis can have taken with it.
     last_order_id: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    # Where this generation's ids begin: what lies between the last one's and these was never issued.
+    first_order_id: Mapped[int] = mapped_column(BigInteger, server_default="1")
     sampled_at: Mapped[datetime | None] = mapped_column(Timestamp)
 
 

@@ -15,7 +15,7 @@ from flask import Flask
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
-from . import inventory, jobs
+from . import inventory, jobs, ledger, recovery
 from .extensions import db, stock
 from .stock import HISTORY_SAMPLES, Keys, Unavailable
 
@@ -58,9 +58,11 @@ class Sweeper:
             pipe.zremrangebyscore(Keys.workers, "-inf", now - 3600)
             pipe.execute()
         sample(int(now))
-        if stock.generation():
+        recovery.close_when_stale()
+        if recovery.is_prepared():
             inventory.publish_stale()
             inventory.finish_pending()
+        ledger.check_in_turn()
         stopped.wait(max(0.0, started + SWEEP_SECONDS - time.monotonic()))
 
 

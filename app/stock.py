@@ -5,11 +5,13 @@ command packed by hand. Everything else goes through an ordinary client.
 """
 
 import contextlib
+import itertools
 import json
 import logging
 import re
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import resources
@@ -71,7 +73,8 @@ class Keys:
     telemetry = "sale:{0}:telemetry"
     processes = "sale:{0}:processes"
     workers = "sale:{0}:workers"
-    ledger = "sale:{0}:ledger"
+    bought_prefix = "sale:{0}:bought:"
+    idempotency_prefix = "sale:{0}:key:"
 
     @staticmethod
     def product(product_id: int) -> str:
@@ -89,7 +92,11 @@ class Keys:
     def bought(product_id: int, user_id: int) -> tuple[str, int]:
         """Return the hash and the field that count the units a user bought of a product."""
         bucket, field = divmod(user_id, USERS_PER_BUCKET)
-        return f"sale:{{0}}:bought:{product_id}:{bucket}", field
+        return Keys.bucket(product_id, bucket), field
+
+    @staticmethod
+    def bucket(product_id: int, bucket: int) -> str:
+        return f"sale:{{0}}:bought:{product_id}:{bucket}"
 
     @staticmethod
     def idempotency(user_id: int, key: str) -> str:
@@ -534,7 +541,11 @@ class Stock:
     def put_bought(self, buckets: Iterable[tuple[int, int, list[int], list[int]]]) -> None:
         """Write what users have bought: (product id, bucket, fields, units) each."""
         self._write(
-            ("HSET", Keys.bucket(product_id, bucket), *itertools.chain(*zip(fields, units)))
+            (
+                "HSET",
+                Keys.bucket(product_id, bucket),
+                *itertools.chain(*zip(fields, units, strict=True)),
+            )
             for product_id, bucket, fields, units in buckets
         )
 

@@ -121,7 +121,7 @@ def test_what_a_crash_left_pending_is_finished_once(app):
             db.session.add(movement)
             db.session.commit()
             if told:
-                stock.move(movement.id, 1, 5)
+                stock.move(stock.generation(), movement.id, 1, 5)
         assert inventory.finish_pending() == 2
         assert inventory.finish_pending() == 0
         assert stock.view([1]).products[1]["free"] == 110

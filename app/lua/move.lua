@@ -1,21 +1,22 @@
 -- Apply one stock movement, at most once.
 --
 -- KEYS  1 generation   2 movements (a bit for each applied one)   3 product   4 bought (only for a return)
--- ARGV  1 movement id  2 units, negative to take away             3 field of the user in KEYS[4]
+-- ARGV  1 movement id  2 units, negative to take away             3 the sale that it belongs to
+--       4 field of the user in KEYS[4]
 -- Returns {outcome, free stock}: applied | repeated | short | unknown | unprepared.
 
-if redis.call('EXISTS', KEYS[1]) == 0 then return { 'unprepared', 0 } end
+if redis.call('GET', KEYS[1]) ~= ARGV[3] then return { 'unprepared', 0 } end
 local free = tonumber(redis.call('HGET', KEYS[3], 'free'))
 if not free then return { 'unknown', 0 } end
 if redis.call('GETBIT', KEYS[2], ARGV[1]) == 1 then return { 'repeated', free } end
 local units = tonumber(ARGV[2])
-if free + units < 0 then return { 'short', free } end
+if units < 0 and free + units < 0 then return { 'short', free } end
 
 redis.call('SETBIT', KEYS[2], ARGV[1], 1)
 redis.call('HINCRBY', KEYS[3], 'free', units)
 redis.call('HINCRBY', KEYS[3], 'moved', units)
 -- Who gives units back may buy again under the product's cap.
-if KEYS[4] and redis.call('HINCRBY', KEYS[4], ARGV[3], -units) <= 0 then
-  redis.call('HDEL', KEYS[4], ARGV[3])
+if KEYS[4] and redis.call('HINCRBY', KEYS[4], ARGV[4], -units) <= 0 then
+  redis.call('HDEL', KEYS[4], ARGV[4])
 end
 return { 'applied', free + units }
