@@ -21,6 +21,7 @@ log = logging.getLogger("app.requests")
 HEADER = "X-Request-Id"
 VALID_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}").fullmatch
 CODE = re.compile(rb'"code":"([a-z_]+)"').search
+PROBES = ("/readyz", "/health")
 REFUSALS_PER_SECOND = 1
 SAME_LINES_PER_SECOND = 10
 # Nothing that a client sent may begin a new line or move a terminal's cursor.
@@ -105,7 +106,8 @@ def init_app(app: Flask) -> None:
     def tell_failure(response: Response) -> Response:
         identity = g.get("request_id") or request_id(None)
         response.headers[HEADER] = identity
-        if response.status_code >= 400:
+        # A probe that says "not yet" every second is no news; who watches it sees it.
+        if response.status_code >= 400 and request.path not in PROBES:
             body = response.get_json(silent=True) if response.is_json else None
             code = body.get("code") if isinstance(body, dict) else None
             fields = {"code": code, "client": request.remote_addr, "request_id": identity}

@@ -27,6 +27,8 @@ def json_content(schema: dict, **examples: object) -> dict:
 
 
 ID = integer(1, MAX_ID, examples=[1])
+# Python and ECMA-262 differ in what is a blank; this is what both take for something.
+NOT_BLANK = r"^[^\x00]*[^\s\x00-\x1f\x85\ufeff][^\x00]*$"
 TIME = {"type": ["string", "null"], "format": "date-time"}
 
 SCHEMAS = {
@@ -81,7 +83,7 @@ SCHEMAS = {
     ),
     "Terms": json_object(
         {
-            "name": {"type": "string", "minLength": 1, "maxLength": 200, "pattern": r"\S"},
+            "name": {"type": "string", "minLength": 1, "maxLength": 200, "pattern": NOT_BLANK},
             "priceCents": integer(0, MAX_ID, "in the currency's smallest unit"),
             "currency": {"type": "string", "pattern": "^[A-Z]{3}$", "description": "ISO 4217"},
             "opensAt": TIME | {"description": "RFC 3339 with offset; null: open"},
@@ -130,7 +132,7 @@ SCHEMAS = {
                 "type": ["string", "null"],
                 "minLength": 1,
                 "maxLength": 500,
-                "pattern": r"\S",
+                "pattern": NOT_BLANK,
             },
         },
         ["productId", "amount"],
