@@ -30,6 +30,8 @@ RFC3339 = re.compile(
     r"\d{4}-\d{2}-\d{2}[Tt ]\d{2}:\d{2}:\d{2}(\.\d{1,9})?([Zz]|[+-]\d{2}:\d{2})"
 ).fullmatch
 MAX_REASON = 500
+# All but tab, line feed and carriage return: PostgreSQL refuses NUL, and none of them is text.
+CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]").search
 # Held shared while a movement is carried out, alone while the sale in Redis is replaced: a movement
 # applied to the old sale is never marked as applied to the new one.
 SALE_LOCK = 7_316_003
@@ -54,7 +56,7 @@ class KeyMismatch(Exception):
 def read_text(data: dict, name: str, longest: int) -> str:
     """Return a member that is a text of 1 to `longest` characters. Raises InvalidRequest."""
     value = data.get(name)
-    if not isinstance(value, str) or not 1 <= len(value.strip()) <= longest or "\0" in value:
+    if not isinstance(value, str) or not 1 <= len(value.strip()) <= longest or CONTROLS(value):
         raise InvalidRequest(f"{name} must be a text of 1 to {longest} characters", name)
     value = value.strip()
     # A lone surrogate is legal in JSON and in Python, but not in UTF-8.
