@@ -27,8 +27,9 @@ def json_content(schema: dict, **examples: object) -> dict:
 
 
 ID = integer(1, MAX_ID, examples=[1])
-# Python and ECMA-262 differ in what is a blank; this is what both take for something.
-NOT_BLANK = r"^[^\x00]*[^\s\x00-\x1f\x85\ufeff][^\x00]*$"
+# No control characters but tab and ends of lines, and something besides blanks.
+_TEXT = r"\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f"
+NOT_BLANK = rf"^[^{_TEXT}]*[^\s{_TEXT}\ufeff][^{_TEXT}]*$"
 TIME = {"type": ["string", "null"], "format": "date-time"}
 
 SCHEMAS = {
