@@ -1,7 +1,16 @@
-"""The pages of the people who run a sale."""
+"""The pages of the people who run a sale. Nothing below /admin is seen without signing in."""
 
 from flask import Flask
 
+from . import audit, dashboard, display, guard, jobs, orders, products, session, staff
+
+PAGES = (session, dashboard, products, orders, staff, audit)
+
 
 def init_app(app: Flask) -> None:
-    """Register the pages."""
+    """Register the guard first, then the pages."""
+    guard.init_app(app)
+    display.init_app(app)
+    for page in PAGES:
+        app.register_blueprint(page.bp)
+    jobs.init_app(app)

@@ -1,0 +1,125 @@
+"""What stands before every page: the sign-in, the roles, and the headers that browsers enforce."""
+
+from datetime import timedelta
+from urllib.parse import urlsplit
+
+from flask import Flask, Response, abort, redirect, request, session, url_for
+from flask.sessions import SecureCookieSessionInterface
+from flask_login import current_user
+from werkzeug.routing import IntegerConverter
+
+from ..models import MAX_ID
+
+# Everything below /admin needs a person, but for the page where one becomes known.
+OPEN_ENDPOINTS = {"session.sign_in"}
+# What `support` may see; every page that is not named here is for admins.
+SUPPORT_PAGES = {"session", "dashboard", "orders"}
+# After so long without a click the person signs in again. A page that polls does not count.
+SESSION_LIFETIME = timedelta(hours=8)
+
+CONTENT_SECURITY_POLICY = (
+    "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none';"
+    " form-action 'self'; frame-ancestors 'none'"
+)
+# rq-dashboard compiles its templates in the browser, from scripts inside its pages.
+RQ_DASHBOARD_POLICY = (
+    "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none';"
+    " script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline';"
+    " form-action 'self'; frame-ancestors 'none'"
+)
+YEAR_SECONDS = 365 * 24 * 60 * 60
+
+
+class IdConverter(IntegerConverter):
+    """An id that fits a bigint; anything else is a page that does not exist."""
+
+    def __init__(self, url_map) -> None:
+        super().__init__(url_map, min=1, max=MAX_ID)
+
+
+class Sessions(SecureCookieSessionInterface):
+    """Cookies that are Secure on https, and that a polling page does not keep alive."""
+
+    def get_cookie_secure(self, app: Flask) -> bool:
+        return request.is_secure
+
+    def should_set_cookie(self, app: Flask, session) -> bool:
+        return session.modified or (session.permanent and not is_poll())
+
+
+def is_poll() -> bool:
+    """Return whether a page asks by itself, without a person having done anything."""
+    return request.headers.get("X-Poll") == "1"
+
+
+def init_app(app: Flask) -> None:
+    app.config["PERMANENT_SESSION_LIFETIME"] = SESSION_LIFETIME
+    app.session_interface = Sessions()
+    app.url_map.converters["id"] = IdConverter
+    # Before the check of CSRF tokens, which an expired session would fail: it leads to the sign-in.
+    app.before_request_funcs.setdefault(None, []).insert(0, require_person)
+    app.after_request(add_headers)
+
+
+def below_admin() -> bool:
+    return request.path == "/admin" or request.path.startswith("/admin/")
+
+
+def require_person() -> Response | None:
+    """Refuse whoever is not signed in, or not in the role that the page asks for."""
+    if not below_admin():
+        return None
+    # PostgreSQL's texts can't hold it, so no form or filter of ours can either.
+    if any(
+        "\0" in value
+        for source in (request.args, request.form)
+        for _, value in source.items(multi=True)
+    ):
+        abort(400)
+    if request.endpoint in OPEN_ENDPOINTS:
+        return None
+    if not current_user.is_authenticated:
+        return to_sign_in()
+    if request.blueprint and request.blueprint not in SUPPORT_PAGES and not current_user.is_admin:
+        abort(403)
+    return None
+
+
+def to_sign_in() -> Response:
+    """Send the browser to the sign-in page, the whole page even if a fragment was asked for."""
+    session.clear()
+    if request.headers.get("HX-Request"):
+        came_from = urlsplit(request.headers.get("HX-Current-URL", ""))
+        target = url_for("session.sign_in", next=safe_target(_path_of(came_from)))
+        return Response(status=401, headers={"HX-Redirect": target})
+    target = request.full_path.rstrip("?") if request.method == "GET" else None
+    return redirect(url_for("session.sign_in", next=safe_target(target)))
+
+
+def _path_of(url) -> str:
+    return f"{url.path}?{url.query}" if url.query else url.path
+
+
+def safe_target(target: str | None) -> str | None:
+    """Return the page to go to after signing in if it is one of ours, else None."""
+    if not target or not (target == "/admin" or target.startswith("/admin/")):
+        return None
+    # Browsers take a backslash for a slash and drop control characters.
+    if "\\" in target or any(character < " " for character in target):
+        return None
+    return target
+
+
+def add_headers(response: Response) -> Response:
+    """Set what app/headers.py leaves to the pages, and let browsers keep files with a version."""
+    if below_admin():
+        rq_dashboard = request.blueprint == "rq_dashboard"
+        policy = RQ_DASHBOARD_POLICY if rq_dashboard else CONTENT_SECURITY_POLICY
+        response.headers.setdefault("Content-Security-Policy", policy)
+        # Flask-WTF checks the referrer of https forms, so the own origin must still see it.
+        response.headers.setdefault("Referrer-Policy", "same-origin")
+        response.headers.setdefault("Cache-Control", "no-store")
+        response.vary.add("HX-Request")
+    elif request.path.startswith("/static/vendor/") and response.status_code == 200:
+        response.headers["Cache-Control"] = f"public, max-age={YEAR_SECONDS}, immutable"
+    return response

@@ -1,0 +1,202 @@
+"""The support desk: find an order, read its story, cancel it, take a list away."""
+
+import csv
+import io
+from collections.abc import Iterator
+from datetime import UTC, datetime
+
+from flask import (
+    Blueprint,
+    Response,
+    flash,
+    redirect,
+    render_template,
+    request,
+    stream_with_context,
+    url_for,
+)
+
+from .. import auth, inventory, orders, search
+from ..extensions import limiter
+from ..inventory import Conflict
+from ..models import MAX_ID
+from ..purchases import InvalidRequest
+from ..stock import Unavailable
+from . import forms
+
+bp = Blueprint("orders", __name__, url_prefix="/admin/orders")
+CHANGE_LIMIT = "120/minute"
+limiter.limit(CHANGE_LIMIT, methods=["POST"])(bp)
+
+EXPORT_LIMIT = "10/minute"
+CSV_HEADER = (
+    "order", "status", "user", "product", "product name", "quantity", "unit price", "currency",
+    "total", "claimed at", "persisted at", "cancelled at", "cancelled by", "cancel reason",
+)  # fmt: skip
+# A spreadsheet takes a cell that begins like this for a formula (OWASP, CSV injection).
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
+# A file may be so many rows before it is sent on: few system calls, little memory.
+CSV_CHUNK_ROWS = 500
+
+
+def read_filter() -> tuple[search.Filter, dict[str, str]]:
+    """Return the filter in the URL, and its errors by field."""
+    errors: dict[str, str] = {}
+    args = request.args
+    values: dict[str, object] = {}
+    text = args.get("q", "").strip().lstrip("#")
+    if text:
+        if text.isascii() and text.isdigit() and len(text) <= 16 and 1 <= int(text) <= MAX_ID:
+            values["user_id"] = int(text)
+        else:
+            errors["q"] = "A user id or an order id is a whole number"
+    product = args.get("product", "")
+    if product.isascii() and product.isdigit() and len(product) <= 16:
+        values["product_id"] = int(product)
+    if args.get("status") in search.STATUSES:
+        values["status"] = args["status"]
+    for field, name in (("from", "since"), ("to", "until")):
+        try:
+            values[name] = forms.moment_as_datetime(field, args)
+        except InvalidRequest as error:
+            errors[field] = str(error)
+    return search.Filter(**values), errors
+
+
+def find() -> dict:
+    """Return what the list shows for this request."""
+    wanted, errors = read_filter()
+    before = forms.cursor()
+    hit = None
+    text = request.args.get("q", "").strip()
+    only_order = text.startswith("#")
+    if wanted.user_id and not before:
+        # The number may be an order's as well.
+        try:
+            hit = search.story(wanted.user_id).order
+        except (orders.UnknownOrder, Unavailable):
+            hit = None
+    page = search.Page([])
+    if not errors and not only_order:
+        page = search.search(wanted, before)
+    return {
+        "wanted": wanted,
+        "errors": errors,
+        "hit": hit,
+        "only_order": only_order,
+        "page": page,
+        "before": before,
+        "names": inventory.names(),
+        "query": {
+            name: value for name, value in request.args.items() if value and name != "before"
+        },
+    }
+
+
+@bp.get("/")
+def index():
+    found = find()
+    if request.headers.get("HX-Target") == "results":
+        return render_template("admin/_orders.html", **found)
+    return render_template("admin/orders.html", statuses=search.STATUSES, **found)
+
+
+@bp.get("/orders.csv")
+@limiter.limit(EXPORT_LIMIT)
+def export():
+    """Stream the filter's orders as CSV, a chunk at a time."""
+    wanted, errors = read_filter()
+    if errors:
+        raise InvalidRequest(next(iter(errors.values())))
+    names = inventory.names()
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    return Response(
+        stream_with_context(csv_chunks(search.export(wanted), names)),
+        mimetype="text/csv",
+        headers={"Content-Disposition": f'attachment; filename="orders-{stamp}.csv"'},
+    )
+
+
+def csv_chunks(found: Iterator[search.Found], names: dict[int, str]) -> Iterator[str]:
+    buffer = io.StringIO()
+    writer = csv.writer(buffer)
+    writer.writerow(CSV_HEADER)
+    for count, order in enumerate(found, 1):
+        writer.writerow([safe_cell(value) for value in row_of(order, names)])
+        if count % CSV_CHUNK_ROWS == 0:
+            yield buffer.getvalue()
+            buffer.seek(0)
+            buffer.truncate()
+    yield buffer.getvalue()
+
+
+def row_of(order: search.Found, names: dict[int, str]) -> tuple:
+    return (
+        order.id,
+        order.status,
+        order.user_id,
+        order.product_id,
+        names.get(order.product_id, ""),
+        order.quantity,
+        decimal(order.unit_price_cents),
+        order.currency,
+        decimal(order.total_cents),
+        stamp_of(order.claimed_at),
+        stamp_of(order.persisted_at),
+        stamp_of(order.cancelled_at),
+        order.cancelled_by or "",
+        order.cancel_reason or "",
+    )
+
+
+def decimal(cents: int) -> str:
+    return f"{cents // 100}.{cents % 100:02}"
+
+
+def stamp_of(moment: datetime | None) -> str:
+    if moment is None:
+        return ""
+    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def safe_cell(value: object) -> object:
+    return "'" + value if isinstance(value, str) and value.startswith(FORMULA) else value
+
+
+@bp.get("/<id:order_id>")
+def show(order_id: int):
+    story = search.story(order_id)
+    product = inventory.names().get(story.order.product_id)
+    return render_template("admin/order.html", story=story, product=product, errors={})
+
+
+@bp.get("/<id:order_id>/live")
+def live(order_id: int):
+    """The story again; the page asks while the order is on its way."""
+    story = search.story(order_id)
+    product = inventory.names().get(story.order.product_id)
+    return render_template("admin/_order.html", story=story, product=product, errors={})
+
+
+@bp.post("/<id:order_id>/cancel")
+def cancel(order_id: int):
+    """Cancel an order; its units go back on sale exactly once."""
+    page = url_for("orders.show", order_id=order_id)
+    try:
+        reason = inventory.read_text(request.form, "reason", inventory.MAX_REASON)
+    except InvalidRequest as error:
+        story = search.story(order_id)
+        product = inventory.names().get(story.order.product_id)
+        errors = {"reason": str(error).replace("reason", "The reason", 1)}
+        return render_template("admin/order.html", story=story, product=product, errors=errors), 422
+    try:
+        order = orders.cancel(order_id, reason, auth.staff_actor())
+    except Conflict as error:
+        flash(str(error) + ".", "error")
+        return redirect(page)
+    except Unavailable:
+        flash("Cancelled, if the page says so. The units return when Redis is back.", "warning")
+        return redirect(page)
+    units = "unit is" if order.quantity == 1 else "units are"
+    flash(f"Order {order_id} is cancelled; {order.quantity} {units} free again.", "success")
+    return redirect(page)

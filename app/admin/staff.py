@@ -1,0 +1,131 @@
+"""Who may sign in, and the tokens of programs."""
+
+import secrets
+
+from flask import Blueprint, render_template, request, url_for
+from flask_login import current_user
+from sqlalchemy import select
+from werkzeug.exceptions import NotFound
+
+from .. import auth
+from ..extensions import db, limiter
+from ..inventory import Conflict
+from ..models import ApiToken, Staff
+from ..purchases import InvalidRequest
+from . import forms
+
+bp = Blueprint("staff", __name__, url_prefix="/admin/staff")
+CHANGE_LIMIT = "60/minute"
+limiter.limit(CHANGE_LIMIT, methods=["POST"])(bp)
+
+
+def page(status: int = 200, **more):
+    """The page; secrets are shown in the very answer that made them, and stored nowhere."""
+    people = db.session.scalars(select(Staff).order_by(Staff.active.desc(), Staff.email))
+    tokens = db.session.scalars(
+        select(ApiToken).order_by(ApiToken.revoked_at.is_not(None), ApiToken.id.desc())
+    )
+    shown = {"errors": {}, "token_errors": {}, "values": {}, "secret": None} | more
+    return render_template(
+        "admin/staff.html", people=list(people), tokens=list(tokens), roles=auth.ROLES, **shown
+    ), status
+
+
+@bp.get("/")
+def index():
+    return page()
+
+
+@bp.post("/")
+def create():
+    """Let somebody sign in, with a password made here and shown once."""
+    password = secrets.token_urlsafe(12)
+    try:
+        person = auth.create_staff(
+            request.form.get("email", ""),
+            password,
+            request.form.get("role", ""),
+            auth.staff_actor(),
+        )
+    except InvalidRequest as error:
+        return page(422, errors={error.field: str(error)}, values=request.form)
+    except Conflict as error:
+        return page(422, errors={"email": str(error)}, values=request.form)
+    return page(secret=("password", person.email, password))
+
+
+def colleague(staff_id: int) -> Staff:
+    """Return somebody else: nobody locks themselves out, so one admin is always left."""
+    person = db.session.get(Staff, staff_id)
+    if person is None:
+        raise NotFound
+    if person.id == current_user.id:
+        raise Conflict("You can't do this to yourself", "own_account")
+    return person
+
+
+@bp.post("/<id:staff_id>/active")
+def set_active(staff_id: int):
+    person = colleague(staff_id)
+    active = request.form.get("active") == "yes"
+    if not active and (
+        question := forms.unconfirmed(
+            f"Deactivate {person.email}?",
+            "They are signed out at once and can't sign in again.",
+            "Deactivate",
+            url_for("staff.index"),
+        )
+    ):
+        return question
+    auth.set_active(person, active, auth.staff_actor())
+    told = "may sign in again" if active else "can no longer sign in"
+    return forms.done(f"{person.email} {told}.", url_for("staff.index"))
+
+
+@bp.post("/<id:staff_id>/role")
+def set_role(staff_id: int):
+    person = colleague(staff_id)
+    auth.set_role(person, request.form.get("role", ""), auth.staff_actor())
+    return forms.done(f"{person.email} is now {person.role}.", url_for("staff.index"))
+
+
+@bp.post("/<id:staff_id>/password")
+def reset_password(staff_id: int):
+    """Give somebody a new password, shown once; their sessions end."""
+    person = colleague(staff_id)
+    if question := forms.unconfirmed(
+        f"Reset the password of {person.email}?",
+        "They are signed out everywhere. You see the new password once.",
+        "Reset the password",
+        url_for("staff.index"),
+    ):
+        return question
+    password = secrets.token_urlsafe(12)
+    auth.set_password(person, password, auth.staff_actor())
+    return page(secret=("password", person.email, password))
+
+
+@bp.post("/tokens")
+def create_token():
+    try:
+        token, text = auth.create_token(request.form.get("name", ""), auth.staff_actor())
+    except InvalidRequest as error:
+        message = str(error).replace("name must", "The name must", 1)
+        return page(422, token_errors={"name": message}, values=request.form)
+    return page(secret=("token", token.name, text))
+
+
+@bp.post("/tokens/<id:token_id>/revoke")
+def revoke_token(token_id: int):
+    if question := forms.unconfirmed(
+        "Revoke this token?",
+        "Programs that use it are refused at once. A revoked token can't be brought back.",
+        "Revoke",
+        url_for("staff.index"),
+    ):
+        return question
+    try:
+        token = auth.revoke_token(token_id, auth.staff_actor())
+    except LookupError:
+        raise NotFound from None
+    return forms.done(f"The token {token.name} is revoked.", url_for("staff.index"))

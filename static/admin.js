@@ -1,0 +1,206 @@
+// What htmx does not do by itself: local times, polling that stops when nobody looks, the notice when
+// the server is away, confirmations, notes that go. Every page works in its essentials without this.
+(() => {
+  'use strict'
+
+  // Times: written in UTC by the server, shown in the browser's zone; UTC stays in the tooltip.
+  const clock = new Intl.DateTimeFormat(undefined, {
+    year: 'numeric', month: 'short', day: 'numeric', hour: '2-digit', minute: '2-digit', second: '2-digit',
+  })
+  const localise = (root) => {
+    const times = root.matches?.('time') ? [root] : root.querySelectorAll?.('time') ?? []
+    for (const time of times) {
+      const moment = new Date(time.dateTime)
+      if (!Number.isNaN(moment.getTime())) time.textContent = clock.format(moment)
+    }
+  }
+
+  // Inputs: the server speaks UTC; the person types local time, and the zone's offset goes along.
+  const two = (n) => String(n).padStart(2, '0')
+  const offsetOf = (moment) => {
+    const minutes = -moment.getTimezoneOffset()
+    const size = Math.abs(minutes)
+    return `${minutes < 0 ? '-' : '+'}${two(Math.floor(size / 60))}:${two(size % 60)}`
+  }
+  const sayUtc = (input) => {
+    const note = document.getElementById(`utc-${input.name}`)
+    const moment = new Date(input.value)
+    const known = input.value && !Number.isNaN(moment.getTime())
+    input.form.elements[`${input.name}_offset`].value = known ? offsetOf(moment) : ''
+    if (note) note.textContent = known ? `${moment.toISOString().slice(0, 19).replace('T', ' ')} UTC` : ''
+  }
+  const localInputs = (root) => {
+    for (const input of root.querySelectorAll?.('input[type="datetime-local"]') ?? []) {
+      if (input.dataset.local) continue
+      input.dataset.local = 'yes'
+      if (input.value) {
+        const moment = new Date(`${input.value}Z`)
+        const local = new Date(moment.getTime() - moment.getTimezoneOffset() * 60000)
+        input.value = local.toISOString().slice(0, 19)
+      }
+      sayUtc(input)
+      input.addEventListener('input', () => sayUtc(input))
+    }
+    const zone = Intl.DateTimeFormat().resolvedOptions().timeZone
+    for (const place of root.querySelectorAll?.('[data-zone]') ?? []) place.textContent = zone
+  }
+
+  // Morphing: new content is made local first, so that nothing is written twice; what a person has
+  // open or is typing into is left alone.
+  const keeps = (node) => {
+    if (node.matches?.('[data-still]')) return true
+    if (!node.matches?.('[data-keep]')) return false
+    return node.open || node.contains(document.activeElement)
+  }
+  if (window.Idiomorph) {
+    Object.assign(Idiomorph.defaults.callbacks, {
+      beforeNodeMorphed(old, fresh) {
+        if (fresh.nodeType !== 1) return true
+        localise(fresh)
+        return !keeps(old)
+      },
+      beforeNodeAdded(node) {
+        if (node.nodeType === 1) { localise(node); localInputs(node) }
+        return true
+      },
+      beforeNodeRemoved: (node) => !(node.nodeType === 1 && node.open && node.matches('[data-keep]')),
+      beforeAttributeUpdated: (name, node) =>
+        !(name === 'open' || (name === 'class' && node.classList.contains('htmx-request'))),
+    })
+  }
+
+  // Polling: [data-poll] elements ask on the event `poll`. Nothing is asked in a hidden tab, and the
+  // next question waits for the last one's answer.
+  const PERIOD = 1000
+  const asking = new Set()
+  const poll = () => {
+    if (document.hidden) return
+    for (const place of document.querySelectorAll('[data-poll]')) {
+      if (!asking.has(place)) htmx.trigger(place, 'poll')
+    }
+    document.dispatchEvent(new CustomEvent('tick'))
+  }
+  setInterval(poll, PERIOD)
+  document.addEventListener('visibilitychange', poll)
+  document.addEventListener('htmx:configRequest', ({ detail, target }) => {
+    if (detail.triggeringEvent?.type === 'poll') {
+      detail.headers['X-Poll'] = '1'
+      asking.add(target)
+    }
+  })
+  document.addEventListener('htmx:afterRequest', ({ detail, target }) => {
+    asking.delete(target)
+    const status = detail.xhr?.status ?? 0
+    reachable(status > 0 && status !== 502 && status !== 503 && status !== 504)
+  })
+
+  // Away: one notice, taken down by the first answer.
+  let lastAnswer = new Date()
+  const reachable = (yes) => {
+    const notice = document.getElementById('offline')
+    if (!notice) return
+    if (yes) lastAnswer = new Date()
+    else if (notice.hidden) notice.querySelector('[data-offline-since]').textContent = clock.format(lastAnswer)
+    notice.hidden = yes
+    document.body.classList.toggle('stale', !yes)
+  }
+  window.pages = { reachable }
+
+  // What went wrong with something a person did.
+  const note = (category, text) => {
+    const box = document.createElement('div')
+    box.className = `toast-note ${category}`
+    box.dataset.toast = ''
+    box.innerHTML = '<span></span><button type="button" class="toast-close" aria-label="Close">×</button>'
+    box.firstChild.textContent = text
+    document.getElementById('toasts').append(box)
+    ageToasts()
+  }
+  document.addEventListener('htmx:responseError', ({ detail }) => {
+    if (detail.requestConfig.headers['X-Poll'] || detail.xhr.getResponseHeader('HX-Redirect')) return
+    const plain = detail.xhr.getResponseHeader('Content-Type')?.startsWith('text/plain')
+    note('error', plain ? detail.xhr.responseText : `The server answered ${detail.xhr.status}`)
+  })
+  for (const failure of ['htmx:sendError', 'htmx:timeout']) {
+    document.addEventListener(failure, ({ detail }) => {
+      if (detail.requestConfig?.headers['X-Poll']) return
+      note('error', 'No answer from the server. Look whether it was done before you try again.')
+    })
+  }
+  const ageToasts = () => {
+    for (const toast of document.querySelectorAll('[data-toast]:not([data-aged])')) {
+      toast.dataset.aged = ''
+      if (!toast.classList.contains('error')) setTimeout(() => toast.remove(), 6000)
+    }
+  }
+
+  // Spoken: figures that change every second are told at most every 15 s, and only when they changed.
+  let spokenAt = 0
+  const speak = () => {
+    const text = document.querySelector('[data-spoken]')?.dataset.spoken
+    const place = document.getElementById('spoken')
+    if (!text || !place || place.textContent === text || Date.now() - spokenAt < 15000) return
+    spokenAt = Date.now()
+    place.textContent = text
+  }
+  document.addEventListener('tick', speak)
+
+  // Confirmation: the form says what it will do; without a script the server asks on a page of its own.
+  const confirmed = (form) => {
+    const dialog = document.getElementById('confirm')
+    dialog.querySelector('#confirm-title').textContent = form.dataset.confirmTitle || 'Are you sure?'
+    dialog.querySelector('#confirm-text').textContent = form.dataset.confirm
+    dialog.querySelector('[value="yes"]').textContent = form.dataset.confirmYes || 'Go on'
+    dialog.returnValue = 'no'
+    dialog.showModal()
+    return new Promise((resolve) => {
+      dialog.addEventListener('close', () => resolve(dialog.returnValue === 'yes'), { once: true })
+    })
+  }
+  document.addEventListener('submit', async (event) => {
+    const form = event.target
+    if (!form.dataset?.confirm || form.elements.confirmed?.value === 'yes') return
+    event.preventDefault()
+    event.stopImmediatePropagation()
+    if (!(await confirmed(form))) return
+    const yes = document.createElement('input')
+    Object.assign(yes, { type: 'hidden', name: 'confirmed', value: 'yes' })
+    form.append(yes)
+    form.requestSubmit()
+    yes.remove()
+  }, true)
+
+  document.addEventListener('click', (event) => {
+    const at = (selector) => event.target.closest(selector)
+    at('.toast-close')?.closest('[data-toast]').remove()
+    const copy = at('[data-copy]')
+    if (copy) {
+      navigator.clipboard?.writeText(document.getElementById(copy.dataset.copy).textContent)
+      copy.lastElementChild.textContent = 'Copied'
+    }
+    const toggle = at('.side-toggle')
+    if (toggle) {
+      const open = document.getElementById('side-menu').classList.toggle('open')
+      toggle.setAttribute('aria-expanded', String(open))
+    }
+    if (at('[data-close]')) at('details').open = false
+    // One menu at a time, and none after a click elsewhere.
+    for (const menu of document.querySelectorAll('details.menu[open], details.inline[open]')) {
+      if (!menu.contains(event.target)) menu.open = false
+    }
+  })
+  document.addEventListener('keydown', (event) => {
+    if (event.key !== 'Escape') return
+    const menu = document.querySelector('details.menu[open], details.inline[open]')
+    if (menu) { menu.open = false; menu.querySelector('summary').focus() }
+  })
+  document.addEventListener('toggle', (event) => {
+    if (event.target.open && event.target.matches?.('details.inline')) {
+      event.target.querySelector('input:not([type="hidden"])')?.focus()
+    }
+  }, true)
+
+  const prepare = (root) => { localise(root); localInputs(root); ageToasts() }
+  document.addEventListener('DOMContentLoaded', () => prepare(document))
+  document.addEventListener('htmx:load', ({ detail }) => prepare(detail.elt))
+})()

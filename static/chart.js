@@ -1,0 +1,162 @@
+// The last 15 minutes: fetched once, then a sample a second. The server keeps them, so a reload, or
+// another browser, shows the same.
+(() => {
+  'use strict'
+  const WINDOW_SECONDS = 15 * 60
+  const columns = { second: [], accepted: [], refused: [], waiting: [], free: [] }
+
+  const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim()
+  const fade = (css, share) => {
+    const hex = css.replace('#', '')
+    const [r, g, b] = [0, 2, 4].map((at) => parseInt(hex.slice(at, at + 2), 16))
+    return `rgba(${r}, ${g}, ${b}, ${share})`
+  }
+  const short = (n) => {
+    if (n === null || n === undefined) return '–'
+    if (n >= 1e6) return `${+(n / 1e6).toFixed(1)}M`
+    if (n >= 1e4) return `${+(n / 1e3).toFixed(1)}k`
+    return n >= 10 || Number.isInteger(n) ? Math.round(n).toLocaleString('en') : n.toFixed(1)
+  }
+
+  const CHARTS = [
+    {
+      id: 'traffic',
+      series: [
+        { name: 'Accepted', of: 'accepted', ink: '--series-1', scale: 'y', fill: .12 },
+        { name: 'Refused', of: 'refused', ink: '--series-2', scale: 'y' },
+      ],
+    },
+    {
+      id: 'stock',
+      series: [
+        { name: 'Free units', of: 'free', ink: '--series-4', scale: 'y', fill: .10 },
+        { name: 'Orders waiting', of: 'waiting', ink: '--series-3', scale: 'y2' },
+      ],
+    },
+  ]
+
+  const axis = (more) => ({
+    stroke: colour('--ink-2'),
+    font: '11px Inter, sans-serif',
+    grid: { stroke: colour('--line-2'), width: 1 },
+    ticks: { show: false },
+    gap: 6,
+    ...more,
+  })
+  // From zero, and never flat against the top.
+  const range = (_, low, high) => [0, Math.max(high * 1.12, 4)]
+
+  const draw = (chart) => {
+    const place = document.getElementById(`chart-${chart.id}`)
+    const two = chart.series[1].scale === 'y2'
+    const options = {
+      width: place.clientWidth,
+      height: 190,
+      padding: [8, two ? 0 : 8, 0, 0],
+      cursor: { sync: { key: 'sale' }, points: { size: 7 }, y: false, drag: { x: false, y: false } },
+      legend: { show: false },
+      scales: { x: { time: true }, y: { range }, ...(two ? { y2: { range } } : {}) },
+      axes: [
+        axis({ size: 28, space: 90, values: (_, splits) => splits.map((s) => new Date(s * 1000).toLocaleTimeString(undefined, { hour: '2-digit', minute: '2-digit' })) }),
+        axis({ size: 46, values: (_, splits) => splits.map(short), stroke: two ? colour(chart.series[0].ink) : colour('--ink-2') }),
+        ...(two ? [axis({ side: 1, size: 40, scale: 'y2', grid: { show: false }, values: (_, splits) => splits.map(short), stroke: colour(chart.series[1].ink) })] : []),
+      ],
+      series: [
+        {},
+        ...chart.series.map(({ name, ink, scale, fill }) => ({
+          label: name,
+          scale,
+          stroke: colour(ink),
+          width: 1.75,
+          points: { show: false },
+          fill: fill ? fade(colour(ink), fill) : undefined,
+        })),
+      ],
+      hooks: { setCursor: [() => legend(chart)] },
+    }
+    place.textContent = ''
+    chart.plot = new uPlot(options, dataOf(chart), place)
+    legend(chart)
+  }
+  const dataOf = (chart) => [columns.second, ...chart.series.map(({ of }) => columns[of])]
+
+  const legend = (chart) => {
+    const place = document.getElementById(`legend-${chart.id}`)
+    const at = chart.plot?.cursor.idx ?? columns.second.length - 1
+    while (place.children.length < chart.series.length) {
+      const item = document.createElement('li')
+      item.append(document.createElement('i'), document.createElement('span'), document.createElement('b'))
+      place.append(item)
+    }
+    chart.series.forEach(({ name, of, ink }, index) => {
+      const [mark, label, value] = place.children[index].children
+      mark.className = `mark-${ink.slice(-1)}`
+      label.textContent = name
+      value.textContent = short(columns[of][at])
+    })
+  }
+
+  const show = () => {
+    for (const chart of CHARTS) {
+      const place = document.getElementById(`chart-${chart.id}`)
+      if (columns.second.length < 2) {
+        place.innerHTML = '<p class="chart-none">No samples yet: the worker takes one a second.</p>'
+      } else if (chart.plot) {
+        chart.plot.setData(dataOf(chart))
+        legend(chart)
+      } else draw(chart)
+    }
+  }
+
+  const add = (fresh) => {
+    const last = columns.second.at(-1) ?? 0
+    fresh.second.forEach((second, index) => {
+      if (second <= last) return
+      for (const name of Object.keys(columns)) columns[name].push(fresh[name][index])
+    })
+    while (columns.second.length && columns.second[0] < columns.second.at(-1) - WINDOW_SECONDS) {
+      for (const name of Object.keys(columns)) columns[name].shift()
+    }
+  }
+
+  let asking = false
+  const update = async () => {
+    if (asking || document.hidden) return
+    asking = true
+    try {
+      const source = document.getElementById('charts').dataset.source
+      const since = columns.second.at(-1) ?? 0
+      const answer = await fetch(`${source}?since=${since}`, { headers: { 'X-Poll': '1' } })
+      if (answer.ok && !answer.redirected) {
+        add(await answer.json())
+        show()
+      }
+    } catch {
+      // The page's own polling tells that the server is away.
+    } finally {
+      asking = false
+    }
+  }
+
+  const again = () => {
+    for (const chart of CHARTS) {
+      chart.plot?.destroy()
+      chart.plot = undefined
+    }
+    show()
+  }
+  document.addEventListener('DOMContentLoaded', () => {
+    update()
+    let timer
+    new ResizeObserver(() => {
+      clearTimeout(timer)
+      timer = setTimeout(() => {
+        for (const chart of CHARTS) {
+          chart.plot?.setSize({ width: document.getElementById(`chart-${chart.id}`).clientWidth, height: 190 })
+        }
+      }, 60)
+    }).observe(document.getElementById('charts'))
+  })
+  document.addEventListener('tick', update)
+  document.addEventListener('themechange', again)
+})()
