@@ -3,7 +3,9 @@
 Run as many as you like, on as many machines as you like.
 """
 
+import contextlib
 import os
+import secrets
 import socket
 import threading
 
@@ -22,7 +24,8 @@ WORKER_TTL_SECONDS = 20
 
 
 def main() -> None:
-    name = f"{socket.gethostname()}-{os.getpid()}"
+    # RQ refuses a name that a killed worker had minutes ago, and in a container process numbers recur.
+    name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
     Meter("worker").start()
     stopped = threading.Event()
     threads = [

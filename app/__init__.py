@@ -3,7 +3,7 @@
 from flask import Flask
 from werkzeug.middleware.proxy_fix import ProxyFix
 
-from . import admin, api, auth, cli, database, errors, headers, logs
+from . import admin, api, auth, cli, database, errors, headers, logs, recovery
 from .config import ROOT, Settings, load_settings, with_secrets
 from .extensions import csrf, db, limiter, login, migrate, stock
 from .identity import Shoppers
@@ -27,7 +27,7 @@ def create_app(settings: Settings | None = None) -> Flask:
 
     db.init_app(app)
     migrate.init_app(app, db, directory=str(ROOT / "migrations"), compare_type=True)
-    stock.init_app(settings)
+    stock.init_app(settings, lambda: recovery.sale_on_record(app))
     csrf.init_app(app)
     login.init_app(app)
     limiter.init_app(app)

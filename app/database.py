@@ -1,7 +1,10 @@
 """How connections to PostgreSQL behave: bounded waits, so that no request hangs on a dead server."""
 
 import select
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import psycopg2
 from flask import has_request_context
@@ -11,6 +14,9 @@ from psycopg2 import extensions
 REQUEST_WAIT_SECONDS = 0.9
 # Workers and commands run longer statements (a migration, a rebuild), but not for ever.
 OTHER_WAIT_SECONDS = 600
+# After a wait in vain requests are refused at once for so long, then one of them tries again: a
+# hanging PostgreSQL must not hold every thread, or nothing would be sold.
+RETRY_AFTER_FAILURE_SECONDS = 0.25
 
 ENGINE_OPTIONS = {
     "pool_pre_ping": True,
@@ -21,6 +27,11 @@ ENGINE_OPTIONS = {
         "application_name": "flash-sale",
         # TIMESTAMPs are UTC wherever the server stands.
         "options": "-c timezone=UTC -c synchronous_commit=on",
+        # A server that is gone without a word (a dead machine, a cut cable) is noticed in seconds.
+        "keepalives_idle": 5,
+        "keepalives_interval": 2,
+        "keepalives_count": 3,
+        "tcp_user_timeout": 10_000,
     },
 }
 
@@ -33,9 +44,53 @@ def limit_waits() -> None:
     extensions.set_wait_callback(_wait)
 
 
+class _Breaker:
+    """Whether PostgreSQL let a request wait in vain a moment ago; one for the whole process."""
+
+    closed_until = 0.0
+
+
+@contextmanager
+def waiting_at_most(seconds: float) -> Iterator[None]:
+    """Bound the waits of this thread inside the context."""
+    _thread.wait_seconds = seconds
+    try:
+        yield
+    finally:
+        del _thread.wait_seconds
+
+
+_thread = threading.local()
+
+
 def _wait(connection) -> None:
-    allowed = REQUEST_WAIT_SECONDS if has_request_context() else OTHER_WAIT_SECONDS
-    deadline = time.monotonic() + allowed
+    if not has_request_context():
+        _wait_for(connection, getattr(_thread, "wait_seconds", OTHER_WAIT_SECONDS))
+        return
+    now = time.monotonic()
+    if now < _Breaker.closed_until:
+        raise psycopg2.OperationalError("PostgreSQL did not answer a moment ago")
+    if _Breaker.closed_until:
+        # This request is the one that tries; the others go on being refused meanwhile.
+        _Breaker.closed_until = now + REQUEST_WAIT_SECONDS
+    try:
+        _wait_for(connection, REQUEST_WAIT_SECONDS)
+    except Unanswered:
+        _Breaker.closed_until = time.monotonic() + RETRY_AFTER_FAILURE_SECONDS
+        raise
+    except psycopg2.Error:
+        # An answer, if not the wanted one.
+        _Breaker.closed_until = 0.0
+        raise
+    _Breaker.closed_until = 0.0
+
+
+class Unanswered(psycopg2.OperationalError):
+    """PostgreSQL did not answer in time."""
+
+
+def _wait_for(connection, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
     poller = select.poll()
     while (state := connection.poll()) != extensions.POLL_OK:
         events = select.POLLIN if state == extensions.POLL_READ else select.POLLOUT
@@ -43,5 +98,5 @@ def _wait(connection) -> None:
         left = deadline - time.monotonic()
         if left <= 0 or not poller.poll(left * 1000):
             # psycopg2 closes a connection whose wait failed, so it can't be used half-way.
-            raise psycopg2.OperationalError("PostgreSQL did not answer in time")
+            raise Unanswered("PostgreSQL did not answer in time")
         poller.unregister(connection.fileno())

@@ -8,10 +8,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
 
+from flask import Flask
 from sqlalchemy import text
+from sqlalchemy.exc import SQLAlchemyError
 
 from . import inventory
 from .audit import Actor, record
+from .database import waiting_at_most
 from .drain import BATCH_ORDERS, DRAIN_LOCK, Row, store
 from .extensions import db, stock
 from .inventory import SALE_LOCK, Conflict
@@ -31,6 +34,8 @@ REBUILD_LOCK = 7_316_004
 # far more than any sale sells, and still nothing beside 2^53.
 UNKNOWN_IDS = 1_000_000
 ROWS_AT_ONCE = 10_000
+# A claim waits for this, and may have waited for Redis.
+RECORD_WAIT_SECONDS = 0.5
 
 
 def database_is_empty() -> bool:
@@ -373,18 +378,38 @@ def _pages(connection, query: str, values: dict | None = None) -> Iterator[list[
             yield rows
 
 
+def _on_record() -> tuple[str, int]:
+    """Return the sale's name, and the highest order id that is known to have been issued."""
+    found = db.session.execute(
+        text(
+            "SELECT generation, greatest(last_order_id, (SELECT last_order_id FROM batches"
+            " ORDER BY id DESC LIMIT 1)) FROM sale"
+        )
+    ).one_or_none()
+    db.session.rollback()
+    return tuple(found) if found else ("", 0)
+
+
+def sale_on_record(app: Flask) -> tuple[str, int] | None:
+    """Return what a Redis that is fit for claims must hold; None when PostgreSQL can't tell.
+
+    Asked for whenever claims connect to Redis, so that one which was exchanged is noticed before
+    anything is sold from it. With PostgreSQL down, selling goes on unchecked.
+    """
+    try:
+        with app.app_context(), waiting_at_most(RECORD_WAIT_SECONDS):
+            return _on_record()
+    except SQLAlchemyError as error:
+        log.warning("Redis was not checked: %s", str(error).partition("\n")[0])
+        return None
+
+
 def close_when_stale() -> bool:
     """Close a Redis that has gone back in time (an old copy restored); tell whether it was one.
 
     Reads PostgreSQL first: what it knows was issued before Redis is asked.
     """
-    generation, last_order_id = db.session.execute(
-        text(
-            "SELECT generation, greatest(last_order_id, coalesce((SELECT last_order_id FROM batches"
-            " ORDER BY id DESC LIMIT 1), 0)) FROM sale"
-        )
-    ).one_or_none() or ("", 0)
-    db.session.rollback()
+    generation, last_order_id = _on_record()
     if last_order_id and stock.close(generation, issued=last_order_id):
         log.error(
             "Redis has forgotten orders up to %s: the sale is closed; run `flask rebuild`",

@@ -10,12 +10,15 @@ import threading
 import time
 from collections.abc import Callable
 
+import psycopg2
 import redis
 from flask import Flask
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
 from . import inventory, jobs, ledger, recovery
+from .database import waiting_at_most
+from .drain import drain_batch
 from .extensions import db, stock
 from .stock import HISTORY_SAMPLES, Keys, Unavailable
 
@@ -26,17 +29,32 @@ PACE_SECONDS = 0.2
 # How long one look at an empty outbox may last; an order that comes in ends it at once.
 WATCH_MS = 500
 SWEEP_SECONDS = 1.0
+# The same order is the first in the outbox for so long only when nobody drains.
+STUCK_SECONDS = 3.0
+# One step of the relay or the sweeper; so long a wait means that the connection is dead.
+STEP_WAIT_SECONDS = 15
 ERROR_PAUSE_SECONDS = 0.5
 
 
 class Relay:
-    """Sees that orders wait, and enqueues a job."""
+    """Sees that orders wait, and enqueues a job; when jobs don't get it done, drains by itself."""
 
     def __init__(self) -> None:
         self._last = 0.0
+        self._head = b""
+        self._head_since = 0.0
 
     def run_once(self, stopped: threading.Event) -> None:
-        if not stock.raw_client.xread({Keys.outbox: "0"}, count=1, block=WATCH_MS):
+        found = stock.raw_client.xread({Keys.outbox: "0"}, count=1, block=WATCH_MS)
+        if not found:
+            return
+        head = found[0][1][0][0]
+        if head != self._head:
+            self._head, self._head_since = head, time.monotonic()
+        elif time.monotonic() - self._head_since > STUCK_SECONDS:
+            # RQ's own data may be damaged, or its worker hang; the outbox needs neither.
+            self._head_since = time.monotonic()
+            log.warning("orders wait although jobs are enqueued: %s", drain_batch("", "relay"))
             return
         # The first order after a pause goes at once; under load orders gather to a batch.
         stopped.wait(max(0.0, self._last + PACE_SECONDS - time.monotonic()))
@@ -110,10 +128,10 @@ def run_forever(app: Flask, run_once: Callable, stopped: threading.Event) -> Non
     while not stopped.is_set():
         try:
             # A dead connection shows up at the end of the context too, when it is rolled back.
-            with app.app_context():
+            with app.app_context(), waiting_at_most(STEP_WAIT_SECONDS):
                 run_once(stopped)
             failing = False
-        except (Unavailable, redis.RedisError, SQLAlchemyError) as error:
+        except (Unavailable, redis.RedisError, SQLAlchemyError, psycopg2.Error) as error:
             if not failing:
                 log.warning("%s pauses: %s", run_once.__qualname__, str(error).partition("\n")[0])
             failing = True

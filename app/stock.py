@@ -11,7 +11,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import resources
@@ -194,8 +194,13 @@ def connection_options(decode: bool) -> dict:
 class Stock:
     """The sale in Redis. One for each app; safe to use from several threads."""
 
-    def init_app(self, settings: Settings) -> None:
-        """Prepare the clients; nothing is connected before the first use."""
+    def init_app(
+        self, settings: Settings, on_record: Callable[[], tuple[str, int] | None] = lambda: None
+    ) -> None:
+        """Prepare the clients; nothing is connected before the first use.
+
+        `on_record` tells the sale's name and an order id that it has issued: see ClaimLine.
+        """
         url = settings.redis_url
         self.client = redis.Redis.from_url(url, **connection_options(decode=True))
         # RQ stores pickled bytes of its own; it needs answers undecoded, and blocks for long.
@@ -206,7 +211,7 @@ class Stock:
             if path.name.endswith(".lua")
         }
         self._scripts = {name: self.client.register_script(text) for name, text in scripts.items()}
-        self._line = ClaimLine(url, scripts["claim"], settings)
+        self._line = ClaimLine(url, scripts["claim"], settings, on_record)
 
     def claim(
         self, user_id: int, product_id: int, quantity: int, key: str | None, address: str
@@ -618,9 +623,22 @@ class ClaimLine:
     """The hot road to Redis: per thread one connection, per claim one packed EVALSHA.
 
     An ordinary client would cost twice the CPU, and might send a claim again by itself.
+
+    Every new connection is checked: a Redis that was exchanged (restored from an old copy, or
+    another system's) cuts connections, and nothing must be sold from it.
     """
 
-    def __init__(self, url: str, script: str, settings: Settings) -> None:
+    def __init__(
+        self,
+        url: str,
+        script: str,
+        settings: Settings,
+        on_record: Callable[[], tuple[str, int] | None],
+    ) -> None:
+        self._on_record = on_record
+        self._record: tuple[str, int] | None = None
+        self._recorded_at = 0.0
+        self._record_lock = threading.Lock()
         # The pool is only a factory here (it knows URLs, TLS, passwords): each thread keeps its own.
         self._pool = redis.ConnectionPool.from_url(
             url, max_connections=2**31, **connection_options(decode=False)
@@ -671,6 +689,9 @@ class ClaimLine:
                 # Nothing ran, so this is the one case where sending again is safe.
                 self._load_script(connection)
                 answer = self._exchange(connection, words)
+        except Unprepared:
+            self._closed_until = time.monotonic() + RETRY_AFTER_FAILURE_SECONDS
+            raise
         except redis.ResponseError as error:
             # Redis itself refused (out of memory, read only, loading): nothing was written.
             self._closed_until = 0.0
@@ -695,8 +716,27 @@ class ClaimLine:
             local.connection.disconnect()
             local.connection.connect()
             self._load_script(local.connection)
+            self._check_sale(local.connection)
             local.failures = failures
         return local.connection
+
+    def _check_sale(self, connection) -> None:
+        """Raise Unprepared when Redis holds another sale, or an old copy of this one."""
+        # First PostgreSQL, then Redis: the ids on record were issued before Redis is asked.
+        now = time.monotonic()
+        with self._record_lock:
+            # Threads that connect together ask once: what was asked since they came will do.
+            if self._recorded_at < now:
+                self._recorded_at = time.monotonic()
+                self._record = self._on_record()
+            record = self._record
+        if record is None:
+            return
+        name, issued = record
+        connection.send_command("MGET", Keys.generation, Keys.order_ids)
+        held, last = connection.read_response()
+        if held is not None and (held.decode() != name or int(last or 0) < issued):
+            raise Unprepared(f"Redis does not hold the sale {name} as it was at order {issued}")
 
     def _load_script(self, connection) -> None:
         connection.send_command(*self._load)
