@@ -50,8 +50,8 @@ class Shoppers:
         self._keys = _keys(settings)
         self._issuer, self._audience = settings.jwt_issuer, settings.jwt_audience
         # Two generations: when the young one is full it becomes the old one, which is forgotten.
-        self._young: dict[bytes, tuple[int, float]] = {}
-        self._old: dict[bytes, tuple[int, float]] = {}
+        self._young: dict[bytes, tuple[int, int]] = {}
+        self._old: dict[bytes, tuple[int, int]] = {}
 
     def identify(self, authorization: str | None) -> int:
         """Return the id of the token's shopper. Raises Unauthenticated."""
@@ -71,7 +71,7 @@ class Shoppers:
             raise _invalid("The token has expired")
         return shopper
 
-    def _verify(self, token: str) -> tuple[int, float]:
+    def _verify(self, token: str) -> tuple[int, int]:
         if len(token) > MAX_TOKEN_CHARACTERS:
             raise _invalid("The token is too long")
         try:
@@ -91,7 +91,7 @@ class Shoppers:
             raise _invalid("The token is not valid") from None
         if not USER_ID(claims["sub"]) or int(claims["sub"]) > MAX_ID:
             raise _invalid("The token's sub is not a user id")
-        return int(claims["sub"]), float(claims["exp"]) + LEEWAY_SECONDS
+        return int(claims["sub"]), int(claims["exp"]) + LEEWAY_SECONDS
 
     def _key_of(self, token: str) -> tuple[str, object]:
         """Return the key that the token names, or the only one. Raises jwt.PyJWTError."""
