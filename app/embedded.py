@@ -349,8 +349,12 @@ class PostgresServer(_Server):
         for path in (cluster / "postmaster.pid", self.sockets / f"{self.socket_name}.lock"):
             with suppress(FileNotFoundError, PermissionError):
                 pid = path.read_text().partition("\n")[0].strip()
-                if not pid or os.readlink(f"/proc/{pid}/cwd") != str(cluster):
-                    path.unlink()
+                # A dead process that nobody has waited for (a container's first process may never
+                # do so) still has its number, but no directory any more.
+                with suppress(FileNotFoundError):
+                    if pid and os.readlink(f"/proc/{pid}/cwd") == str(cluster):
+                        continue
+                path.unlink()
 
 
 def embedded_servers(settings: "Settings") -> "dict[str, _Server]":
