@@ -8,6 +8,7 @@ import json
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import pairwise
 
 import redis
 from sqlalchemy import select
@@ -75,6 +76,7 @@ class Ledger:
     ok: bool | None = None
     at: datetime | None = None
     products: dict[int, dict] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -203,7 +205,16 @@ def read_ledger(text: str | None) -> Ledger:
         ok=found["ok"],
         at=datetime.fromtimestamp(found["at"], UTC),
         products={int(product_id): proof for product_id, proof in found["products"].items()},
+        problems=found.get("problems", []),
     )
+
+
+def ledger() -> Ledger:
+    """Return the newest proof; when Redis is away, one that knows nothing."""
+    try:
+        return read_ledger(stock.client.get(Keys.ledger))
+    except redis.RedisError:
+        return Ledger()
 
 
 def board() -> Board:
@@ -241,7 +252,7 @@ def rates(samples: list[tuple[int, dict]], now: float) -> dict[str, float | None
 
 
 def _difference(before: dict, after: dict, names: tuple[str, ...]) -> int:
-    # A counter that went down was set anew (a reset, a rebuild): nothing can be said of that second.
+    # A counter that went down was set anew (a reset, a rebuild): that second says nothing.
     return max(0, sum(after.get(name, 0) - before.get(name, 0) for name in names))
 
 
@@ -255,7 +266,7 @@ def chart(since: int = 0) -> dict[str, list]:
         name: [] for name in ("second", "accepted", "refused", "waiting", "free")
     }
     refusals = sum((RATES[name] for name in ("sold_out", "limited", "refused")), ())
-    for (start, before), (end, after) in zip(found, found[1:], strict=False):
+    for (start, before), (end, after) in pairwise(found):
         columns["second"].append(end)
         columns["accepted"].append(_difference(before, after, ("accepted",)) / (end - start))
         columns["refused"].append(_difference(before, after, refusals) / (end - start))

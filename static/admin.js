@@ -183,7 +183,8 @@
       const open = document.getElementById('side-menu').classList.toggle('open')
       toggle.setAttribute('aria-expanded', String(open))
     }
-    if (at('[data-close]')) at('details').open = false
+    const all = at('[data-check-all]')
+    if (all) for (const box of all.form.querySelectorAll('[name="id"]')) box.checked = all.checked
     // One menu at a time, and none after a click elsewhere.
     for (const menu of document.querySelectorAll('details.menu[open], details.inline[open]')) {
       if (!menu.contains(event.target)) menu.open = false

@@ -67,7 +67,7 @@
           label: name,
           scale,
           stroke: colour(ink),
-          width: 1.75,
+          width: 1.25,
           points: { show: false },
           fill: fill ? fade(colour(ink), fill) : undefined,
         })),

@@ -1,6 +1,7 @@
 // The theme stands before the first paint: the one chosen here, else the system's.
 (() => {
   const system = matchMedia('(prefers-color-scheme: dark)')
+  document.documentElement.classList.add('js')
   const chosen = () => {
     try { return localStorage.getItem('theme') || 'auto' } catch { return 'auto' }
   }

@@ -2,9 +2,21 @@
 
 from flask import Flask
 
-from . import audit, dashboard, display, guard, jobs, orders, products, session, staff
+from . import (
+    audit,
+    dashboard,
+    dead_letters,
+    display,
+    guard,
+    jobs,
+    ledger,
+    orders,
+    products,
+    session,
+    staff,
+)
 
-PAGES = (session, dashboard, products, orders, staff, audit)
+PAGES = (session, dashboard, products, orders, dead_letters, ledger, staff, audit)
 
 
 def init_app(app: Flask) -> None:

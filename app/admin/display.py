@@ -43,7 +43,7 @@ def moment_utc(moment: datetime) -> str:
 def when(moment: datetime | None, utc: bool = False) -> str:
     """A time element: UTC as written here, the browser's own zone once the script has seen it.
 
-    With `utc` the UTC time stays visible beside it.
+    With `utc` the UTC time stays visible beside the other.
     """
     if moment is None:
         return "–"
@@ -51,16 +51,18 @@ def when(moment: datetime | None, utc: bool = False) -> str:
     machine = moment.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
     element = Markup('<time datetime="{}" title="{} UTC">{} UTC</time>').format(machine, text, text)
     if utc:
-        element += Markup(' <span class="utc">{} UTC</span>').format(text)
+        element += Markup(' <span class="utc" title="{} UTC">{} UTC</span>').format(text, text[11:])
     return element
 
 
 def duration(seconds: float | None) -> str:
-    """How long, in its two largest units: 2 d 3 h, 4 min 05 s, 0.8 s."""
+    """How long, in its two largest units: 2 d 3 h, 4 min 05 s, 40 ms."""
     if seconds is None:
         return "–"
+    if seconds < 1:
+        return f"{max(seconds, 0) * 1000:.0f} ms"
     if seconds < 10:
-        return f"{max(seconds, 0):.1f} s"
+        return f"{seconds:.1f} s"
     whole = int(seconds)
     if whole < 60:
         return f"{whole} s"

@@ -1,0 +1,103 @@
+"""Orders that could not be stored: what a decision would do is shown before it is made."""
+
+from flask import Blueprint, flash, redirect, render_template, request, url_for
+
+from .. import auth, deadletters, inventory
+from ..extensions import limiter
+from ..models import MAX_ID
+from ..purchases import InvalidRequest
+from . import forms
+
+bp = Blueprint("dead_letters", __name__, url_prefix="/admin/dead-letters")
+CHANGE_LIMIT = "60/minute"
+limiter.limit(CHANGE_LIMIT, methods=["POST"])(bp)
+
+PAGE_LETTERS = 50
+# One decision on so many at most: what it does must still be readable.
+MOST_AT_ONCE = 200
+STATES = ("open", "replayed", "abandoned")
+DECISIONS = {"replay": deadletters.replay, "abandon": deadletters.abandon}
+
+
+def identity(text: str) -> int | None:
+    """Return the id in a filter, None where there is none."""
+    usable = text.isascii() and text.isdigit() and len(text) <= 16
+    return min(int(text), MAX_ID) if usable else None
+
+
+@bp.get("/")
+def index():
+    state = request.args.get("state", "open")
+    before = forms.cursor()
+    filters = deadletters.Filters(
+        state=state if state in STATES else None,
+        product_id=identity(request.args.get("product", "")),
+        user_id=identity(request.args.get("user", "").strip()),
+        error=request.args.get("error", "").strip() or None,
+    )
+    letters = deadletters.list_letters(filters, before, PAGE_LETTERS + 1)
+    return render_template(
+        "admin/_dead_letters.html"
+        if request.headers.get("HX-Target") == "results"
+        else "admin/dead_letters.html",
+        letters=letters[:PAGE_LETTERS],
+        older=letters[PAGE_LETTERS - 1].id if len(letters) > PAGE_LETTERS else None,
+        before=before,
+        state=state,
+        states=STATES,
+        names=inventory.names(),
+        query={name: value for name, value in request.args.items() if value and name != "before"},
+    )
+
+
+def chosen(source) -> list[int]:
+    ids = [identity(text) for text in source.getlist("id")]
+    return [letter_id for letter_id in ids if letter_id][:MOST_AT_ONCE]
+
+
+@bp.get("/review")
+def review():
+    """Show what replaying and abandoning the chosen letters would do to stock."""
+    return show_review(chosen(request.args))
+
+
+def show_review(ids: list[int], errors: dict[str, str] | None = None, status: int = 200):
+    effects = deadletters.effect_of(ids)
+    if not effects:
+        flash("Choose dead letters that are still open.", "warning")
+        return redirect(url_for("dead_letters.index"))
+    returned: dict[int, int] = {}
+    for effect in effects:
+        if effect.returned_units:
+            product_id = effect.letter.product_id
+            returned[product_id] = returned.get(product_id, 0) + effect.returned_units
+    return render_template(
+        "admin/dead_letters_review.html",
+        effects=effects,
+        returned=returned,
+        replayable=sum(effect.obstacle is None for effect in effects),
+        names=inventory.names(),
+        errors=errors or {},
+    ), status
+
+
+@bp.post("/<decision>")
+def decide(decision: str):
+    """Replay or abandon the letters, each by itself, and tell what became of them."""
+    ids = chosen(request.form)
+    if decision not in DECISIONS:
+        raise InvalidRequest("There is no such decision", "decision")
+    try:
+        reason = inventory.read_text(request.form, "reason", inventory.MAX_REASON)
+    except InvalidRequest as error:
+        errors = {"reason": str(error).replace("reason", "The reason", 1)}
+        return show_review(ids, errors, 422)
+    results = DECISIONS[decision](ids, reason, auth.staff_actor())
+    done = sum(result.done for result in results)
+    if done:
+        word = {"replay": "replayed", "abandon": "abandoned"}[decision]
+        flash(f"{done} of {len(results)} {word}.", "success")
+    # Told one by one up to a handful; the list shows the others.
+    for result in [result for result in results if not result.done][:5]:
+        flash(f"Dead letter {result.letter_id}: {result.message}", "error")
+    return redirect(url_for("dead_letters.index"))
