@@ -5,6 +5,7 @@ import hashlib
 import hmac
 import json
 import math
+import random
 import time
 from dataclasses import replace
 
@@ -163,6 +164,51 @@ def test_a_token_that_was_changed():
         "é.é.é",
     ):
         refused(wrong)
+
+
+HEADERS = [
+    {"alg": "HS256"}, {"alg": "hs256"}, {"alg": "none"}, {"alg": None}, {"alg": ["HS256"]}, {},
+    {"alg": "HS256", "kid": "any"}, {"alg": "HS256", "kid": ["x"]}, {"alg": "HS256", "kid": None},
+    {"alg": "HS256", "crit": ["exp"]}, {"alg": "HS256", "crit": []}, {"alg": "HS256", "b64": False},
+    [], "HS256", 1, None, {"alg": "HS384"}, {"alg": "RS256"},
+]  # fmt: skip
+
+
+def test_nothing_is_accepted_that_pyjwt_refuses():
+    """Signed by the right key, but odd in every other way; and right ones with single bytes off."""
+
+    def pyjwt_accepts(text):
+        rules = {"audience": AUDIENCE, "issuer": ISSUER, "leeway": LEEWAY_SECONDS}
+        require = {"require": ["exp", "iss", "aud", "sub"]}
+        try:
+            return bool(jwt.decode(text, SECRET, algorithms=["HS256"], options=require, **rules))
+        except (jwt.PyJWTError, ValueError, TypeError, AttributeError):
+            return False
+
+    def ours_accepts(text):
+        try:
+            return bool(shoppers().identify(f"Bearer {text}"))
+        except Unauthenticated:
+            return False
+
+    def encoded(value):
+        return base64.urlsafe_b64encode(json.dumps(value).encode()).rstrip(b"=")
+
+    odd = [None, True, False, 0, -1, 1.5, "", "1", [], {}, [1], math.nan, 2**70, -(2**70)]
+    payloads = [claims()] + [claims() | {name: value} for name in claims() for value in odd]
+    payloads += [[], "text", 1, None, claims(nbf="1"), claims(aud=[AUDIENCE, 1]), claims(jti=[])]
+    texts = [sign(encoded(HEADERS[0]) + b"." + encoded(payload)) for payload in payloads]
+    texts += [sign(encoded(header) + b"." + encoded(claims())) for header in HEADERS]
+    good, chance = token(), random.Random(6)
+    for _ in range(500):
+        place = chance.randrange(len(good))
+        texts.append(
+            good[:place] + chance.choice(".-_A=+/ é\n") + good[place + chance.randrange(2) :]
+        )
+    accepted = [text for text in texts if ours_accepts(text)]
+    assert len(accepted) > 3
+    for text in accepted:
+        assert pyjwt_accepts(text.strip()), text
 
 
 def test_no_algorithm_but_ours(rsa_key, tmp_path):
