@@ -41,7 +41,7 @@ def create_app(settings: Settings | None = None) -> Flask:
 
     shoppers = Shoppers(settings) if settings.shopper_auth == "jwt" else None
     app.extensions["shoppers"] = shoppers
-    app.wsgi_app = PurchaseLane(app.wsgi_app, stock, settings, shoppers)
+    app.wsgi_app = app.extensions["lane"] = PurchaseLane(app.wsgi_app, stock, settings, shoppers)
     if settings.trusted_proxies:
         # Each hop adds to X-Forwarded-For. X-Forwarded-Proto is set anew by the last one, and the
         # host is taken from Host alone, so that a client can't choose it.

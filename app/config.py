@@ -187,7 +187,10 @@ class Settings:
         "WEB_WORKERS", lambda: os.cpu_count() or 1, _integer(1, 256), "web processes"
     )
     web_threads: int = setting(
-        "WEB_THREADS", 2, _integer(1, 64), "threads of each web process that run requests"
+        "WEB_THREADS",
+        4,
+        _integer(1, 64),
+        "threads of each web process for everything but purchases, which need none",
     )
 
     outbox_limit: int = setting(

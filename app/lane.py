@@ -1,7 +1,8 @@
-"""POST /purchase as a plain WSGI function in front of Flask's router.
+"""POST /purchase, past the framework, whose own work per request costs several times a claim.
 
-The framework's own work per request costs several times a claim, so the one hot route goes past it;
-every other request is handed on to Flask untouched.
+One implementation, two ways in. As WSGI middleware it stands in front of Flask's router, for any
+WSGI server and the tests; there a claim blocks its thread. Behind asgi.py it awaits the claim on the
+event loop, where those of all requests in flight share one write to Redis.
 """
 
 import json
@@ -71,7 +72,7 @@ def rfc3339(milliseconds: int) -> str:
 
 
 class PurchaseLane:
-    """WSGI middleware that answers POST /purchase completely, errors included."""
+    """Answers POST /purchase completely, errors included; the rest is the app's."""
 
     def __init__(
         self, app: Callable, stock: Stock, settings: Settings, shoppers: Shoppers | None = None
@@ -86,17 +87,42 @@ class PurchaseLane:
         self.address_policy = _policy("address", settings.purchase_address_limit)
 
     def __call__(self, environ: dict, start_response: Callable) -> Iterable[bytes]:
+        """Serve as WSGI."""
         if environ["PATH_INFO"] != "/purchase":
             return self.app(environ, start_response)
-        started = perf_counter()
-        status, body, headers = self.answer(environ)
-        if status != SOLD or "HTTP_X_REQUEST_ID" in environ or self.log.every:
-            headers = (*headers, self.log.note(environ, status, body))
-        self.meter.observe(status, perf_counter() - started)
-        start_response(status, [JSON_TYPE, ("Content-Length", str(len(body))), *headers])
+
+        async def body() -> bytes:
+            return environ["wsgi.input"].read(_content_length(environ))
+
+        async def claim(*request) -> Claim:
+            return self.stock.claim(*request)
+
+        # Nothing in it ever waits for an event loop, so the first step is the whole way.
+        try:
+            self.serve(environ, body, claim).send(None)
+        except StopIteration as done:
+            status, body, headers = done.value
+        start_response(status, headers)
         return (body,)
 
-    def answer(self, environ: dict) -> tuple[str, bytes, list | tuple]:
+    async def serve(
+        self, environ: dict, read: Callable, claim: Callable
+    ) -> tuple[str, bytes, list[tuple[str, str]]]:
+        """Return status line, body and headers.
+
+        Of `environ` only what WSGI names the request's method, address and headers is looked at.
+        """
+        started = perf_counter()
+        status, body, more = await self.answer(environ, read, claim)
+        headers = [JSON_TYPE, ("Content-Length", str(len(body))), *more]
+        if status != SOLD or "HTTP_X_REQUEST_ID" in environ or self.log.every:
+            headers.append(self.log.note(environ, status, body))
+        self.meter.observe(status, perf_counter() - started)
+        return status, body, headers
+
+    async def answer(
+        self, environ: dict, read: Callable, claim: Callable
+    ) -> tuple[str, bytes, Iterable[tuple[str, str]]]:
         """Return status line, body and further headers."""
         if environ["REQUEST_METHOD"] != "POST":
             return (
@@ -107,9 +133,13 @@ class PurchaseLane:
         try:
             shopper = self.shoppers and self.shoppers.identify(environ.get("HTTP_AUTHORIZATION"))
             address = environ.get("REMOTE_ADDR", "")
-            claim = purchase(
-                self.stock,
-                read_body(environ),
+            check_body(environ)
+            body = await read()
+            if len(body) > MAX_BODY_BYTES:
+                raise UnreadableBody(*TOO_LARGE)
+            decided = await purchase(
+                claim,
+                body,
                 environ.get("HTTP_IDEMPOTENCY_KEY"),
                 client_of(address) if ":" in address else address,
                 shopper,
@@ -126,19 +156,22 @@ class PurchaseLane:
             return error.status, error.body, ()
         except Unavailable:
             return "503 Service Unavailable", UNAVAILABLE, (UNAVAILABLE_RETRY,)
+        except Disconnected:
+            raise
         except Exception:
             log.exception("POST /purchase failed")
             return "500 Internal Server Error", INTERNAL_ERROR, ()
-        outcome = claim.outcome
+        outcome = decided.outcome
         if outcome == b"accepted":
-            return SOLD, b'{"status":"queued","orderId":%d}' % claim.detail, self.limits(claim)
+            body = b'{"status":"queued","orderId":%d}' % decided.detail
+            return SOLD, body, self.limits(decided)
         if outcome == b"replayed":
-            body = b'{"status":"queued","orderId":%d}' % claim.detail
+            body = b'{"status":"queued","orderId":%d}' % decided.detail
             return SOLD, body, (("Idempotent-Replayed", "true"),)
         status, body = REFUSALS[outcome]
         if callable(body):
-            body = body(claim.detail)
-        return status, body, self.limits(claim)
+            body = body(decided.detail)
+        return status, body, self.limits(decided)
 
     def limits(self, claim: Claim) -> list[tuple[str, str]]:
         """Return the rate-limit headers of an answer (draft-ietf-httpapi-ratelimit-headers-10)."""
@@ -168,6 +201,10 @@ def _policy(name: str, limit: RateLimit) -> tuple[str, str]:
     return name, f'"{name}";q={limit.count};w={limit.window_ms // 1000}'
 
 
+class Disconnected(Exception):
+    """The client is gone; nobody waits for an answer."""
+
+
 class UnreadableBody(Exception):
     """The body was refused before it was read."""
 
@@ -177,8 +214,8 @@ class UnreadableBody(Exception):
         self.body = error_body(message, code)
 
 
-def read_body(environ: dict) -> bytes:
-    """Return the request's body. Raises UnreadableBody for a wrong media type or size."""
+def check_body(environ: dict) -> None:
+    """Raise UnreadableBody for a wrong media type or size, before anything is read."""
     media_type = environ.get("CONTENT_TYPE", "")
     if media_type != "application/json" and (
         media_type.partition(";")[0].strip().lower() != "application/json"
@@ -188,10 +225,7 @@ def read_body(environ: dict) -> bytes:
             "Content-Type must be application/json",
             "unsupported_media_type",
         )
-    body = environ["wsgi.input"].read(_content_length(environ))
-    if len(body) > MAX_BODY_BYTES:
-        raise UnreadableBody(*TOO_LARGE)
-    return body
+    _content_length(environ)
 
 
 TOO_LARGE = ("413 Content Too Large", "The body is larger than 16 KiB", "body_too_large")

@@ -2,10 +2,11 @@
 
 import json
 import re
+from collections.abc import Awaitable, Callable
 
 from .identity import AnotherShopper
 from .models import MAX_ID
-from .stock import Claim, Stock
+from .stock import Claim
 
 MAX_BODY_BYTES = 16 * 1024
 # draft-ietf-httpapi-idempotency-key-header leaves the form to the server: visible ASCII here.
@@ -48,13 +49,17 @@ def read_integer(data: dict, name: str, low: int, high: int) -> int:
     return value
 
 
-def purchase(
-    stock: Stock, body: bytes, key: str | None, address: str, shopper: int | None = None
+async def purchase(
+    claim: Callable[..., Awaitable[Claim]],
+    body: bytes,
+    key: str | None,
+    address: str,
+    shopper: int | None = None,
 ) -> Claim:
     """Decide one purchase request, which must be the `shopper`'s own where one is given.
 
     Raises InvalidRequest and AnotherShopper before anything is asked of Redis, and stock.Unavailable
-    when Redis gave no answer, so that the outcome is unknown.
+    when Redis gave no answer, so that the outcome is unknown. `claim` is the road to Redis.
     """
     data = read_object(body)
     user_id = read_integer(data, "userId", 1, MAX_ID)
@@ -67,4 +72,4 @@ def purchase(
         raise InvalidRequest(
             "Idempotency-Key must be 1 to 255 visible ASCII characters", "Idempotency-Key"
         )
-    return stock.claim(user_id, product_id, quantity, key, address)
+    return await claim(user_id, product_id, quantity, key, address)

@@ -1,7 +1,6 @@
-"""The Redis side of the sale: keys, scripts, and typed results. The only caller of the scripts.
+"""The Redis side of the sale: its scripts and their typed results. The only caller of the scripts.
 
-Two roads lead to Redis. `Stock.claim` is the hot one: a connection of its own for each thread, the
-command packed by hand. Everything else goes through an ordinary client.
+Claims go by the hot roads of claims.py; everything else goes through an ordinary client here.
 """
 
 import contextlib
@@ -9,31 +8,33 @@ import itertools
 import json
 import logging
 import re
-import threading
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import resources
-from typing import NamedTuple
 
 import hiredis
 import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
-from .config import RateLimit, Settings
+from .claims import IDEMPOTENCY_TTL_MS, Claim, ClaimScript, LoopLine, ThreadLine
+from .config import Settings
+from .keys import USERS_PER_BUCKET, Keys, Unavailable, Unprepared, connection_options
+
+__all__ = [
+    "IDEMPOTENCY_TTL_MS",
+    "USERS_PER_BUCKET",
+    "Claim",
+    "Entry",
+    "Keys",
+    "Stock",
+    "Unavailable",
+    "Unprepared",
+    "View",
+    "connection_options",
+]
 
 log = logging.getLogger(__name__)
 
-# A shopper gets an answer within 2 s even from a dead Redis; a healthy one needs about 1 ms.
-CONNECT_TIMEOUT_SECONDS = 0.5
-COMMAND_TIMEOUT_SECONDS = 1.0
-# After a failure requests are refused at once for so long, then one of them tries again.
-RETRY_AFTER_FAILURE_SECONDS = 0.25
-IDEMPOTENCY_TTL_MS = 24 * 60 * 60 * 1000
-# So many users share one small hash of bought units: about 8 bytes each instead of 100.
-USERS_PER_BUCKET = 128
 # The dashboard's chart: one sample a second, 15 minutes.
 HISTORY_SAMPLES = 900
 
@@ -44,72 +45,6 @@ ENTRY = re.compile(
     r"(\d{1,16}) (\d{1,16}) (\d{1,9}) (\d{1,16}) ([A-Z]{3}) (\d{1,15}) ([\x21-\x7e]{0,255})",
     re.ASCII,
 ).fullmatch
-
-
-class Unavailable(Exception):
-    """Redis can't be reached or did not answer: the outcome is unknown, nothing is retried."""
-
-
-class Unprepared(Unavailable):
-    """Redis answers but does not hold this sale (new, flushed, or being rebuilt)."""
-
-
-class Keys:
-    """Every Redis key of the sale. The tag {0} names the shard; a shopper's keys all share one."""
-
-    prefix = "sale:{0}:"
-    generation = "sale:{0}:generation"
-    outbox = "sale:{0}:outbox"
-    queued = "sale:{0}:queued"
-    order_ids = "sale:{0}:order-ids"
-    movements = "sale:{0}:movements"
-    products = "sale:{0}:products"
-    refused = "sale:{0}:refused"
-    history = "sale:{0}:history"
-    drain_lease = "sale:{0}:drain-lease"
-    # The newest ledger check, as JSON; and whose turn the next one is.
-    ledger = "sale:{0}:ledger"
-    ledger_turn = "sale:{0}:ledger-turn"
-    telemetry = "sale:{0}:telemetry"
-    processes = "sale:{0}:processes"
-    workers = "sale:{0}:workers"
-    bought_prefix = "sale:{0}:bought:"
-    idempotency_prefix = "sale:{0}:key:"
-
-    @staticmethod
-    def product(product_id: int) -> str:
-        return f"sale:{{0}}:product:{product_id}"
-
-    @staticmethod
-    def rate(user_id: int) -> str:
-        return f"sale:{{0}}:rate:{user_id}"
-
-    @staticmethod
-    def address(address: str) -> str:
-        return f"sale:{{0}}:address:{address}"
-
-    @staticmethod
-    def bought(product_id: int, user_id: int) -> tuple[str, int]:
-        """Return the hash and the field that count the units a user bought of a product."""
-        bucket, field = divmod(user_id, USERS_PER_BUCKET)
-        return Keys.bucket(product_id, bucket), field
-
-    @staticmethod
-    def bucket(product_id: int, bucket: int) -> str:
-        return f"sale:{{0}}:bought:{product_id}:{bucket}"
-
-    @staticmethod
-    def idempotency(user_id: int, key: str) -> str:
-        return f"sale:{{0}}:key:{user_id}:{key}"
-
-
-class Claim(NamedTuple):
-    """What the claim script decided; see claim.lua for the outcomes."""
-
-    outcome: bytes
-    detail: int
-    attempts_left: int
-    reset_ms: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,17 +115,6 @@ class Accounts:
     products: dict[int, Account]
 
 
-def connection_options(decode: bool) -> dict:
-    """Options of every connection: bounded waits, and no silent second try of a command."""
-    return {
-        "socket_connect_timeout": CONNECT_TIMEOUT_SECONDS,
-        "socket_timeout": COMMAND_TIMEOUT_SECONDS,
-        "retry": Retry(NoBackoff(), 0),
-        "decode_responses": decode,
-        "protocol": 2,
-    }
-
-
 class Stock:
     """The sale in Redis. One for each app; safe to use from several threads."""
 
@@ -199,7 +123,7 @@ class Stock:
     ) -> None:
         """Prepare the clients; nothing is connected before the first use.
 
-        `on_record` tells the sale's name and an order id that it has issued: see ClaimLine.
+        `on_record` tells the sale's name and an order id that it has issued: see claims.py.
         """
         url = settings.redis_url
         self.client = redis.Redis.from_url(url, **connection_options(decode=True))
@@ -211,7 +135,9 @@ class Stock:
             if path.name.endswith(".lua")
         }
         self._scripts = {name: self.client.register_script(text) for name, text in scripts.items()}
-        self._line = ClaimLine(url, scripts["claim"], settings, on_record)
+        script = ClaimScript(scripts["claim"], settings)
+        self.thread_line = ThreadLine(url, script, on_record)
+        self.loop_line = LoopLine(url, script, on_record)
 
     def claim(
         self, user_id: int, product_id: int, quantity: int, key: str | None, address: str
@@ -220,7 +146,7 @@ class Stock:
 
         Raises Unavailable when Redis gave no answer: the order may or may not exist.
         """
-        return self._line.claim(user_id, product_id, quantity, key, address)
+        return self.thread_line.claim(user_id, product_id, quantity, key, address)
 
     def _run(self, name: str, keys: list, args: list):
         try:
@@ -617,131 +543,3 @@ class Stock:
                 pipe.execute()
         except redis.RedisError as error:
             raise Unavailable(str(error)) from error
-
-
-class ClaimLine:
-    """The hot road to Redis: per thread one connection, per claim one packed EVALSHA.
-
-    An ordinary client would cost twice the CPU, and might send a claim again by itself.
-
-    Every new connection is checked: a Redis that was exchanged (restored from an old copy, or
-    another system's) cuts connections, and nothing must be sold from it.
-    """
-
-    def __init__(
-        self,
-        url: str,
-        script: str,
-        settings: Settings,
-        on_record: Callable[[], tuple[str, int] | None],
-    ) -> None:
-        self._on_record = on_record
-        self._record: tuple[str, int] | None = None
-        self._recorded_at = 0.0
-        self._record_lock = threading.Lock()
-        # The pool is only a factory here (it knows URLs, TLS, passwords): each thread keeps its own.
-        self._pool = redis.ConnectionPool.from_url(
-            url, max_connections=2**31, **connection_options(decode=False)
-        )
-        self._load = ("SCRIPT", "LOAD", script)
-        self._local = threading.local()
-        self._sha = b""
-        self._limits = _limit_args(settings.purchase_user_limit) + _limit_args(
-            settings.purchase_address_limit
-        )
-        self._limits += (str(settings.outbox_limit), str(IDEMPOTENCY_TTL_MS))
-        # A failure anywhere makes every thread's connection suspect: they reconnect before next use.
-        self._failures = 0
-        self._closed_until = 0.0
-
-    def claim(self, user_id, product_id, quantity, key, address) -> Claim:
-        bucket, field = Keys.bought(product_id, user_id)
-        keys = (
-            Keys.generation,
-            Keys.rate(user_id),
-            Keys.address(address),
-            Keys.product(product_id),
-            bucket,
-            Keys.outbox,
-            Keys.queued,
-            Keys.order_ids,
-            Keys.refused,
-        )
-        args = (str(user_id), str(product_id), str(quantity), str(field), *self._limits)
-        if key is None:
-            words = ("9", *keys, *args)
-        else:
-            words = ("10", *keys, Keys.idempotency(user_id, key), *args, key)
-        return Claim._make(self._send(words))
-
-    def _send(self, words: tuple):
-        failures = self._failures
-        if self._closed_until and time.monotonic() < self._closed_until:
-            raise Unavailable("Redis was unreachable a moment ago")
-        if self._closed_until:
-            # This request is the one that tries; the others go on being refused meanwhile.
-            self._closed_until = time.monotonic() + COMMAND_TIMEOUT_SECONDS
-        try:
-            connection = self._connection(failures)
-            try:
-                answer = self._exchange(connection, words)
-            except redis.exceptions.NoScriptError:
-                # Nothing ran, so this is the one case where sending again is safe.
-                self._load_script(connection)
-                answer = self._exchange(connection, words)
-        except Unprepared:
-            self._closed_until = time.monotonic() + RETRY_AFTER_FAILURE_SECONDS
-            raise
-        except redis.ResponseError as error:
-            # Redis itself refused (out of memory, read only, loading): nothing was written.
-            self._closed_until = 0.0
-            raise Unavailable(str(error)) from error
-        except (redis.RedisError, OSError) as error:
-            self._failures += 1
-            self._closed_until = time.monotonic() + RETRY_AFTER_FAILURE_SECONDS
-            raise Unavailable(str(error)) from error
-        self._closed_until = 0.0
-        return answer
-
-    def _exchange(self, connection, words: tuple):
-        command = hiredis.pack_command(("EVALSHA", self._sha, *words))
-        connection.send_packed_command((command,))
-        return connection.read_response()
-
-    def _connection(self, failures: int):
-        local = self._local
-        if getattr(local, "failures", None) != failures:
-            if not hasattr(local, "connection"):
-                local.connection = self._pool.make_connection()
-            local.connection.disconnect()
-            local.connection.connect()
-            self._load_script(local.connection)
-            self._check_sale(local.connection)
-            local.failures = failures
-        return local.connection
-
-    def _check_sale(self, connection) -> None:
-        """Raise Unprepared when Redis holds another sale, or an old copy of this one."""
-        # First PostgreSQL, then Redis: the ids on record were issued before Redis is asked.
-        now = time.monotonic()
-        with self._record_lock:
-            # Threads that connect together ask once: what was asked since they came will do.
-            if self._recorded_at < now:
-                self._recorded_at = time.monotonic()
-                self._record = self._on_record()
-            record = self._record
-        if record is None:
-            return
-        name, issued = record
-        connection.send_command("MGET", Keys.generation, Keys.order_ids)
-        held, last = connection.read_response()
-        if held is not None and (held.decode() != name or int(last or 0) < issued):
-            raise Unprepared(f"Redis does not hold the sale {name} as it was at order {issued}")
-
-    def _load_script(self, connection) -> None:
-        connection.send_command(*self._load)
-        self._sha = connection.read_response()
-
-
-def _limit_args(limit: RateLimit) -> tuple[str, str]:
-    return str(limit.count), str(limit.window_ms)

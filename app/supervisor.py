@@ -207,11 +207,11 @@ class Supervisor:
     def _granian(self) -> list[str]:
         host, port = self.address
         options = {
-            "interface": "wsgi",
+            "interface": "asginl",
+            "loop": "uvloop",
             "host": host,
             "port": port,
             "workers": self.settings.web_workers,
-            "blocking-threads": self.settings.web_threads,
             "backlog": 4096,
             # Counts open connections, the idle ones too: past it nobody else is let in.
             "backpressure": 4096,
@@ -225,7 +225,7 @@ class Supervisor:
             "--no-ws",
             "--no-access-log",
             "--respawn-failed-workers",
-            "wsgi:app",
+            "asgi:app",
         ]
 
     def _free_address(self, grace_seconds: float) -> tuple[str, int]:
