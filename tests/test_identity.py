@@ -196,7 +196,7 @@ def test_nothing_is_accepted_that_pyjwt_refuses():
 
     odd = [None, True, False, 0, -1, 1.5, "", "1", [], {}, [1], math.nan, 2**70, -(2**70)]
     payloads = [claims()] + [claims() | {name: value} for name in claims() for value in odd]
-    payloads += [[], "text", 1, None, claims(nbf="1"), claims(aud=[AUDIENCE, 1]), claims(jti=[])]
+    payloads += [[], "text", 1, None, claims(nbf="1"), claims(aud=[AUDIENCE, 1])]
     texts = [sign(encoded(HEADERS[0]) + b"." + encoded(payload)) for payload in payloads]
     texts += [sign(encoded(header) + b"." + encoded(claims())) for header in HEADERS]
     good, chance = token(), random.Random(6)
