@@ -120,7 +120,9 @@ class Shoppers:
         if type(header) is not dict or "crit" in header or "b64" in header:
             raise ValueError
         name = header.get("kid")
-        if name not in self._keys and len(self._keys) == 1 and (name is None or None in self._keys):
+        if "kid" in header and type(name) is not str:
+            raise ValueError
+        if len(self._keys) == 1 and (name is None or None in self._keys):
             name = next(iter(self._keys))
         algorithm, key = self._keys[name]
         if header["alg"] != algorithm:
