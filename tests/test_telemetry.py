@@ -1,0 +1,207 @@
+"""/metrics: the right figures, from any process, guarded, in bounded number."""
+
+import json
+import time
+import timeit
+
+import pytest
+import redis
+from conftest import wait_until
+from prometheus_client.parser import text_string_to_metric_families
+from web import call
+
+from app import inventory, telemetry
+from app.audit import CLI
+from app.extensions import stock
+from app.keys import Keys
+from app.telemetry import DURATION_BOUNDS, Meter
+
+
+def read(client, headers) -> dict:
+    """Return {(name, labels as a sorted tuple): value}."""
+    answer = client.get("/metrics", headers=headers)
+    assert answer.status_code == 200
+    assert answer.mimetype == "text/plain"
+    return parse(answer.text)
+
+
+def parse(text) -> dict:
+    found = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            key = (sample.name, tuple(sorted(sample.labels.items())))
+            assert key not in found, f"{key} is there twice"
+            found[key] = sample.value
+    return found
+
+
+def value(figures, name, **labels):
+    return figures[name, tuple(sorted(labels.items()))]
+
+
+def test_outcomes_by_product_and_kind(app, client, buy, drain, admin_headers):
+    for user in (1, 2, 2):
+        buy(user)
+    buy(3, quantity=101)
+    buy(4, quantity=10**5)
+    buy(5, product_id=77)
+    buy(6, key="a")
+    buy(6, key="a")
+    drain()
+    buy(7, quantity=10)
+    figures = read(client, admin_headers)
+    for outcome, count in {"accepted": 5, "too_many": 2, "replayed": 1}.items():
+        assert value(figures, "flashsale_purchases_total", product="1", outcome=outcome) == count
+    assert value(figures, "flashsale_purchases_total", product="none", outcome="unknown") == 1
+    assert value(figures, "flashsale_orders_persisted_total", product="1") == 4
+    assert value(figures, "flashsale_units_claimed_total", product="1") == 14
+    assert value(figures, "flashsale_stock_units", product="1") == 86
+    assert value(figures, "flashsale_orders_waiting") == 1
+    assert 0 <= value(figures, "flashsale_oldest_order_age_seconds") < 10
+    assert value(figures, "flashsale_dead_letters") == 0
+    assert value(figures, "flashsale_sale_prepared") == 1
+    assert value(figures, "flashsale_redis_durable") == 1
+    assert {value(figures, "flashsale_up", server=name) for name in ("redis", "postgres")} == {1}
+
+
+def test_durations_of_several_processes_are_one_histogram(app, client, buy, admin_headers):
+    one, other = Meter("web"), Meter("web")
+    for meter, seconds, times in ((one, 0.0015, 3), (one, 0.03, 1), (other, 0.0015, 2)):
+        for _ in range(times):
+            meter.observe("200 OK", seconds)
+    other.observe("409 Conflict", 9.0)
+    for meter in (one, other, one):
+        meter.flush()
+    buckets = "flashsale_purchase_duration_seconds_bucket"
+    figures = read(client, admin_headers)
+    at = [value(figures, buckets, status="200", le=str(bound)) for bound in DURATION_BOUNDS]
+    assert at[:3] == [0, 0, 5]
+    assert at[-1] == 6
+    assert at == sorted(at)
+    total = "flashsale_purchase_duration_seconds"
+    assert value(figures, f"{total}_count", status="200") == 6
+    assert value(figures, f"{total}_sum", status="200") == pytest.approx(0.0375)
+    assert value(figures, buckets, status="409", le="5.0") == 0
+    assert value(figures, buckets, status="409", le="+Inf") == 1
+
+
+def test_a_bound_belongs_to_its_bucket(app, client, admin_headers):
+    meter = Meter("web")
+    meter.observe("200 OK", DURATION_BOUNDS[3])
+    meter.flush()
+    figures = read(client, admin_headers)
+    bucket = "flashsale_purchase_duration_seconds_bucket"
+    assert value(figures, bucket, status="200", le=str(DURATION_BOUNDS[3])) == 1
+
+
+def test_what_was_counted_while_redis_was_away_is_not_lost(app, client, admin_headers, monkeypatch):
+    meter = Meter("web")
+    meter.observe("503 Service Unavailable", 0.1)
+    with monkeypatch.context() as broken:
+        broken.setattr(stock, "client", redis.Redis.from_url("redis://127.0.0.1:1"))
+        with pytest.raises(redis.RedisError):
+            meter.flush()
+    meter.flush()
+    meter.flush()
+    figures = read(client, admin_headers)
+    assert value(figures, "flashsale_purchase_duration_seconds_count", status="503") == 1
+
+
+def test_counting_costs_next_to_nothing():
+    meter = Meter("web")
+    meter._thread = True  # nothing to report to
+    best = min(timeit.repeat(lambda: meter.observe("200 OK", 0.0013), number=10_000, repeat=5))
+    assert best / 10_000 < 5e-6
+
+
+def test_processes_and_workers(app, client, admin_headers):
+    for meter in (Meter("web"), Meter("worker")):
+        meter.flush()
+    stock.client.hset(Keys.processes, "web:gone:1", json.dumps({"at": time.time() - 60}))
+    stock.client.zadd(Keys.workers, {"one": time.time(), "gone": time.time() - 60})
+    figures = read(client, admin_headers)
+    for role in ("web", "worker"):
+        assert value(figures, "flashsale_processes", role=role) == 1
+        assert value(figures, "flashsale_process_resident_memory_bytes", role=role) > 10**7
+        assert value(figures, "flashsale_process_open_fds", role=role) > 3
+        assert value(figures, "flashsale_process_cpu_seconds_total", role=role) > 0
+    assert value(figures, "flashsale_workers") == 1
+    assert not stock.client.hexists(Keys.processes, "web:gone:1")
+
+
+def test_batches(app, client, admin_headers):
+    for orders in (1, 2, 3, 2000):
+        telemetry.count_batch(orders)
+    figures = read(client, admin_headers)
+    assert value(figures, "flashsale_batch_orders_sum") == 2006
+    for bound, count in {"1": 1, "2": 2, "5": 3, "1000": 3, "2000": 4, "+Inf": 4}.items():
+        assert value(figures, "flashsale_batch_orders_bucket", le=bound) == count
+
+
+def test_the_ledger(app, client, admin_headers):
+    assert ("flashsale_ledger_ok", ()) not in read(client, admin_headers)
+    for ok in (True, False):
+        stock.client.set(Keys.ledger, json.dumps({"at": 1795343988.5, "ok": ok, "products": {}}))
+        figures = read(client, admin_headers)
+        assert value(figures, "flashsale_ledger_ok") == ok
+        assert value(figures, "flashsale_ledger_checked_timestamp_seconds") == 1795343988.5
+
+
+def test_the_number_of_series_is_bounded(app, client, admin_headers, monkeypatch):
+    monkeypatch.setattr(telemetry, "MOST_PRODUCTS", 3)
+    before = len(read(client, admin_headers))
+    with app.app_context():
+        for _ in range(6):
+            data = {"name": "Lamp", "priceCents": 1, "currency": "USD", "stock": 5}
+            inventory.create_product(data, CLI)
+    figures = read(client, admin_headers)
+    products = {labels[0][1] for name, labels in figures if name == "flashsale_stock_units"}
+    assert products == {"1", "2", "3", "other"}
+    assert value(figures, "flashsale_stock_units", product="other") == 20
+    assert len(figures) - before == 3 * 4
+
+
+@pytest.mark.parametrize(
+    "headers", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer é"}]
+)
+def test_the_token(app, client, headers):
+    answer = client.get("/metrics", headers=headers)
+    assert (answer.status_code, answer.json["code"]) == (401, "unauthorized")
+    assert answer.headers["WWW-Authenticate"].startswith("Bearer")
+    assert "flashsale" not in answer.text
+
+
+def test_a_token_of_its_own(make_app, admin_headers):
+    client = make_app(metrics_token="only for the figures").test_client()
+    assert client.get("/metrics", headers=admin_headers).status_code == 401
+    headers = {"Authorization": "Bearer only for the figures"}
+    assert read(client, headers)
+    assert client.post("/products/restock", headers=headers).status_code == 401
+
+
+def test_servers_that_are_down(app, client, admin_headers, monkeypatch):
+    monkeypatch.setattr(stock, "client", redis.Redis.from_url("redis://127.0.0.1:1"))
+    monkeypatch.setattr(telemetry.stock, "product_ids", lambda: telemetry.stock.client.ping())
+    figures = read(client, admin_headers)
+    assert value(figures, "flashsale_up", server="redis") == 0
+    assert value(figures, "flashsale_up", server="postgres") == 1
+    assert value(figures, "flashsale_dead_letters") == 0
+
+
+def test_the_running_system(server):
+    """The lane's own durations arrive, whichever process served; and what the worker is."""
+    bearer = {"Authorization": f"Bearer {server.api_token}"}
+    refused = ("flashsale_purchase_duration_seconds_count", (("status", "404"),))
+
+    def figures():
+        return parse(call(f"{server.url}/metrics", headers=bearer).body.decode())
+
+    before = figures().get(refused, 0)
+    for user in range(20):
+        body = {"userId": 8_000_000_001 + user, "productId": 9_000_000_000}
+        assert call(f"{server.url}/purchase", body).status == 404
+    wait_until(lambda: figures().get(refused, 0) - before >= 20)
+    seen = figures()
+    assert seen[refused] - before == 20
+    assert value(seen, "flashsale_workers") >= 1
+    assert value(seen, "flashsale_processes", role="worker") >= 1
