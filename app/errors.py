@@ -50,6 +50,9 @@ def show_error(status: int, message: str, code: str | None = None, **more: objec
     if not wants_page():
         return api_error(status, message, code, **more)
     headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if status == 503 else {}
+    if request.headers.get("HX-Request"):
+        # The page shows the words as a note; another whole page has no place inside it.
+        return message, status, headers | {"Content-Type": "text/plain; charset=utf-8"}
     return render_template("error.html", status=status, message=message), status, headers
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
-from sqlalchemy import select
+from sqlalchemy import Select, select
 
 from .extensions import db, stock
 from .models import Batch, DeadLetter, Order, StockMovement
@@ -19,8 +19,8 @@ STATUSES = ("QUEUED", "CONFIRMED", "CANCELLED", "FAILED")
 PAGE_ORDERS = 50
 # An export's step: few statements, and little memory however long the export.
 EXPORT_ORDERS = 2000
-# Ids are given in the order of the claims, so a time is an id. This many more are looked at on either
-# side, and judged by their own time, in case the clock was set back a little.
+# Ids are given in the order of the claims, so a time is an id. This many more are looked at on
+# either side, and judged by their own time, in case the clock was set back a little.
 ID_MARGIN = 2000
 
 
@@ -105,7 +105,7 @@ def search(wanted: Filter, before: int | None = None, limit: int = PAGE_ORDERS) 
             incomplete = True
     if wanted.status in (None, "FAILED"):
         found |= {order.id: order for order in _failed(wanted, before, limit + 1)}
-    stored = list(_stored(wanted, before, limit + 1)) if wanted.status != "QUEUED" else []
+    stored = list(_stored(wanted, before, limit + 1))
     found |= {order.id: order for order in stored}
     if wanted.status == "QUEUED":
         # What was stored since Redis was read is no longer queued.
@@ -166,6 +166,16 @@ def _failed(wanted: Filter, before: int | None, limit: int) -> Iterator[Found]:
 
 
 def _stored(wanted: Filter, before: int | None, limit: int) -> Iterator[Found]:
+    query = stored_query(wanted, before, limit)
+    if query is not None:
+        for row in db.session.execute(query):
+            yield Found(*row)
+
+
+def stored_query(wanted: Filter, before: int | None, limit: int) -> Select | None:
+    """Return the statement that finds stored orders; None when there can be none."""
+    if wanted.status in ("QUEUED", "FAILED"):
+        return None
     query = select(*COLUMNS).order_by(Order.id.desc()).limit(limit)
     if before is not None:
         query = query.where(Order.id < before)
@@ -173,22 +183,19 @@ def _stored(wanted: Filter, before: int | None, limit: int) -> Iterator[Found]:
         query = query.where(Order.user_id == wanted.user_id)
     if wanted.product_id is not None:
         query = query.where(Order.product_id == wanted.product_id)
-    if wanted.status == "FAILED":
-        return
     if wanted.status is not None:
         query = query.where(Order.status == wanted.status)
     if wanted.since is not None:
         first = _id_at(wanted.since)
         if first is None:
-            return
+            return None
         query = query.where(Order.id >= first - ID_MARGIN, Order.claimed_at >= wanted.since)
     if wanted.until is not None:
         last = _id_at(wanted.until)
         if last is not None:
             query = query.where(Order.id < last + ID_MARGIN)
         query = query.where(Order.claimed_at < wanted.until)
-    for row in db.session.execute(query):
-        yield Found(*row)
+    return query
 
 
 def _id_at(moment: datetime) -> int | None:

@@ -158,7 +158,7 @@ def draw_history(shop: Shop) -> None:
         figures["free"] += int(sold * 1.25) - (900 if age == 500 else 0)
         figures["sold_out"] -= max(0, int(random.gauss(rush * 0.4, 1)))
         figures["limited"] -= max(0, int(random.gauss(2 + rush * 0.12, 1)))
-        figures["waiting"] = max(0, int(random.gauss(rush * 0.5, 2)))
+        figures["waiting"] = max(0, round(0.7 * figures["waiting"] + random.gauss(rush * 0.12, 0.7)))
     with shop.redis.pipeline() as pipe:
         pipe.delete(Keys.history)
         for second, sample in reversed(past):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import flask_migrate
+import people
 import pytest
 import redis
 
@@ -22,7 +23,7 @@ from app.embedded import PostgresServer, RedisServer
 from app.extensions import db, stock
 
 API_TOKEN = "test-token-0123456789"
-ADMIN_PASSWORD = "correct horse battery"
+ADMIN_PASSWORD = people.PASSWORD
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 15, what: str = "") -> object:
@@ -116,6 +117,24 @@ def runner(app):
 @pytest.fixture
 def admin_headers() -> dict[str, str]:
     return {"Authorization": f"Bearer {API_TOKEN}"}
+
+
+@pytest.fixture
+def admin(app):
+    """A browser in which an admin is signed in."""
+    return _signed_in(app, "admin")
+
+
+@pytest.fixture
+def support(app):
+    """A browser in which somebody of the support is signed in."""
+    return _signed_in(app, "support")
+
+
+def _signed_in(app, role: str):
+    browser = app.test_client()
+    people.sign_in_once(app, browser, role)
+    return browser
 
 
 @pytest.fixture

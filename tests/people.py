@@ -1,0 +1,50 @@
+"""What the tests of the pages share: people, forms, and what htmx sends along."""
+
+import re
+
+from app import auth
+from app.audit import CLI
+from app.extensions import db
+from app.models import Staff
+
+PASSWORD = "correct horse battery"
+BROWSER = {"HX-Request": "true"}
+
+
+def create_person(app, role: str) -> str:
+    """Make sure of a person with this role, active and with the tests' password."""
+    email = f"{role}-page@example.com"
+    with app.app_context():
+        db.session.query(Staff).filter_by(email=email).delete()
+        db.session.commit()
+        auth.create_staff(email, PASSWORD, role, CLI)
+    return email
+
+
+def csrf_token(client, path: str = "/admin/password") -> str:
+    return re.search(r'name="csrf_token" value="([^"]+)"', client.get(path).text)[1]
+
+
+def sign_in(client, email="admin-page@example.com", password=PASSWORD, **more):
+    data = {"email": email, "password": password, **more}
+    return client.post(
+        "/admin/sign-in", data=data | {"csrf_token": csrf_token(client, "/admin/sign-in")}
+    )
+
+
+_cookies: dict[str, str] = {}
+
+
+def sign_in_once(app, browser, role: str) -> None:
+    """Sign in, by an earlier test's session where it still holds: passwords are slow by design."""
+    if role in _cookies:
+        browser.set_cookie("session", _cookies[role])
+        if browser.get("/admin/password").status_code == 200:
+            return
+    sign_in(browser, create_person(app, role))
+    _cookies[role] = browser.get_cookie("session").value
+
+
+def send(client, path: str, headers: dict | None = None, **data):
+    """Send a form of a signed-in person."""
+    return client.post(path, data=data | {"csrf_token": csrf_token(client)}, headers=headers)

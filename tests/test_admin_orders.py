@@ -1,0 +1,241 @@
+"""The support desk: search, pages, an order's story, cancelling, the export."""
+
+import csv
+import io
+import re
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from people import BROWSER, send
+from sqlalchemy import text
+
+from app import search
+from app.admin.orders import safe_cell
+from app.extensions import db, stock
+
+RESULTS = BROWSER | {"HX-Target": "results"}
+
+
+def listed(answer) -> list[int]:
+    return [
+        int(found) for found in re.findall(r'strong num" href="/admin/orders/(\d+)"', answer.text)
+    ]
+
+
+@pytest.fixture
+def many(app, drain):
+    """1,000 stored orders of 10 users, a minute apart, the last one now."""
+    with app.app_context():
+        db.session.execute(
+            text(
+                "INSERT INTO orders (id, user_id, product_id, quantity, unit_price_cents, currency,"
+                " claimed_at) SELECT i, i % 10 + 1, 1, 1, 100, 'USD',"
+                " now() - (1000 - i) * interval '1 minute' FROM generate_series(1, 1000) AS i"
+            )
+        )
+        db.session.execute(
+            text(
+                "UPDATE orders SET status = 'CANCELLED', cancelled_at = now(),"
+                " cancelled_by = 'x', cancel_reason = 'y' WHERE id % 100 = 0"
+            )
+        )
+        db.session.commit()
+
+
+def test_queued_and_stored_newest_first(support, buy, drain):
+    buy(7)
+    drain()
+    buy(7)
+    buy(8)
+    answer = support.get("/admin/orders/")
+    assert listed(answer) == [3, 2, 1]
+    assert answer.text.count("Queued</span>") == 2
+    assert answer.text.count("Confirmed</span>") == 1
+    assert listed(support.get("/admin/orders/?q=7")) == [2, 1]
+    assert listed(support.get("/admin/orders/?status=QUEUED")) == [3, 2]
+    assert listed(support.get("/admin/orders/?status=CONFIRMED")) == [1]
+
+
+def test_results_are_a_fragment(support, buy):
+    buy(7)
+    assert "<html" in support.get("/admin/orders/").text
+    answer = support.get("/admin/orders/?q=7", headers=RESULTS)
+    assert "<html" not in answer.text
+    assert listed(answer) == [1]
+
+
+def test_a_number_is_a_user_or_an_order(support, buy, drain):
+    for user in (7, 7, 2):
+        buy(user)
+    drain()
+    answer = support.get("/admin/orders/?q=2")
+    assert 'class="hit"' in answer.text
+    assert "Order" in answer.text
+    assert listed(answer) == [3]
+    answer = support.get("/admin/orders/?q=%232")
+    assert 'class="hit"' in answer.text
+    assert listed(answer) == []
+    assert "a whole number" in support.get("/admin/orders/?q=abc").text
+    assert "There is no such order" in support.get("/admin/orders/?q=%2399").text
+
+
+def test_pages_are_complete_and_without_repetition(support, many):
+    seen, path = [], "/admin/orders/"
+    while path:
+        answer = support.get(path)
+        seen += listed(answer)
+        older = re.search(r'href="(/admin/orders/\?before=\d+)"', answer.text)
+        path = older and older[1]
+    assert seen == list(range(1000, 0, -1))
+
+
+def test_filters_together(app, many):
+    now = datetime.now(UTC)
+    with app.app_context():
+        found = search.search(
+            search.Filter(
+                user_id=1,
+                status="CANCELLED",
+                since=now - timedelta(minutes=501),
+                until=now - timedelta(minutes=99),
+            )
+        )
+        assert [order.id for order in found.orders] == [900, 800, 700, 600, 500]
+        assert search.search(search.Filter(product_id=9)).orders == []
+        later = search.Filter(since=now + timedelta(hours=1))
+        assert search.search(later).orders == []
+
+
+def test_times_of_the_browsers_zone(support, many):
+    then = datetime.now(UTC) - timedelta(minutes=10, seconds=30) + timedelta(hours=5, minutes=30)
+    answer = support.get(
+        "/admin/orders/",
+        query_string={"from": then.strftime("%Y-%m-%dT%H:%M:%S"), "from_offset": "+05:30"},
+    )
+    assert listed(answer) == list(range(1000, 989, -1))
+    assert "not a date" in support.get("/admin/orders/?from=yesterday").text
+    assert support.get("/admin/orders/?from=9999-99-99T00:00").status_code == 200
+
+
+def test_story_of_an_order_on_its_way(support, buy, drain):
+    buy(7, key="abc")
+    page = support.get("/admin/orders/1").text
+    assert "Waiting to be stored" in page
+    assert "data-poll" in page
+    assert "abc" in page
+    drain()
+    fragment = support.get("/admin/orders/1/live", headers=BROWSER).text
+    assert "<html" not in fragment
+    assert "Persisted" in fragment
+    assert "data-poll" not in fragment
+    assert support.get("/admin/orders/99").status_code == 404
+
+
+def test_cancel_returns_the_units_once(client, support, buy, drain):
+    buy(7, quantity=3)
+    drain()
+    assert client.get("/products/1").json["stockRemaining"] == 97
+    answer = send(support, "/admin/orders/1/cancel", reason="changed their mind")
+    assert answer.location == "/admin/orders/1"
+    page = support.get("/admin/orders/1").text
+    assert "Order 1 is cancelled; 3 units are free again." in page
+    assert "Cancelled by staff support-page@example.com" in page
+    assert "changed their mind" in page
+    assert "3 units back in stock" in page
+    send(support, "/admin/orders/1/cancel", reason="again")
+    assert "This order is cancelled already" in support.get("/admin/orders/1").text
+    assert client.get("/products/1").json["stockRemaining"] == 100
+
+
+def test_cancel_needs_a_reason_and_a_stored_order(client, support, buy, drain):
+    buy(7)
+    assert send(support, "/admin/orders/1/cancel", reason="early").status_code == 404
+    drain()
+    answer = send(support, "/admin/orders/1/cancel", reason=" ")
+    assert answer.status_code == 422
+    assert 'id="e-reason"' in answer.text
+    assert client.get("/products/1").json["stockRemaining"] == 99
+
+
+def export(browser, **query) -> list[dict]:
+    answer = browser.get("/admin/orders/orders.csv", query_string=query)
+    assert answer.mimetype == "text/csv"
+    assert "attachment" in answer.headers["Content-Disposition"]
+    return list(csv.DictReader(io.StringIO(answer.text)))
+
+
+def test_export_is_the_filter(support, many, buy):
+    with support.application.app_context():
+        stock.open(stock.generation(), first_order_id=1001)
+    buy(3)
+    rows = export(support)
+    assert [int(row["order"]) for row in rows] == list(range(1001, 0, -1))
+    assert rows[0]["status"] == "QUEUED"
+    assert rows[1]["total"] == "1.00"
+    assert rows[1]["product name"] == "Flash-sale item"
+    assert [row["order"] for row in export(support, q=1, status="CANCELLED")] == [
+        str(order_id) for order_id in range(1000, 0, -100)
+    ]
+
+
+def test_export_goes_on_past_a_step(app, many, monkeypatch):
+    monkeypatch.setattr(search, "EXPORT_ORDERS", 300)
+    with app.app_context():
+        assert len(list(search.export(search.Filter()))) == 1000
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1"])
+def test_no_cell_is_a_formula(text):
+    assert safe_cell(text) == "'" + text
+
+
+def test_plain_cells_stay_as_they_are():
+    assert [safe_cell(value) for value in ("USD", 5, "", "a=b")] == ["USD", 5, "", "a=b"]
+
+
+def test_search_survives_a_dead_redis(support, many, monkeypatch):
+    def away(*_, **__):
+        raise search.Unavailable("away")
+
+    monkeypatch.setattr(type(stock), "newest_waiting", away)
+    answer = support.get("/admin/orders/")
+    assert answer.status_code == 200
+    assert "still queued are missing" in answer.text
+    assert listed(answer)[0] == 1000
+
+
+def test_no_filter_reads_every_row(app, many):
+    """Each kind of search is a range of an index, so that a million orders cost as little."""
+    with app.app_context():
+        db.session.execute(text("ANALYZE orders"))
+        db.session.execute(text("SET LOCAL enable_seqscan = off"))
+        for wanted in (
+            search.Filter(),
+            search.Filter(user_id=1),
+            search.Filter(product_id=1),
+            search.Filter(status="CANCELLED"),
+        ):
+            query = search.stored_query(wanted, None, 51)
+            sql = query.compile(dialect=db.engine.dialect, compile_kwargs={"literal_binds": True})
+            plan = "\n".join(db.session.scalars(text(f"EXPLAIN {sql}")))
+            assert "Seq Scan" not in plan, plan
+        db.session.rollback()
+
+
+def test_a_stored_order_is_not_shown_as_queued(app, buy, drain, monkeypatch):
+    """Between the commit and the trim an order is in both places; it counts as stored."""
+    buy(7)
+    with app.app_context():
+        waiting = stock.newest_waiting(10)
+    drain()
+    monkeypatch.setattr(type(stock), "newest_waiting", lambda *_: waiting)
+    with app.app_context():
+        found = search.search(search.Filter()).orders
+        assert [(order.id, order.status) for order in found] == [(1, "CONFIRMED")]
+        assert search.search(search.Filter(status="QUEUED")).orders == []
+
+
+def test_the_token_of_a_form_is_needed(support, buy, drain):
+    buy(7)
+    drain()
+    assert support.post("/admin/orders/1/cancel", data={"reason": "x"}).status_code == 400

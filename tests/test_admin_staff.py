@@ -1,0 +1,260 @@
+"""Staff, tokens, the audit, dead letters, the ledger, rq-dashboard."""
+
+import json
+import re
+import time
+
+import pytest
+from people import BROWSER, csrf_token, send, sign_in
+
+from app import jobs, monitor
+from app.extensions import db, stock
+from app.models import AuditEntry, Staff
+from app.stock import Keys
+
+
+def secret_of(answer) -> str:
+    return re.search(r'<code id="secret">([^<]+)</code>', answer.text)[1]
+
+
+def person(app, email="new@example.com") -> Staff:
+    with app.app_context():
+        return db.session.query(Staff).filter_by(email=email).one()
+
+
+@pytest.fixture
+def newcomer(app, admin):
+    """Somebody created in the pages, and their password."""
+    with app.app_context():
+        db.session.query(Staff).filter_by(email="new@example.com").delete()
+        db.session.commit()
+    return secret_of(send(admin, "/admin/staff/", email="New@example.com", role="support"))
+
+
+def test_create_a_person(app, admin, newcomer):
+    browser = app.test_client()
+    assert sign_in(browser, "new@example.com", newcomer).status_code == 302
+    assert browser.get("/admin/staff/").status_code == 403
+    # The password is shown once, and nowhere again.
+    assert newcomer not in admin.get("/admin/staff/").text
+
+
+@pytest.mark.parametrize(
+    ("email", "role", "field"),
+    [("nonsense", "support", "email"), ("", "support", "email"), ("a@b.c", "king", "role"),
+     ("admin-page@example.com", "support", "email")],
+)  # fmt: skip
+def test_wrong_persons(admin, email, role, field):
+    answer = send(admin, "/admin/staff/", email=email, role=role)
+    assert answer.status_code == 422
+    assert f'id="e-{field}"' in answer.text
+
+
+def test_deactivate_and_let_in_again(app, admin, newcomer):
+    browser = app.test_client()
+    sign_in(browser, "new@example.com", newcomer)
+    path = f"/admin/staff/{person(app).id}/active"
+    assert "Deactivate new@example.com?" in send(admin, path, active="no").text
+    assert browser.get("/admin/").status_code == 200
+    send(admin, path, active="no", confirmed="yes")
+    assert browser.get("/admin/").status_code == 302
+    send(admin, path, active="yes")
+    assert sign_in(browser, "new@example.com", newcomer).status_code == 302
+
+
+def test_role_counts_from_the_next_request(app, admin, newcomer):
+    browser = app.test_client()
+    sign_in(browser, "new@example.com", newcomer)
+    send(admin, f"/admin/staff/{person(app).id}/role", role="admin")
+    assert browser.get("/admin/staff/").status_code == 200
+    assert send(admin, f"/admin/staff/{person(app).id}/role", role="king").status_code == 400
+
+
+def test_reset_a_password(app, admin, newcomer):
+    path = f"/admin/staff/{person(app).id}/password"
+    new = secret_of(send(admin, path, confirmed="yes"))
+    browser = app.test_client()
+    assert sign_in(browser, "new@example.com", newcomer).status_code == 401
+    assert sign_in(browser, "new@example.com", new).status_code == 302
+
+
+def test_nobody_locks_themselves_out(app, admin):
+    me = person(app, "admin-page@example.com").id
+    for path, data in (
+        (f"/admin/staff/{me}/active", {"active": "no", "confirmed": "yes"}),
+        (f"/admin/staff/{me}/role", {"role": "support"}),
+        (f"/admin/staff/{me}/password", {"confirmed": "yes"}),
+    ):
+        assert send(admin, path, **data).status_code == 409
+    assert admin.get("/admin/staff/").status_code == 200
+    assert send(admin, "/admin/staff/999999/role", role="admin").status_code == 404
+
+
+def test_tokens_are_shown_once_and_revoked(client, admin):
+    token = secret_of(send(admin, "/admin/staff/tokens", name="checkout"))
+    page = admin.get("/admin/staff/").text
+    assert "checkout" in page
+    assert token not in page
+    headers = {"Authorization": f"Bearer {token}"}
+    body = {"productId": 1, "amount": 5}
+    assert client.post("/products/restock", json=body, headers=headers).status_code == 200
+    token_id = re.search(r"/admin/staff/tokens/(\d+)/revoke", page)[1]
+    path = f"/admin/staff/tokens/{token_id}/revoke"
+    assert "Revoke this token?" in send(admin, path).text
+    send(admin, path, confirmed="yes")
+    assert client.post("/products/restock", json=body, headers=headers).status_code == 401
+    assert send(admin, "/admin/staff/tokens/99999/revoke", confirmed="yes").status_code == 404
+    assert send(admin, "/admin/staff/tokens", name="").status_code == 422
+
+
+def test_audit_tells_who_what_and_what_was_before(admin):
+    send(admin, "/admin/products/1/sale", act="pause")
+    page = admin.get("/admin/audit/?target=product+1&action=product.change").text
+    assert "staff admin-page@example.com" in page
+    assert "<del>false</del>" in page
+    assert "<ins>true</ins>" in page
+    assert "127.0.0.1" in page
+    assert "No changes found" in admin.get("/admin/audit/?actor=nobody").text
+    fragment = admin.get("/admin/audit/", headers=BROWSER | {"HX-Target": "results"}).text
+    assert "<html" not in fragment
+
+
+def test_audit_is_paged(app, admin):
+    with app.app_context():
+        for number in range(60):
+            db.session.add(AuditEntry(actor="pages", action="test", target=f"thing {number}"))
+        db.session.commit()
+    page = admin.get("/admin/audit/?actor=pages").text
+    assert page.count(">test<") == 50
+    older = re.search(r'href="(/admin/audit/\?before=\d+&amp;actor=pages)"', page)[1]
+    assert admin.get(older.replace("&amp;", "&")).text.count(">test<") >= 10
+
+
+@pytest.fixture
+def letter(app, buy, drain):
+    """A dead letter: an order under a key that Redis forgot and PostgreSQL did not."""
+    buy(7, quantity=2, key="once")
+    drain()
+    with app.app_context():
+        stock.client.delete(Keys.idempotency(7, "once"))
+    buy(7, quantity=2, key="once")
+    drain()
+    with app.app_context():
+        return db.session.scalar(db.text("SELECT id FROM dead_letters"))
+
+
+def test_dead_letters_are_told_and_decided_with_a_reason(client, admin, letter):
+    assert "1 order could not be stored and waits" in admin.get("/admin/").text
+    page = admin.get("/admin/dead-letters/").text
+    assert "another order under this Idempotency-Key" in page
+    review = admin.get(f"/admin/dead-letters/review?id={letter}").text
+    assert "The user has order 1 under the same Idempotency-Key." in review
+    assert "2 units of Flash-sale item go back on sale" in review
+    assert "Could not be stored" in admin.get("/admin/orders/2").text
+
+    answer = send(admin, "/admin/dead-letters/abandon", id=letter, reason="")
+    assert answer.status_code == 422
+    assert client.get("/products/1").json["stockRemaining"] == 96
+    send(admin, "/admin/dead-letters/abandon", id=letter, reason="doubled")
+    assert "1 of 1 abandoned." in admin.get("/admin/dead-letters/").text
+    assert client.get("/products/1").json["stockRemaining"] == 98
+    # Once is enough.
+    send(admin, "/admin/dead-letters/abandon", id=letter, reason="again")
+    assert client.get("/products/1").json["stockRemaining"] == 98
+    page = admin.get("/admin/dead-letters/?state=abandoned").text
+    assert "staff admin-page@example.com: doubled" in page
+
+
+def test_a_replay_that_fails_says_why(admin, letter):
+    send(admin, "/admin/dead-letters/replay", id=letter, reason="try")
+    assert f"Dead letter {letter}:" in admin.get("/admin/dead-letters/").text
+
+
+def test_nothing_chosen_and_nothing_known(admin, letter):
+    assert admin.get("/admin/dead-letters/review").status_code == 302
+    answer = send(admin, "/admin/dead-letters/explode", id=letter, reason="x")
+    assert answer.status_code == 400
+    assert "No dead letters" in admin.get("/admin/dead-letters/?user=99&product=77").text
+
+
+def test_ledger_badge_follows_the_newest_proof(app, admin):
+    def proof(age: float, difference: int) -> None:
+        found = {
+            "at": time.time() - age,
+            "ok": not difference,
+            "problems": [],
+            "products": {
+                "1": {
+                    "ok": not difference, "difference": difference, "moved": 100, "stored": 0,
+                    "queued": 0, "free": 100 + difference, "expected_free": 100, "pending": 0,
+                    "problems": ["odd"] if difference else [],
+                }
+            },
+        }  # fmt: skip
+        with app.app_context():
+            stock.client.set(Keys.ledger, json.dumps(found))
+
+    assert "Ledger unknown" in admin.get("/admin/live").text
+    proof(0, 0)
+    assert "Ledger balanced" in admin.get("/admin/live").text
+    proof(monitor.LEDGER_SECONDS + 1, 0)
+    assert "Ledger unknown" in admin.get("/admin/live").text
+    proof(0, 3)
+    page = admin.get("/admin/live").text
+    assert "Ledger does not balance" in page
+    assert "ledger off by 3" in page
+    page = admin.get("/admin/ledger/").text
+    assert "odd" in page
+    assert "+3" in page
+
+
+def test_rebuild_from_the_page(client, admin, buy, drain):
+    buy(7)
+    drain()
+    assert "Rebuild the sale in Redis?" in send(admin, "/admin/ledger/rebuild").text
+    with admin.application.app_context():
+        stock.client.flushdb()
+    assert "does not hold this sale" in admin.get("/admin/live").text
+    send(admin, "/admin/ledger/rebuild", confirmed="yes")
+    assert "1 products with 99 free units are on sale" in admin.get("/admin/ledger/").text
+    assert buy(8).status_code == 200
+
+
+def test_jobs_are_shown_with_their_result(app, admin, buy):
+    buy(7)
+    with app.app_context():
+        queue = jobs.orders_queue()
+        job = jobs.enqueue_drain()
+    data = admin.get("/admin/rq/0/data/queues.json").json
+    assert data["queues"][0]["count"] == 1
+    assert admin.get(f"/admin/rq/0/view/job/{job.id}").status_code == 200
+    assert admin.get(f"/admin/rq/0/data/job/{job.id}.json").json["status"] == "queued"
+    page = admin.get("/admin/rq/")
+    assert "<html" in page.text
+    assert "redis://" not in page.text
+    assert "unix://" not in page.text
+    assert "unsafe-inline" in page.headers["Content-Security-Policy"]
+    # The buttons of its pages: the token is in a cookie, and sent as a header.
+    token = admin.get_cookie("_csrf_token", path="/admin/rq/").value
+    path = "/admin/rq/queue/orders/queued/empty"
+    assert admin.post(path).status_code == 400
+    answer = admin.post(path, headers={"X-CSRFToken": token})
+    assert (answer.status_code, answer.json) == (200, {"status": "OK"})
+    with app.app_context():
+        assert queue.count == 0
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["0/view/job/gone", "0/data/job/gone.json", "5/", "5/view/jobs",
+     "0/view/jobs/orders/nonsense/8/asc/1", "0/data/jobs/orders/queued/0/asc/1.json",
+     "0/data/jobs/orders/queued/8/asc/x.json", "0/data/jobs/orders/queued/9999/asc/1.json"],
+)  # fmt: skip
+def test_what_rq_dashboard_would_answer_with_500(admin, path):
+    assert admin.get(f"/admin/rq/{path}").status_code == 404
+
+
+def test_no_change_of_state_by_get(admin):
+    assert admin.get("/admin/rq/requeue/orders").status_code == 405
+    answer = admin.post("/admin/rq/requeue/orders", headers={"X-CSRFToken": csrf_token(admin)})
+    assert answer.json == {"status": "OK", "count": 0}
