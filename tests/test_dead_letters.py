@@ -1,0 +1,279 @@
+"""Dead letters: orders PostgreSQL refuses never block others, and are lost by nobody's decision."""
+
+import threading
+
+import pytest
+from sqlalchemy import select, text
+
+from app import deadletters, inventory, ledger
+from app.audit import CLI
+from app.drain import drain_batch
+from app.extensions import db, stock
+from app.models import DeadLetter, Order, StockMovement
+from app.stock import Keys, Unavailable
+
+
+def occupy(order_id: int, key: str | None = None, user: int = 99) -> None:
+    """Store another order under an id, as a restored or foreign database could have it."""
+    db.session.execute(
+        text(
+            "INSERT INTO orders (id, user_id, product_id, quantity, unit_price_cents, currency,"
+            " claimed_at, idempotency_key) VALUES (:id, :user, 1, 1, 1, 'USD', now(), :key)"
+        ),
+        {"id": order_id, "user": user, "key": key},
+    )
+    # Its units are put on sale besides, so that the ledger stays even.
+    db.session.commit()
+    stock.client.hincrby(Keys.product(1), "claimed", 1)
+    stock.client.hincrby(Keys.product(1), "settled_units", 1)
+    stock.client.hincrby(Keys.product(1), "free", -1)
+
+
+@pytest.fixture
+def letter(app, buy, drain):
+    """A dead letter of user 2 with two units, between two orders that were stored."""
+    with app.app_context():
+        occupy(2)
+        assert buy(1).status_code == 200
+        assert buy(2, quantity=2, key="mine").status_code == 200
+        assert buy(3).status_code == 200
+        drain()
+        (found,) = deadletters.list_letters()
+        yield found
+
+
+def free() -> int:
+    return stock.view([1]).products[1]["free"]
+
+
+def test_the_rest_of_the_batch_is_stored(letter, client):
+    assert letter.error == "order id 2 belongs to another order"
+    assert (letter.order_id, letter.user_id, letter.quantity) == (2, 2, 2)
+    assert db.session.scalars(select(Order.id).order_by(Order.id)).all() == [1, 2, 3]
+    (shown,) = client.get("/purchase/orders/2").json
+    assert (shown["id"], shown["status"], shown["quantity"]) == (2, "FAILED", 2)
+    assert ledger.check(rows=True).ok
+    assert free() == 95
+
+
+def test_replay_gives_a_new_id_where_the_old_one_is_taken(letter, client, buy):
+    (effect,) = deadletters.effect_of([letter.id])
+    assert (effect.returned_units, effect.obstacle) == (2, None)
+    (done,) = deadletters.replay([letter.id], "the customer called", CLI)
+    assert done.done
+    assert letter.resolution == "replayed"
+    assert letter.replayed_as == 4
+    assert free() == 95
+    (shown,) = client.get("/purchase/orders/2").json
+    assert (shown["id"], shown["status"], shown["quantity"]) == (4, "CONFIRMED", 2)
+    # The shopper's own retry is answered with the order that exists.
+    assert buy(2, quantity=2, key="mine").json["orderId"] == 4
+    result = ledger.check(rows=True)
+    assert result.ok
+    assert result.uncounted == {1: result.uncounted[1]}
+    ledger.count_persisted(result)
+    assert client.get("/purchase/metrics").json["total_processed"] == 4
+    entry = db.session.execute(
+        text("SELECT after FROM audit_log WHERE action = 'dead-letter.replay'")
+    ).scalar()
+    assert entry == {"order": 4, "reason": "the customer called"}
+
+
+def test_a_letter_is_resolved_once(letter):
+    assert deadletters.abandon([letter.id], "no answer", CLI)[0].done
+    assert free() == 97
+    for again in (deadletters.abandon, deadletters.replay):
+        (result,) = again([letter.id], "again", CLI)
+        assert not result.done
+        assert result.message == "It was abandoned already."
+    assert free() == 97
+    assert ledger.check(rows=True).ok
+    assert deadletters.effect_of([letter.id]) == []
+    assert not deadletters.abandon([12345], "?", CLI)[0].done
+
+
+def test_two_at_once_return_the_units_once(app, letter):
+    letter_id = letter.id
+    db.session.rollback()
+    results = []
+
+    def abandon():
+        with app.app_context():
+            results.extend(deadletters.abandon([letter_id], "both", CLI))
+
+    threads = [threading.Thread(target=abandon) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(result.done for result in results) == [False] * 7 + [True]
+    assert free() == 97
+    assert ledger.check(rows=True).ok
+
+
+def test_abandoned_while_redis_is_down_returns_later(letter, monkeypatch):
+    def unreachable(*arguments):
+        raise Unavailable("test")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stock, "move", unreachable)
+        assert deadletters.abandon([letter.id], "gone", CLI)[0].done
+    assert free() == 95
+    assert ledger.check(rows=True).ok
+    inventory.finish_pending()
+    inventory.finish_pending()
+    assert free() == 97
+    assert ledger.check(rows=True).ok
+
+
+def test_what_is_no_order_can_only_be_abandoned(app, drain, buy):
+    with app.app_context():
+        stock.client.xadd(Keys.outbox, {"order": "nonsense \0 here"}, id="1-0")
+        stock.client.set(Keys.order_ids, 1)
+        assert buy(5).status_code == 200
+        assert drain() == 1
+        (letter,) = deadletters.list_letters()
+        assert letter.order_id is None
+        (effect,) = deadletters.effect_of([letter.id])
+        assert (effect.returned_units, effect.obstacle) == (0, "It is not an order.")
+        assert not deadletters.replay([letter.id], "try", CLI)[0].done
+        assert deadletters.abandon([letter.id], "nonsense", CLI)[0].done
+        assert (
+            db.session.scalars(select(StockMovement).where(StockMovement.kind == "return")).all()
+            == []
+        )
+        assert ledger.check(rows=True).ok
+
+
+def test_a_missing_product_is_waited_for(app, drain, buy):
+    """The product's row is gone and comes back: the replay then succeeds."""
+    with app.app_context():
+        product = inventory.create_product(
+            {"name": "p", "priceCents": 1, "currency": "USD", "stock": 5}, CLI
+        )[0]
+        product_id = product.id
+        assert buy(1, product_id).status_code == 200
+        db.session.execute(text("ALTER TABLE orders DISABLE TRIGGER totals_insert"))
+        db.session.commit()
+        db.session.execute(text(f"DELETE FROM stock_movements WHERE product_id = {product_id}"))
+        db.session.execute(text(f"DELETE FROM products WHERE id = {product_id}"))
+        db.session.execute(text("ALTER TABLE orders ENABLE TRIGGER totals_insert"))
+        db.session.commit()
+        drain()
+        (letter,) = deadletters.list_letters()
+        assert "fk_orders_product_id" in letter.error
+        assert not deadletters.replay([letter.id], "now?", CLI)[0].done
+        db.session.execute(
+            text(
+                "INSERT INTO products (id, name, price_cents, currency)"
+                f" VALUES ({product_id}, 'p', 1, 'USD')"
+            )
+        )
+        db.session.commit()
+        assert deadletters.replay([letter.id], "now!", CLI)[0].done
+        assert db.session.get(Order, letter.order_id).user_id == 1
+
+
+def test_a_second_order_under_one_key_is_not_replayed(app, buy, drain):
+    """Redis forgets a key after 24 hours, PostgreSQL never does: at most one order, ever."""
+    with app.app_context():
+        occupy(50, key="old", user=7)
+        assert buy(7, key="old").status_code == 200
+        drain()
+        (letter,) = deadletters.list_letters()
+        assert letter.error == "the user has another order under this Idempotency-Key"
+        (result,) = deadletters.replay([letter.id], "?", CLI)
+        assert result.message == "The user has order 50 under the same Idempotency-Key."
+        assert deadletters.abandon([letter.id], "duplicate", CLI)[0].done
+        assert ledger.check(rows=True).ok
+
+
+def test_an_abandoned_letter_read_again_stays_abandoned(app, buy, monkeypatch):
+    """The trim failed, the letter was given up, the obstacle went away: it must not be stored."""
+    with app.app_context():
+        occupy(1)
+        assert buy(2).status_code == 200
+        with monkeypatch.context() as patch:
+            patch.setattr(stock, "settle", lambda *arguments: False)
+            assert drain_batch("test", "test").dead_letters == 1
+        (letter,) = deadletters.list_letters()
+        deadletters.abandon([letter.id], "given up", CLI)
+        db.session.execute(text("DELETE FROM orders WHERE id = 1"))
+        db.session.commit()
+        drain_batch("test", "test")
+        assert stock.waiting() == 0
+        assert db.session.scalars(select(Order)).all() == []
+        assert free() == 99  # of 100 the one that the deleted order took
+
+
+def test_an_error_raised_by_a_trigger_is_a_dead_letter_too(app, buy, drain):
+    with app.app_context():
+        db.session.execute(
+            text(
+                "CREATE FUNCTION refuse_user_2() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+                " IF new.user_id = 2 THEN RAISE EXCEPTION 'user 2 is refused'; END IF;"
+                " RETURN new; END $$;"
+                "CREATE TRIGGER refuse_user_2 BEFORE INSERT ON orders"
+                " FOR EACH ROW EXECUTE FUNCTION refuse_user_2()"
+            )
+        )
+        db.session.commit()
+        try:
+            for user in (1, 2, 3):
+                assert buy(user).status_code == 200
+            assert drain() == 2
+            (letter,) = deadletters.list_letters()
+            assert letter.error == "user 2 is refused"
+            (result,) = deadletters.replay([letter.id], "again", CLI)
+            assert result.message == "It was refused again: user 2 is refused"
+        finally:
+            db.session.rollback()
+            db.session.execute(text("DROP TRIGGER refuse_user_2 ON orders"))
+            db.session.execute(text("DROP FUNCTION refuse_user_2"))
+            db.session.commit()
+        assert deadletters.replay([letter.id], "again", CLI)[0].done
+        assert ledger.check(rows=True).ok
+
+
+def test_filters_and_pages(app):
+    with app.app_context():
+        for number in range(1, 8):
+            db.session.add(
+                DeadLetter(
+                    stream_id=f"{number}-0",
+                    payload="x",
+                    error="100% wrong" if number % 2 else "other",
+                    order_id=number,
+                    user_id=number % 3,
+                    product_id=1,
+                    quantity=1,
+                )
+            )
+        db.session.commit()
+
+        def ids(before=None, limit=50, **filters):
+            found = deadletters.list_letters(deadletters.Filters(**filters), before, limit)
+            return [letter.order_id for letter in found]
+
+        assert ids() == [7, 6, 5, 4, 3, 2, 1]
+        assert ids(limit=2) == [7, 6]
+        assert ids(before=6, limit=2) == [5, 4]
+        assert ids(user_id=0) == [6, 3]
+        assert ids(product_id=2) == []
+        assert ids(error="0% WR") == [7, 5, 3, 1]
+        assert ids(error="_") == []
+        assert ids(state="abandoned") == []
+        assert len(ids(state=None)) == 7
+
+
+def test_the_commands(letter, runner):
+    listed = runner.invoke(args=["dead-letters", "list"])
+    assert "order 2  user 2  product 1  quantity 2" in listed.output
+    args = ["dead-letters", "abandon", str(letter.id), "--reason", "test"]
+    refused = runner.invoke(args=args, input="n\n")
+    assert "2 units would return to free stock" in refused.output
+    assert free() == 95
+    assert runner.invoke(args=[*args, "--yes"]).exit_code == 0
+    assert free() == 97
+    again = runner.invoke(args=["dead-letters", "replay", str(letter.id), "--reason", "test"])
+    assert again.exit_code == 1
