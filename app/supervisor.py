@@ -6,7 +6,6 @@ Everything happens in `run_once`, woken by signals (a child's death is one), in 
 import fcntl
 import http.client
 import os
-import resource
 import select
 import signal
 import socket
@@ -17,6 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from app import serve
 from app.config import ROOT, Settings, SettingsError, load_settings, with_secrets
 from app.embedded import EmbeddedError, Program, embedded_servers
 
@@ -31,8 +31,6 @@ FIRST_DELAY_SECONDS, LAST_DELAY_SECONDS = 0.2, 5.0
 HEALTHY_SECONDS = 10
 # A killed run's web server takes a moment to finish its requests and leave the port.
 PORT_GRACE_SECONDS = 5
-# One descriptor per open connection; the usual 1024 is too few, and all there are slows forks.
-OPEN_FILES = 65536
 
 
 class StartError(RuntimeError):
@@ -112,6 +110,7 @@ class Supervisor:
         self.signals = Signals()
         self.kept: list[Kept] = []
         self.web: Program | None = None
+        self.worker: Program | None = None
         self.started_at = time.monotonic()
         self.ready = self.warned = False
 
@@ -128,9 +127,7 @@ class Supervisor:
 
     def start(self) -> None:
         """Start the servers, prepare the data, then launch web and worker."""
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        enough = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, enough), hard))
+        serve.allow_open_files()
         settings = with_secrets(self.settings)
         for name, server in embedded_servers(settings).items():
             self._keep(server)
@@ -143,14 +140,11 @@ class Supervisor:
             "DATABASE_URL": settings.database_url,
             "SECRET_KEY": settings.secret_key,
         }
-        python = [sys.executable, "-m"]
-        prepare = Command(
-            "prepare", [*python, "flask", "--app", "wsgi", "prepare"], environ, self.tree
-        )
-        self._run_to_end(prepare)
-        self.web = Command("web", [*python, *self._granian()], environ, self.tree)
-        worker = Command("worker", [sys.executable, "worker.py"], environ, self.tree)
-        for program in (worker, self.web):
+        flask = [sys.executable, "-m", "flask", "--app", "wsgi"]
+        self._run_to_end(Command("prepare", [*flask, "prepare"], environ, self.tree))
+        self.web = Command("web", serve.command(self.settings, self.address[0]), environ, self.tree)
+        self.worker = Command("worker", [sys.executable, "worker.py"], environ, self.tree)
+        for program in (self.worker, self.web):
             self._keep(program)
             program.launch()
 
@@ -163,8 +157,9 @@ class Supervisor:
         if came & STOP_SIGNALS or (signal.SIGHUP in came and sys.stdin and sys.stdin.isatty()):
             return False
         if signal.SIGHUP in came and self.web.is_alive():
-            say("web: new processes take over")
+            say("web and worker: new processes take over")
             self.web.process.send_signal(signal.SIGHUP)
+            self.worker.terminate()  # ends its batch first, and is started again as if it had died
         for kept in self.kept:
             kept.check(time.monotonic())
         if not self.ready:
@@ -203,30 +198,6 @@ class Supervisor:
                 raise StartError(f"{program.name} {_how_it_ended(program)}: not started")
         finally:
             program.stop()
-
-    def _granian(self) -> list[str]:
-        host, port = self.address
-        options = {
-            "interface": "asginl",
-            "loop": "uvloop",
-            "host": host,
-            "port": port,
-            "workers": self.settings.web_workers,
-            "backlog": 4096,
-            # Counts open connections, the idle ones too: past it nobody else is let in.
-            "backpressure": 4096,
-            "workers-kill-timeout": STOP_SECONDS // 2,
-            "log-level": "warning",
-        }
-        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-        return [
-            "granian",
-            *words,
-            "--no-ws",
-            "--no-access-log",
-            "--respawn-failed-workers",
-            "asgi:app",
-        ]
 
     def _free_address(self, grace_seconds: float) -> tuple[str, int]:
         """Return HOST's IP address, which is what Granian wants, and PORT, if it is free."""

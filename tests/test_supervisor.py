@@ -31,10 +31,14 @@ def prepare():
     print("prepared", os.environ["DATABASE_URL"])
     raise SystemExit(int(os.environ.get("PREPARE_EXIT", 0)))
 
+"""
 
-@app.get("/readyz")
-def readyz():
-    return {"redis": "ok"}
+ASGI = """
+async def app(scope, receive, send):
+    if scope["type"] == "http":
+        headers = [(b"content-type", b"application/json")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"{}"})
 """
 
 WORKER = """
@@ -69,6 +73,7 @@ class Run:
         tree = tmp_path / "tree"
         tree.mkdir(exist_ok=True)
         (tree / "wsgi.py").write_text(WSGI)
+        (tree / "asgi.py").write_text(ASGI)
         (tree / "worker.py").write_text(WORKER)
         main = "import sys, pathlib; from app.supervisor import main; "
         main += "sys.exit(main(pathlib.Path(sys.argv[1])))"
@@ -168,11 +173,13 @@ def test_a_run_from_start_to_end(run):
     assert first.processes() == []
 
 
-def test_sighup_renews_the_web_processes(run):
+def test_sighup_renews_the_web_processes_and_the_worker(run):
     it = run()
     it.says("Ready")
     main, *workers = it.processes("granian")
+    worker = it.processes("worker.py")
     it.process.send_signal(signal.SIGHUP)
+    until(lambda: (now := it.processes("worker.py")) and not set(worker) & set(now))
     until(lambda: (now := it.processes("granian"))[1:] and not set(workers) & set(now))
     assert it.processes("granian")[0] == main
 
