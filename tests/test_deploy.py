@@ -1,0 +1,257 @@
+"""The files in deploy/: right in form, and right about the system that they deploy."""
+
+import json
+import re
+import shutil
+import subprocess
+import tomllib
+from configparser import ConfigParser
+from dataclasses import fields
+
+import pytest
+import yaml
+
+from app.config import ROOT, Settings
+from app.embedded import REDIS_OPTIONS
+from app.extensions import stock
+from app.keys import Keys
+from app.telemetry import Meter
+
+DEPLOY = ROOT / "deploy"
+SETTINGS = {entry.metadata["name"] for entry in fields(Settings)}
+RULES = DEPLOY / "prometheus" / "alerts.yml"
+DASHBOARD = DEPLOY / "grafana" / "flash-sale.json"
+COMPOSE = DEPLOY / "docker" / "compose.yml"
+
+
+def run(*words, **options):
+    if not shutil.which(words[0]):
+        pytest.skip(f"{words[0]} is not installed")
+    return subprocess.run(words, capture_output=True, text=True, check=False, timeout=60, **options)
+
+
+@pytest.fixture
+def exported(app, client, buy, drain, admin_headers):
+    """The names of all series of a system where everything has happened once."""
+    buy(1)
+    drain()
+    app.extensions["lane"].meter.flush()
+    Meter("web").flush()
+    stock.client.set(Keys.ledger, json.dumps({"at": 1.0, "ok": True, "products": {}}))
+    text = client.get("/metrics", headers=admin_headers).text
+    return set(re.findall(r"^(\w+)", text, re.MULTILINE))
+
+
+def named(expression: str) -> set[str]:
+    return set(re.findall(r"\bflashsale_\w+", expression))
+
+
+def test_every_metric_of_the_rules_is_exported(exported):
+    rules = [
+        rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]
+    ]
+    assert len(rules) > 10
+    for rule in rules:
+        assert rule["labels"]["severity"] in ("page", "ticket")
+        assert rule["annotations"]["summary"]
+        names = named(rule["expr"])
+        assert names, rule["alert"]
+        assert names <= exported, rule["alert"]
+
+
+def test_the_rules_syntax():
+    checked = run("promtool", "check", "rules", str(RULES))
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_prometheus_own_file(tmp_path):
+    text = (DEPLOY / "prometheus" / "prometheus.yml").read_text()
+    loaded = yaml.safe_load(text)
+    assert [job["job_name"] for job in loaded["scrape_configs"]] == ["flash-sale"]
+    token = tmp_path / "token"
+    token.write_text("x")
+    (tmp_path / "alerts.yml").write_text(RULES.read_text())
+    config = tmp_path / "prometheus.yml"
+    config.write_text(text.replace("/etc/prometheus/flash-sale-metrics-token", str(token)))
+    checked = run("promtool", "check", "config", str(config))
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def expressions() -> list[str]:
+    dashboard = json.loads(DASHBOARD.read_text())
+    return [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+
+
+def test_every_metric_of_the_dashboard_is_exported(exported):
+    for expression in expressions():
+        assert named(expression), expression
+        assert named(expression) <= exported, expression
+    # And nothing is exported that no dashboard shows.
+    shown = {name for expression in expressions() for name in named(expression)}
+    families = {re.sub("_(bucket|sum|count)$", "", name) for name in shown}
+    assert {re.sub("_(bucket|sum|count)$", "", name) for name in exported} == families
+
+
+def test_the_dashboards_syntax(tmp_path):
+    dashboard = json.loads(DASHBOARD.read_text())
+    ids = [panel["id"] for panel in dashboard["panels"]]
+    assert len(ids) == len(set(ids))
+    for panel in dashboard["panels"]:
+        assert panel["gridPos"]["x"] + panel["gridPos"]["w"] <= 24
+    # As recording rules promtool can read the expressions.
+    rules = [
+        {"record": f"panel_{number}", "expr": re.sub(r"\$__rate_interval", "1m", expression)}
+        for number, expression in enumerate(expressions())
+    ]
+    file = tmp_path / "rules.yml"
+    file.write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": rules}]}))
+    checked = run("promtool", "check", "rules", str(file))
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+@pytest.fixture
+def compose():
+    return yaml.safe_load(COMPOSE.read_text())
+
+
+def test_compose_gives_the_app_what_production_demands(compose):
+    for name in ("prepare", "web", "worker"):
+        environ = compose["services"][name]["environment"]
+        assert set(environ) <= SETTINGS
+        assert environ["APP_ENV"] == "production"
+        needed = {"REDIS_URL", "DATABASE_URL", "SECRET_KEY", "ADMIN_EMAIL", "ADMIN_PASSWORD"}
+        assert set(environ) >= needed | {"ADMIN_API_TOKEN"}
+        assert compose["services"][name]["read_only"]
+    given = {line.partition("=")[0] for line in example(COMPOSE.parent / "env.example")}
+    used = set(re.findall(r"(?<!\$)\$\{(\w+)", COMPOSE.read_text()))
+    assert used == given
+
+
+def test_compose_sets_the_servers_to_keep_promises(compose):
+    words = compose["services"]["redis"]["command"].replace('""', "").split("--")
+    options = dict((word.strip() + " ").split(" ", 1) for word in words[1:])
+    for name in ("appendonly", "appendfsync", "maxmemory-policy", "auto-aof-rewrite-min-size"):
+        assert options[name].strip() == REDIS_OPTIONS[name]
+    assert options["save"].strip() == REDIS_OPTIONS["save"]
+    for name in ("redis", "postgres"):
+        service = compose["services"][name]
+        assert "ports" not in service
+        assert service["volumes"][0].split(":")[0] in compose["volumes"]
+    command = compose["services"]["postgres"]["command"]
+    assert "synchronous_commit=on" in command
+    assert "fsync=on" in command
+
+
+def test_compose_can_be_read_by_docker(tmp_path):
+    if run("docker", "compose", "version").returncode:
+        pytest.skip("docker compose is not installed")
+    secrets = "\n".join(line + "x" for line in example(COMPOSE.parent / "env.example"))
+    (tmp_path / "env").write_text(secrets)
+    checked = run(
+        *("docker", "compose", "--env-file", str(tmp_path / "env"), "-f", str(COMPOSE)),
+        *("config", "--quiet"),
+    )
+    assert checked.returncode == 0, checked.stderr
+
+
+def test_the_image_holds_what_is_needed_and_no_more():
+    text = (DEPLOY / "docker" / "Dockerfile").read_text()
+    copied = set(re.findall(r"^COPY (?!--from)(.+) \S+$", text, re.MULTILINE))
+    names = {name for words in copied for name in words.split()}
+    assert names == {
+        "requirements.txt", "app", "migrations", "static", "templates", "asgi.py", "wsgi.py",
+        "worker.py", ".flaskenv",
+    }  # fmt: skip
+    for name in names:
+        assert (ROOT / name).exists(), name
+    kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().split() if line[0] == "!"}
+    assert kept == names
+    assert re.search(r"^USER 10001$", text, re.MULTILINE)
+    assert "HEALTHCHECK" in text
+    # The runtime is the second stage; the packages it leaves out are those of embedded mode.
+    left_out = re.search(r"grep -vE '\^\(([^)]+)\)", text)[1].split("|")
+    requirements = (ROOT / "requirements.txt").read_text()
+    assert all(f"{name}==" in requirements for name in left_out)
+    python = re.findall(r"FROM python:(\d+\.\d+)", text)
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    assert set(python) == {wanted.removeprefix(">=")}
+
+
+def example(path) -> list[str]:
+    return [line for line in path.read_text().splitlines() if line and line[0] != "#"]
+
+
+@pytest.mark.parametrize("path", sorted((DEPLOY / "systemd").glob("*.service")), ids=str)
+def test_systemd_units(path):
+    unit = ConfigParser(strict=False, interpolation=None, allow_no_value=True)
+    unit.optionxform = str
+    unit.read_string(path.read_text())
+    service = unit["Service"]
+    program = service["ExecStart"].split("/bin/", 1)[1].split()
+    assert program[0] in ("python", "flask")
+    if program[0] == "python":
+        assert program[1:] in (["-m", "app.serve"], ["worker.py"])
+        assert (ROOT / program[-1].replace("app.serve", "app/serve.py")).exists()
+        assert service["Restart"] == "always"
+    assert service["User"] != "root"
+    assert service["NoNewPrivileges"] == "yes"
+    given = dict(word.split("=", 1) for word in service["Environment"].split())
+    assert set(given) <= SETTINGS | {"PYTHONUNBUFFERED"}
+    names = {line.partition("=")[0] for line in example(DEPLOY / "systemd" / "env.example")}
+    assert names <= SETTINGS
+
+
+def test_nginx_understands_its_file(tmp_path):
+    if not shutil.which("openssl"):
+        pytest.skip("openssl is not installed")
+    make_certificate(tmp_path)
+    config = tmp_path / "nginx.conf"
+    config.write_text(nginx_config(tmp_path, 8000, 18443, 18080))
+    checked = run("nginx", "-t", "-q", "-c", str(config), "-p", str(tmp_path))
+    assert checked.returncode == 0, checked.stderr
+    assert "[warn]" not in checked.stderr.replace('the "user" directive', "")
+
+
+def make_certificate(folder) -> None:
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2"
+    command += " -keyout tls.key -out tls.crt -subj /CN=localhost"
+    command += " -addext subjectAltName=DNS:localhost,IP:127.0.0.1"
+    subprocess.run(command.split(), cwd=folder, check=True, capture_output=True, timeout=30)
+
+
+def nginx_config(folder, upstream: int, tls: int, plain: int) -> str:
+    """Return the example as the http context of an nginx that listens on free ports."""
+    site = (DEPLOY / "nginx" / "flash-sale.conf").read_text()
+    for old, new in {
+        "server web:8000": f"server 127.0.0.1:{upstream}",
+        "listen 443": f"listen 127.0.0.1:{tls}",
+        "    listen [::]:443 ssl http2 backlog=4096;\n": "",
+        "listen 80;": f"listen 127.0.0.1:{plain};",
+        "    listen [::]:80;\n": "",
+        "/etc/nginx/tls": str(folder),
+    }.items():
+        assert old in site
+        site = site.replace(old, new)
+    paths = "".join(
+        f"{name}_temp_path {folder}/{name};\n"
+        for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    return (
+        f"daemon off;\npid {folder}/pid;\nerror_log {folder}/error.log warn;\n"
+        f"worker_processes 1;\nevents {{ worker_connections 2048; }}\nhttp {{\n{paths}{site}}}\n"
+    )
+
+
+def test_nothing_secret_is_in_the_repository():
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    names = listed.stdout.splitlines()
+    assert not [name for name in names if re.search(r"(^|/)\.env$|\.(pem|key|p12)$", name)]
+    for path in (COMPOSE.parent / "env.example", DEPLOY / "systemd" / "env.example"):
+        for line in example(path):
+            name, _, text = line.partition("=")
+            secret = re.search("SECRET|TOKEN|PASSWORD", name)
+            assert not secret or not text, line
