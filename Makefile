@@ -1,6 +1,6 @@
 VENV = .venv/bin
 
-.PHONY: run test lint stress
+.PHONY: run test lint stress screenshots
 
 run: .venv/installed
 	exec $(VENV)/python -m app.supervisor
@@ -16,6 +16,9 @@ stress: .venv/installed
 	$(VENV)/python stress/stress_test.py
 	$(VENV)/python stress/rate_limit_test.py
 	$(VENV)/python stress/idempotency_test.py
+
+screenshots: .venv/installed-dev
+	$(VENV)/python stress/screenshots.py
 
 .venv/installed: requirements.txt
 	python3 -m venv .venv

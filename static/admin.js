@@ -116,6 +116,7 @@
     document.getElementById('toasts').append(box)
     ageToasts()
   }
+  document.addEventListener('note', ({ detail }) => note(detail.category, detail.text))
   document.addEventListener('htmx:responseError', ({ detail }) => {
     if (detail.requestConfig.headers['X-Poll'] || detail.xhr.getResponseHeader('HX-Redirect')) return
     const plain = detail.xhr.getResponseHeader('Content-Type')?.startsWith('text/plain')
@@ -133,6 +134,12 @@
       if (!toast.classList.contains('error')) setTimeout(() => toast.remove(), 6000)
     }
   }
+
+  // The export is of the filter that is shown.
+  document.addEventListener('htmx:pushedIntoHistory', () => {
+    const link = document.getElementById('export')
+    if (link) link.href = link.dataset.export + location.search
+  })
 
   // Spoken: figures that change every second are told at most every 15 s, and only when they changed.
   let spokenAt = 0

@@ -1,5 +1,6 @@
 """From what a form sends to what the use cases take, and errors back to their fields."""
 
+import json
 import re
 import secrets
 from datetime import datetime
@@ -72,6 +73,13 @@ def done(message: str, target: str, category: str = "success") -> Response:
     """Tell what was done, and show the page where it is seen."""
     flash(message, category)
     return redirect(target)
+
+
+def with_note(fragment: str, message: str, category: str = "success") -> Response:
+    """Return a fragment, with the words that the page shows as a note."""
+    response = make_response(fragment)
+    response.headers["HX-Trigger"] = json.dumps({"note": {"category": category, "text": message}})
+    return response
 
 
 def unconfirmed(title: str, text: str, yes: str, back: str) -> Response | None:

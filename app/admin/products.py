@@ -2,7 +2,7 @@
 
 from datetime import UTC, datetime
 
-from flask import Blueprint, flash, make_response, render_template, request, url_for
+from flask import Blueprint, make_response, render_template, request, url_for
 
 from .. import auth, inventory, monitor, search
 from ..extensions import limiter
@@ -225,11 +225,10 @@ def changed(product_id: int, message: str):
     """Answer with the row or the part of the page that shows the change, else with the page."""
     if not forms.by_htmx():
         return forms.done(message, url_for("products.show", product_id=product_id))
-    flash(message, "success")
     item = monitor.item(product_id)
-    if request.form.get("view") == "page":
-        return render_template("admin/_product_live.html", item=item, counters=COUNTERS, told=True)
-    return render_template("admin/_product.html", item=item, told=True)
+    on_page = request.form.get("view") == "page"
+    partial = "admin/_product_live.html" if on_page else "admin/_product.html"
+    return forms.with_note(render_template(partial, item=item, counters=COUNTERS), message)
 
 
 @bp.post("/<id:product_id>/restock")

@@ -1,0 +1,373 @@
+"""The pages in a real browser, on the whole running system, while somebody buys.
+
+Every page must be free of console errors and of violations of the Content-Security-Policy: the
+fixture `page` looks for them when a test ends.
+"""
+
+import itertools
+import os
+import shutil
+import threading
+import time
+
+import psycopg2
+import pytest
+from web import call
+
+from app.config import load_settings
+from app.drain import DRAIN_LOCK
+from app.embedded import embedded_servers
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+EMAIL = "admin@example.com"
+PAGES = (
+    "/admin/", "/admin/products/", "/admin/products/1", "/admin/products/1/edit",
+    "/admin/products/new", "/admin/orders/", "/admin/dead-letters/", "/admin/ledger/",
+    "/admin/staff/", "/admin/audit/", "/admin/password", "/admin/rq/", "/admin/rq/0/view/jobs",
+    "/admin/rq/0/view/workers",
+)  # fmt: skip
+# A figure on a page may be as old as one poll and its answer.
+SEEN_MS = 5000
+users = itertools.count(500_000)
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        sync_playwright = None
+    if not CHROMIUM or not sync_playwright:
+        missing = "chromium" if sync_playwright else "the package playwright"
+        message = f"no browser tests: {missing} is not installed"
+        if os.environ.get("CI") == "true":
+            pytest.fail(message)
+        pytest.skip(message)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def signed_in(chromium, server) -> dict:
+    """The cookies of an admin who has signed in by the form."""
+    context = chromium.new_context(base_url=server.url)
+    page = context.new_page()
+    page.goto("/admin/orders/?q=7")
+    assert page.url.endswith("/admin/sign-in?next=/admin/orders/?q%3D7")
+    page.fill("#email", EMAIL)
+    page.fill("#password", "surely not this one")
+    page.keyboard.press("Enter")
+    page.get_by_text("do not match").wait_for()
+    page.fill("#password", server.admin_password)
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/admin/orders/?q=7")
+    state = context.storage_state()
+    context.close()
+    return state
+
+
+@pytest.fixture
+def open_page(chromium, server, signed_in):
+    """Open a page for a signed-in admin; at the end it must not have complained of anything."""
+    contexts, complaints = [], []
+
+    def open_one(path: str, **options):
+        complain = options.pop("complain", True)
+        options = {"storage_state": signed_in, "base_url": server.url} | options
+        context = chromium.new_context(**options)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(SEEN_MS)
+        if complain:
+            page.on(
+                "console",
+                lambda line: complaints.append(line.text) if line.type == "error" else None,
+            )
+            page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.goto(path)
+        return page
+
+    yield open_one
+    for context in contexts:
+        context.close()
+    assert not complaints
+
+
+class Shop:
+    """What a test does beside the browser."""
+
+    def __init__(self, server) -> None:
+        self.url = server.url
+        self.headers = {"Authorization": f"Bearer {server.api_token}"}
+
+    def product(self, **terms) -> int:
+        body = {"name": "Lamp", "priceCents": 1990, "currency": "EUR", "stock": 100} | terms
+        return call(f"{self.url}/products", body, headers=self.headers).json["id"]
+
+    def show(self, product_id: int) -> dict:
+        return call(f"{self.url}/products/{product_id}").json
+
+    def buy(self, product_id: int, user_id: int | None = None, quantity: int = 1):
+        body = {"userId": user_id or next(users), "productId": product_id, "quantity": quantity}
+        return call(f"{self.url}/purchase", body)
+
+
+@pytest.fixture
+def shop(server) -> Shop:
+    return Shop(server)
+
+
+@pytest.fixture
+def drain_held(server):
+    """Hold the drain's lock, so that orders stay queued until `release()`."""
+    settings = load_settings({"DATA_DIR": str(server.data_dir)})
+    url = embedded_servers(settings)["database_url"].url.replace("+psycopg2", "")
+    connection = psycopg2.connect(url)
+    connection.autocommit = True
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_advisory_lock(%s)", [DRAIN_LOCK])
+    yield connection.close
+    connection.close()
+
+
+def free_of(page, product_id: int) -> int:
+    return int(page.inner_text(f"#product-{product_id} [data-free]").replace(",", ""))
+
+
+def wait_for_free(page, product_id: int, units: int) -> None:
+    page.wait_for_function(
+        "([id, units]) => document.querySelector(`#product-${id} [data-free]`)?.textContent"
+        ".replace(',', '') === String(units)",
+        arg=[product_id, units],
+    )
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_no_page_complains_or_is_too_wide(open_page, shop, theme):
+    shop.product(name="A product with quite a long name, as marketing people like them")
+    page = open_page(PAGES[0], color_scheme=theme, viewport={"width": 360, "height": 740})
+    for path in PAGES:
+        page.goto(path)
+        page.wait_for_load_state("networkidle" if "/rq/" in path else "load")
+        assert page.evaluate("document.documentElement.dataset.bsTheme") == theme
+        wide = page.evaluate("document.documentElement.scrollWidth")
+        assert wide <= 360, f"{path} is {wide} px wide"
+        foreign = page.evaluate(
+            "performance.getEntriesByType('resource').map(e => new URL(e.name).origin)"
+            ".filter(o => o !== location.origin)"
+        )
+        assert not foreign, path
+
+
+def test_stock_falls_while_purchases_run(open_page, shop):
+    product = shop.product(stock=500)
+    page = open_page("/admin/")
+    stopped = threading.Event()
+
+    def buy_on():
+        while not stopped.wait(0.02):
+            shop.buy(product)
+
+    buyer = threading.Thread(target=buy_on)
+    buyer.start()
+    try:
+        page.click(f"#restock-open-{product}")
+        page.fill(f"#amount-{product}", "12")
+        page.evaluate("scrollTo(0, 40)")
+        seen = set()
+        deadline = time.monotonic() + 6
+        while len(seen) < 4 and time.monotonic() < deadline:
+            seen.add(free_of(page, product))
+            page.wait_for_timeout(200)
+        assert len(seen) >= 4, "the stock did not fall before our eyes"
+        assert min(seen) < 500
+        # What a person was doing has survived the updates.
+        assert page.input_value(f"#amount-{product}") == "12"
+        assert page.evaluate("document.activeElement.id") == f"amount-{product}"
+        assert page.evaluate("scrollY") == 40
+        # A restock in the middle of it shows at once, and nothing bought meanwhile is forgotten.
+        before = free_of(page, product)
+        page.fill(f"#amount-{product}", "1000")
+        page.fill(f"#reason-{product}", "second delivery")
+        page.click(f"#restock-form-{product} button")
+        page.get_by_text("1,000 units added").wait_for()
+        assert before + 1000 - 200 < free_of(page, product) <= before + 1000
+    finally:
+        stopped.set()
+        buyer.join()
+    wait_for_free(page, product, shop.show(product)["stockRemaining"])
+
+
+def test_pause_binds_the_next_purchase(open_page, shop):
+    product = shop.product()
+    page = open_page(f"/admin/products/{product}")
+    page.get_by_role("button", name="Pause").click()
+    page.get_by_text("Lamp is paused.").wait_for()
+    assert shop.buy(product).json["code"] == "paused"
+    page.get_by_role("button", name="Resume").click()
+    page.get_by_text("Lamp is on sale again.").wait_for()
+    assert shop.buy(product).status == 200
+    # Ending asks first, and "no" is no.
+    for answer, status in (("no", 200), ("yes", 409)):
+        page.locator(f"#menu-{product} summary").click()
+        page.get_by_role("button", name="End sale").click()
+        page.click(f"#confirm [value={answer}]")
+        if answer == "yes":
+            page.get_by_text("Lamp is ended.").wait_for()
+        assert shop.buy(product).status == status
+
+
+def test_an_order_from_queued_to_cancelled(open_page, shop, drain_held):
+    product, user = shop.product(), next(users)
+    order = shop.buy(product, user, quantity=3).json["orderId"]
+    page = open_page("/admin/orders/")
+    page.fill("#q", str(user))
+    page.wait_for_url(f"**/orders/?q={user}*")
+    row = page.locator("#results tbody tr")
+    assert row.count() == 1
+    assert "Queued" in row.inner_text()
+    row.get_by_role("link", name=f"#{order}").click()
+    page.get_by_text("Waiting to be stored").wait_for()
+    drain_held()
+    page.get_by_text("Persisted").wait_for()
+    assert shop.show(product)["stockRemaining"] == 97
+    page.fill("#f-reason", "ordered by mistake")
+    page.get_by_role("button", name="Cancel order").click()
+    page.click("#confirm [value=yes]")
+    page.get_by_text("3 units back in stock").wait_for()
+    assert page.get_by_text("Cancelled by staff admin@example.com").count() == 1
+    assert shop.show(product)["stockRemaining"] == 100
+
+
+def test_export(open_page, shop):
+    product, user = shop.product(), next(users)
+    shop.buy(product, user)
+    page = open_page("/admin/orders/")
+    page.fill("#q", str(user))
+    page.wait_for_url(f"**/orders/?q={user}*")
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Export CSV").click()
+    lines = download.value.path().read_text().splitlines()
+    assert len(lines) == 2
+    assert f",{user},{product},Lamp,1,19.90,EUR,19.90," in lines[1]
+
+
+def test_support_is_kept_out(open_page, chromium, server):
+    page = open_page("/admin/staff/")
+    page.fill("#f-email", f"support{next(users)}@example.com")
+    email = page.input_value("#f-email")
+    page.get_by_role("button", name="Add", exact=True).click()
+    password = page.inner_text("#secret")
+    page = open_page("/admin/", storage_state=None, complain=False)
+    page.fill("#email", email)
+    page.fill("#password", password)
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/admin/")
+    page.locator("#board .tiles").wait_for()
+    assert page.get_by_role("button", name="Pause").count() == 0
+    assert page.get_by_role("link", name="Staff and tokens").count() == 0
+    assert page.goto("/admin/staff/").status == 403
+    assert page.goto("/admin/rq/").status == 403
+    assert page.goto("/admin/orders/").status == 200
+
+
+def test_an_expired_session_leads_to_the_sign_in_page(open_page):
+    page = open_page("/admin/", complain=False)
+    page.context.clear_cookies()
+    page.wait_for_url("**/admin/sign-in?next=/admin/")
+    assert page.locator("#board").count() == 0
+
+
+def test_away_and_back(open_page):
+    page = open_page("/admin/", complain=False)
+    page.context.set_offline(True)
+    page.get_by_text("The server can’t be reached.").wait_for()
+    page.context.set_offline(False)
+    page.locator("#offline").wait_for(state="hidden")
+
+
+def test_a_hidden_tab_asks_nothing(open_page):
+    page = open_page("/admin/")
+    page.wait_for_timeout(500)
+    asked = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.evaluate(
+        "Object.defineProperty(document, 'hidden', {get: () => true, configurable: true})"
+    )
+    page.wait_for_timeout(400)
+    asked.clear()
+    page.wait_for_timeout(2200)
+    assert asked == []
+    page.evaluate("delete document.hidden; document.dispatchEvent(new Event('visibilitychange'))")
+    page.wait_for_timeout(300)
+    assert asked
+
+
+def test_the_chart_survives_a_reload(open_page):
+    page = open_page("/admin/")
+    for _ in range(2):
+        page.locator("#chart-traffic canvas").wait_for()
+        page.locator("#chart-stock canvas").wait_for()
+        samples = page.evaluate(
+            "fetch('/admin/chart.json').then(a => a.json()).then(c => c.second.length)"
+        )
+        assert samples > 1
+        page.reload()
+    # It is drawn anew in the other colours, not lost.
+    page.locator("[data-theme=dark]").click()
+    page.locator("#chart-traffic canvas").wait_for()
+
+
+def test_times_are_the_browsers(open_page, shop):
+    page = open_page("/admin/products/new", timezone_id="Asia/Kolkata")
+    page.fill("#f-name", "In Kolkata")
+    page.fill("#f-price", "5")
+    page.fill("#f-stock", "3")
+    page.fill("#f-opens", "2031-01-01T09:00:00")
+    assert page.inner_text("#utc-opens") == "2031-01-01 03:30:00 UTC"
+    page.get_by_role("button", name="Create product").click()
+    page.wait_for_url("**/admin/products/*")
+    product = int(page.url.rpartition("/")[2])
+    assert shop.show(product)["opensAt"] == "2031-01-01T03:30:00+00:00"
+    assert "9:00:00" in page.inner_text(".facts")
+    assert "03:30:00 UTC" in page.inner_text(".facts")
+    page.goto(f"/admin/products/{product}/edit")
+    assert page.input_value("#f-opens").startswith("2031-01-01T09:00")
+
+
+def test_errors_stand_beside_their_field(open_page):
+    page = open_page("/admin/products/new", complain=False)
+    page.fill("#f-name", "Kept")
+    page.fill("#f-price", "much")
+    page.get_by_role("button", name="Create product").click()
+    assert "an amount like 999.99" in page.inner_text("#e-price")
+    assert page.input_value("#f-name") == "Kept"
+
+
+def test_the_buttons_of_rq_dashboard_work(open_page):
+    page = open_page("/admin/rq/0/view/jobs/orders/failed/8/asc/1")
+    with page.expect_response("**/requeue/orders") as answer:
+        page.locator("#requeue-all-btn").click()
+        page.locator("#confirmation-modal-yes").click()
+    assert answer.value.status == 200
+    assert answer.value.json()["status"] == "OK"
+
+
+def test_with_the_keyboard_alone(open_page, shop):
+    product = shop.product()
+    page = open_page(f"/admin/products/{product}")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "Skip to the content"
+    page.focus(f"#restock-open-{product}")
+    page.keyboard.press("Enter")
+    # The browser tells of the opened panel a moment later.
+    page.wait_for_function(f"document.activeElement.id === 'amount-{product}'")
+    page.keyboard.type("5")
+    page.keyboard.press("Enter")
+    page.get_by_text("5 units added: 105 are free now.").wait_for()
+    page.focus(f"#menu-{product} summary")
+    page.keyboard.press("Enter")
+    page.keyboard.press("Escape")
+    assert not page.evaluate(f"document.getElementById('menu-{product}').open")
