@@ -1,0 +1,153 @@
+"""New processes under load: no request fails, no order is lost or made twice."""
+
+import http.client
+import json
+import os
+import re
+import signal
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from conftest import start_system, stop_system, wait_until
+from web import call
+
+BUYERS = 4
+STOCK = 1_000_000
+
+
+@pytest.fixture(scope="module")
+def system(tmp_path_factory):
+    started = start_system(
+        tmp_path_factory.mktemp("run"),
+        PURCHASE_USER_LIMIT="off",
+        PURCHASE_ADDRESS_LIMIT="off",
+        WEB_WORKERS="2",
+    )
+    yield started
+    stop_system(started)
+
+
+class Crowd:
+    """Buyers who go on buying, each for itself, and remember every answer."""
+
+    def __init__(self, url: str, first_user: int, keep_alive: bool) -> None:
+        self.address = urlsplit(url).netloc
+        self.keep_alive = keep_alive
+        self.answers: Counter = Counter()
+        self.bought: list[tuple[int, int]] = []
+        self.stopped = threading.Event()
+        self.threads = [
+            threading.Thread(target=self._buy, args=(first_user + buyer * 10**6,))
+            for buyer in range(BUYERS)
+        ]
+
+    def __enter__(self):
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.stopped.set()
+        for thread in self.threads:
+            thread.join()
+
+    def _buy(self, user: int) -> None:
+        connection = None
+        while not self.stopped.is_set():
+            user += 1
+            body = json.dumps({"userId": user, "productId": 1})
+            headers = {"Content-Type": "application/json", "Idempotency-Key": f"key-{user}"}
+            for attempt in (1, 2):
+                reused = connection is not None
+                connection = connection or http.client.HTTPConnection(self.address, timeout=10)
+                try:
+                    connection.request("POST", "/purchase", body, headers)
+                    response = connection.getresponse()
+                    answer = json.loads(response.read())
+                except (OSError, http.client.HTTPException) as error:
+                    connection.close()
+                    connection = None
+                    # An idle connection may be closed at any time; every client opens another then
+                    # (RFC 9112, 9.3.1). A new one that fails is a failure.
+                    if not reused or attempt == 2:
+                        self.answers[type(error).__name__] += 1
+                        break
+                    continue
+                self.answers[response.status] += 1
+                if response.status == 200:
+                    self.bought.append((user, answer["orderId"]))
+                if not self.keep_alive or response.getheader("Connection") == "close":
+                    connection.close()
+                    connection = None
+                break
+            time.sleep(0.002)
+
+
+def processes(data_dir: Path, *words: str) -> list[int]:
+    """Return this system's processes whose command line has all the words."""
+    found, mark = [], os.fsencode(f"DATA_DIR={data_dir}")
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            ours = mark in (entry / "environ").read_bytes().split(b"\0")
+            line = (entry / "cmdline").read_bytes().decode(errors="replace")
+        except OSError:
+            continue
+        if ours and all(word in line for word in words):
+            found.append(int(entry.name))
+    return sorted(found)
+
+
+def all_persisted(system) -> bool:
+    metrics = call(f"{system.url}/purchase/metrics").json
+    return metrics["queue_depth"] == 0
+
+
+def check_orders(system, bought: list[tuple[int, int]]) -> None:
+    """Every order that was acknowledged is stored, once, as its buyer's."""
+    wait_until(lambda: all_persisted(system), 30, "all orders to be stored")
+    assert len({order for _, order in bought}) == len({user for user, _ in bought}) == len(bought)
+    for user, order in bought[:: max(1, len(bought) // 60)]:
+        (found,) = call(f"{system.url}/purchase/orders/{user}").json
+        assert (found["id"], found["status"]) == (order, "CONFIRMED")
+
+
+def test_everything_is_renewed_under_load(system):
+    bearer = {"Authorization": f"Bearer {system.api_token}"}
+    restock = {"productId": 1, "amount": STOCK}
+    assert call(f"{system.url}/products/restock", restock, headers=bearer).status == 200
+    before = call(f"{system.url}/purchase/metrics").json
+    web = processes(system.data_dir, "granian")
+    worker = processes(system.data_dir, "worker.py")
+    main = min(web)
+    fresh = Crowd(system.url, 10**9, keep_alive=False)
+    kept = Crowd(system.url, 2 * 10**9, keep_alive=True)
+    with fresh, kept:
+        wait_until(lambda: min(len(fresh.bought), len(kept.bought)) > 50)
+        system.process.send_signal(signal.SIGHUP)
+        wait_until(
+            lambda: (
+                len(now := processes(system.data_dir, "granian")) == len(web)
+                and set(now) & set(web) == {main}
+                and (new := processes(system.data_dir, "worker.py"))
+                and not set(new) & set(worker)
+            ),
+            40,
+            "new processes",
+        )
+        seen = len(fresh.bought), len(kept.bought)
+        wait_until(lambda: len(fresh.bought) > seen[0] + 50 and len(kept.bought) > seen[1] + 50)
+    bought = fresh.bought + kept.bought
+    assert (set(fresh.answers), set(kept.answers)) == ({200}, {200})
+    check_orders(system, bought)
+    after = call(f"{system.url}/purchase/metrics").json
+    sold = before["stock_remaining"] - after["stock_remaining"]
+    assert sold == after["total_processed"] - before["total_processed"] == len(bought)
+
+
+def test_what_was_done_is_told(system):
+    log = (system.data_dir / "supervisor.log").read_text()
+    assert re.search("web and worker: new processes take over", log)
