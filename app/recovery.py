@@ -4,10 +4,11 @@ import logging
 import secrets
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 
+import psycopg2
 from flask import Flask
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
@@ -213,7 +214,11 @@ def _alone() -> Iterator:
         connection.commit()
         yield connection
     finally:
-        # Not back to the pool, which would keep the session and its locks.
+        # PostgreSQL takes a moment to notice a closed session; the next rebuild may come sooner.
+        with suppress(psycopg2.Error), connection.cursor() as cursor:
+            connection.rollback()
+            cursor.execute("SELECT pg_advisory_unlock_all()")
+        # Not back to the pool, where a session that failed to unlock would keep its locks.
         connection.invalidate()
 
 
