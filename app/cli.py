@@ -8,6 +8,7 @@ from sqlalchemy import select, text
 
 from . import auth, deadletters, inventory, ledger, recovery
 from .audit import CLI
+from .config import was_generated
 from .extensions import db
 from .inventory import MAX_REASON, Conflict, UnknownProduct
 from .models import ApiToken, Staff
@@ -44,8 +45,13 @@ def prepare() -> None:
                 auth.create_staff(settings.admin_email, settings.admin_password, "admin", CLI)
             except InvalidRequest as error:
                 raise click.ClickException(f"ADMIN_EMAIL, ADMIN_PASSWORD: {error}") from None
-            click.echo(f"Admin:     {settings.admin_email}  {settings.admin_password}")
-            click.echo(f"API token: {settings.admin_api_token}")
+            # What was generated has to be told; what was given is known, and this may be a log.
+            shown = {
+                name: getattr(settings, name) if was_generated(settings, name) else "(as given)"
+                for name in ("admin_password", "admin_api_token")
+            }
+            click.echo(f"Admin:     {settings.admin_email}  {shown['admin_password']}")
+            click.echo(f"API token: {shown['admin_api_token']}")
         if recovery.database_is_empty():
             product_id = recovery.reset(CLI)
             click.echo(f"Seeded:    product {product_id} with 100 items")

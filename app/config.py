@@ -316,6 +316,12 @@ def check_production(settings: Settings) -> None:
         )
 
 
+def was_generated(settings: Settings, name: str) -> bool:
+    """Return whether a secret is the one kept in DATA_DIR, and not one that was given."""
+    path = settings.data_dir / name
+    return path.exists() and path.read_text().strip() == getattr(settings, name)
+
+
 def kept_secret(path: Path, generate: Callable[[], str]) -> str:
     """Return the secret stored at `path` (mode 0600), generating it once, whoever comes first."""
     if not path.exists():
