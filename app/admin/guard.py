@@ -38,10 +38,10 @@ class IdConverter(IntegerConverter):
 
 
 class Sessions(SecureCookieSessionInterface):
-    """Cookies that are Secure on https, and that a polling page does not keep alive."""
+    """Cookies that are Secure on https and in production, and that polling does not keep alive."""
 
     def get_cookie_secure(self, app: Flask) -> bool:
-        return request.is_secure
+        return app.config["SESSION_COOKIE_SECURE"] or request.is_secure
 
     def should_set_cookie(self, app: Flask, session) -> bool:
         return session.modified or (session.permanent and not is_poll())
