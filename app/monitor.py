@@ -61,12 +61,21 @@ class Item:
     difference: int = 0
 
     @property
-    def total(self) -> int:
-        return self.sold + self.held + (self.queued or 0) + (self.free or 0)
-
-    @property
-    def started(self) -> bool:
-        return self.state in (LIVE, PAUSED, SOLD_OUT) and self.opens_in is None
+    def bar(self) -> list[tuple[str, float, float]]:
+        """The units as parts of a bar: name, start and width in per cent."""
+        parts = {
+            "sold": self.sold,
+            "queued": self.queued or 0,
+            "held": self.held,
+            "free": self.free or 0,
+        }
+        total = sum(parts.values()) or 1
+        start, bar = 0.0, []
+        for name, units in parts.items():
+            width = units * 100 / total
+            bar.append((name, round(start, 3), round(width, 3)))
+            start += width
+        return bar
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,9 @@
       detail.headers['X-Poll'] = '1'
       asking.add(target)
     }
+    // htmx knows of a form's pressed button only when it stands inside the form.
+    const pressed = detail.triggeringEvent?.submitter
+    if (pressed?.name) detail.parameters[pressed.name] = pressed.value
   })
   document.addEventListener('htmx:afterRequest', ({ detail, target }) => {
     asking.delete(target)
@@ -152,12 +155,12 @@
   }
   document.addEventListener('tick', speak)
 
-  // Confirmation: the form says what it will do; without a script the server asks on a page of its own.
-  const confirmed = (form) => {
+  // Confirmation: a form or button says what it will do; without a script the server asks on a page of its own.
+  const confirmed = ({ dataset }) => {
     const dialog = document.getElementById('confirm')
-    dialog.querySelector('#confirm-title').textContent = form.dataset.confirmTitle || 'Are you sure?'
-    dialog.querySelector('#confirm-text').textContent = form.dataset.confirm
-    dialog.querySelector('[value="yes"]').textContent = form.dataset.confirmYes || 'Go on'
+    dialog.querySelector('#confirm-title').textContent = dataset.confirmTitle || 'Are you sure?'
+    dialog.querySelector('#confirm-text').textContent = dataset.confirm
+    dialog.querySelector('[value="yes"]').textContent = dataset.confirmYes || 'Go on'
     dialog.returnValue = 'no'
     dialog.showModal()
     return new Promise((resolve) => {
@@ -166,14 +169,16 @@
   }
   document.addEventListener('submit', async (event) => {
     const form = event.target
-    if (!form.dataset?.confirm || form.elements.confirmed?.value === 'yes') return
+    const submitter = event.submitter
+    const question = submitter?.dataset.confirm ? submitter : form
+    if (!question.dataset?.confirm || form.elements.confirmed?.value === 'yes') return
     event.preventDefault()
     event.stopImmediatePropagation()
-    if (!(await confirmed(form))) return
+    if (!(await confirmed(question))) return
     const yes = document.createElement('input')
     Object.assign(yes, { type: 'hidden', name: 'confirmed', value: 'yes' })
     form.append(yes)
-    form.requestSubmit()
+    form.requestSubmit(submitter)
     yes.remove()
   }, true)
 
@@ -202,13 +207,13 @@
     const menu = document.querySelector('details.menu[open], details.inline[open]')
     if (menu) { menu.open = false; menu.querySelector('summary').focus() }
   })
-  document.addEventListener('toggle', (event) => {
-    if (event.target.open && event.target.matches?.('details.inline')) {
-      event.target.querySelector('input:not([type="hidden"])')?.focus()
-    }
-  }, true)
 
-  const prepare = (root) => { localise(root); localInputs(root); ageToasts() }
+  const prepare = (root) => {
+    localise(root)
+    localInputs(root)
+    ageToasts()
+    if (root.matches?.('form.inline-panel')) root.querySelector('input:not([type="hidden"])').focus()
+  }
   document.addEventListener('DOMContentLoaded', () => prepare(document))
   document.addEventListener('htmx:load', ({ detail }) => prepare(detail.elt))
 })()

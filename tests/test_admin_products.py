@@ -165,6 +165,16 @@ def test_the_same_form_restocks_once(client, admin):
     assert client.get("/products/1").json["stockRemaining"] == 150
 
 
+def test_restock_form_is_a_fragment_and_a_page(admin):
+    assert "<html" in admin.get("/admin/products/1/restock").text
+    fragment = admin.get("/admin/products/1/restock", headers=BROWSER).text
+    assert "<html" not in fragment
+    # Each form has a key of its own.
+    again = admin.get("/admin/products/1/restock", headers=BROWSER).text
+    assert 'name="key" value="form-' in fragment
+    assert fragment != again
+
+
 @pytest.mark.parametrize("amount", ["", "0", "-5", "ten", "1.5", "1000001", "9" * 30])
 def test_wrong_amounts_stand_beside_their_field(client, admin, amount):
     answer = restock(admin, amount, BROWSER)

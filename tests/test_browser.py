@@ -362,8 +362,7 @@ def test_with_the_keyboard_alone(open_page, shop):
     assert page.evaluate("document.activeElement.textContent") == "Skip to the content"
     page.focus(f"#restock-open-{product}")
     page.keyboard.press("Enter")
-    # The browser tells of the opened panel a moment later.
-    page.wait_for_function(f"document.activeElement.id === 'amount-{product}'")
+    page.locator(f"#amount-{product}:focus").wait_for()
     page.keyboard.type("5")
     page.keyboard.press("Enter")
     page.get_by_text("5 units added: 105 are free now.").wait_for()

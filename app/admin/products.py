@@ -231,6 +231,13 @@ def changed(product_id: int, message: str):
     return forms.with_note(render_template(partial, item=item, counters=COUNTERS), message)
 
 
+@bp.get("/<id:product_id>/restock")
+def show_restock(product_id: int):
+    """The form, fetched when it is opened: so its key is of this moment, and lists stay small."""
+    partial = "admin/_restock.html" if forms.by_htmx() else "admin/restock.html"
+    return render_template(partial, item=monitor.item(product_id), values=request.args)
+
+
 @bp.post("/<id:product_id>/restock")
 def restock(product_id: int):
     """Add units; the answer shows the stock right after it."""
