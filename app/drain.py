@@ -133,9 +133,10 @@ def _insert_all(cursor, batch_id: int, rows: list[Row]) -> tuple[set[str], int]:
     """Insert the rows; return the stream ids of the dead letters and the number inserted."""
     orders = [row for row in rows if row.parts]
     dead = {row.stream_id: "not an order" for row in rows if not row.parts}
-    inserted = _insert(cursor, batch_id, orders, dead)
-    if inserted + len(dead) != len(rows):
-        _tell_conflicts(cursor, [row for row in orders if row.stream_id not in dead], dead)
+    refused: dict[str, str] = {}
+    inserted = _insert(cursor, batch_id, orders, refused)
+    if inserted != len(orders):
+        dead |= _tell_conflicts(cursor, orders, refused)
     for row in rows:
         if row.stream_id in dead:
             log.error("order %s is a dead letter: %s", row.stream_id, dead[row.stream_id])
@@ -155,7 +156,7 @@ def _insert_all(cursor, batch_id: int, rows: list[Row]) -> tuple[set[str], int]:
     return set(dead), inserted
 
 
-def _insert(cursor, batch_id: int, rows: list[Row], dead: dict[str, str]) -> int:
+def _insert(cursor, batch_id: int, rows: list[Row], refused: dict[str, str]) -> int:
     """Insert what can be; halve a refused batch until the rows at fault stand alone."""
     if not rows:
         return 0
@@ -182,11 +183,11 @@ def _insert(cursor, batch_id: int, rows: list[Row], dead: dict[str, str]) -> int
     except (psycopg2.IntegrityError, psycopg2.DataError, errors.RaiseException) as error:
         cursor.execute("ROLLBACK TO SAVEPOINT batch")
         if len(rows) == 1:
-            dead[rows[0].stream_id] = str(error).strip().partition("\n")[0]
+            refused[rows[0].stream_id] = str(error).strip().partition("\n")[0]
             return 0
         middle = len(rows) // 2
-        return _insert(cursor, batch_id, rows[:middle], dead) + _insert(
-            cursor, batch_id, rows[middle:], dead
+        return _insert(cursor, batch_id, rows[:middle], refused) + _insert(
+            cursor, batch_id, rows[middle:], refused
         )
     return cursor.rowcount
 
@@ -196,17 +197,24 @@ def _array(numbers) -> str:
     return "{" + ",".join(numbers) + "}"
 
 
-def _tell_conflicts(cursor, rows: list[Row], dead: dict[str, str]) -> None:
-    """Tell orders that were stored before from those whose id or key is another order's."""
+def _tell_conflicts(cursor, rows: list[Row], refused: dict[str, str]) -> dict[str, str]:
+    """Return what is wrong with the rows that are not stored, neither now nor by an earlier run.
+
+    An order that is stored is none of them, even when PostgreSQL would refuse it today.
+    """
+    dead = {}
     cursor.execute(SELECT_STORED, ([row.order_id for row in rows],))
     stored = {found[0]: found[1:] for found in cursor.fetchall()}
     for row in rows:
         user, product, quantity, _, _, claimed, key = row.parts
         found = stored.get(row.order_id)
         if found is None:
-            dead[row.stream_id] = "the user has another order under this Idempotency-Key"
+            dead[row.stream_id] = refused.get(
+                row.stream_id, "the user has another order under this Idempotency-Key"
+            )
         elif found != (int(user), int(product), int(quantity), int(claimed), key):
             dead[row.stream_id] = f"order id {row.order_id} belongs to another order"
+    return dead
 
 
 def _settle(generation: str | None, rows: list[Row], dead: set[str]) -> None:

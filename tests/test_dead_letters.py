@@ -235,6 +235,26 @@ def test_an_error_raised_by_a_trigger_is_a_dead_letter_too(app, buy, drain):
         assert ledger.check(rows=True).ok
 
 
+def test_a_stored_order_read_again_is_no_dead_letter(app, buy, monkeypatch):
+    """The trim failed, and PostgreSQL would refuse the order by now: it is stored."""
+    with app.app_context():
+        assert buy(1).status_code == 200
+        with monkeypatch.context() as patch:
+            patch.setattr(stock, "settle", lambda *arguments: False)
+            drain_batch("test", "test")
+        db.session.execute(
+            text("ALTER TABLE orders ADD CONSTRAINT odd CHECK (user_id > 1) NOT VALID")
+        )
+        db.session.commit()
+        try:
+            drained = drain_batch("test", "test")
+        finally:
+            db.session.execute(text("ALTER TABLE orders DROP CONSTRAINT odd"))
+            db.session.commit()
+        assert (drained.duplicates, drained.dead_letters) == (1, 0)
+        assert ledger.check(rows=True).ok
+
+
 def test_filters_and_pages(app):
     with app.app_context():
         for number in range(1, 8):
