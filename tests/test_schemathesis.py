@@ -11,7 +11,7 @@ from conftest import start_system, stop_system
 
 HERE = Path(__file__).parent / "schemathesis"
 # For each operation, in each way of making requests up; about 15 s in all.
-EXAMPLES = 30
+EXAMPLES = 20
 PHASES = "examples,coverage,fuzzing,stateful"
 
 
