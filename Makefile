@@ -20,6 +20,9 @@ stress: .venv/installed
 screenshots: .venv/installed-dev
 	$(VENV)/python stress/screenshots.py
 
+bench: .venv/installed
+	$(VENV)/python stress/bench.py
+
 .venv/installed: requirements.txt
 	python3 -m venv .venv
 	$(VENV)/pip install --quiet --disable-pip-version-check --requirement requirements.txt

@@ -1,0 +1,121 @@
+"""Whether a million orders make anything slower: the same figures before and after."""
+
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from bench import ROOT, STOCK, Ours, Users, cpu_seconds, per_order, until, wrk
+
+ORDERS, PRODUCTS = 1_000_000, 50
+SAMPLES = 60
+
+
+def median_ms(action: Callable[[], object]) -> float:
+    """Return the median time of an action, in milliseconds."""
+    times = []
+    for _ in range(SAMPLES):
+        started = time.perf_counter()
+        action()
+        times.append((time.perf_counter() - started) * 1000)
+    return statistics.median(times)
+
+
+def figures(folder: Path, port: int, users: Users) -> tuple[dict[str, float], float]:
+    """Return the figures of a system with what is in its database, and how long its start took."""
+    with Ours(folder, port).running() as system:
+        product = system.product(STOCK)
+        url = f"{system.url}/purchase"
+        wrk("buy.lua", url, users.next(), product, seconds=1)
+        before = cpu_seconds(system.roots)
+        sold_before = system.metrics(product)["total_processed"]
+        wrk("buy.lua", url, users.next(), product, seconds=5)
+        until(lambda: system.metrics(product)["queue_depth"] == 0, 60, "the drain")
+        sold = system.metrics(product)["total_processed"] - sold_before
+        cpu = per_order(before, cpu_seconds(system.roots), sold)
+        fragment = _in_process(folder)
+        return {
+            "CPU per purchase, µs": sum(cpu.values()),
+            **fragment,
+        }, system.start_seconds
+
+
+def _in_process(folder: Path) -> dict[str, float]:
+    """Measure server time without the network: a test client, in a process of its own."""
+    output = subprocess.run(
+        [sys.executable, __file__],
+        cwd=ROOT,
+        env=os.environ | {"DATA_DIR": str(folder)},
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    return json.loads(output.splitlines()[-1])
+
+
+def growth_figures(folder: Path, port: int, users: Users) -> dict:
+    """Return the pairs (small, large) of figures, and the start with a million orders."""
+    with Ours(folder, port).running():
+        _generate(folder, 1000)
+    small, _ = figures(folder, port, users)
+    with Ours(folder, port).running():
+        _generate(folder, ORDERS)
+    large, start = figures(folder, port, users)
+    return {"pairs": {name: (small[name], large[name]) for name in small}, "start_seconds": start}
+
+
+def _generate(folder: Path, orders: int) -> None:
+    command = [sys.executable, "stress/generate.py", "--orders", str(orders)]
+    products = PRODUCTS if orders < ORDERS else 1
+    subprocess.run(
+        [*command, "--products", str(products)],
+        cwd=ROOT,
+        env=os.environ | {"DATA_DIR": str(folder)},
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+
+
+def main() -> None:
+    """Print the figures of the pages as JSON; run by `_in_process`."""
+    from app.extensions import db, limiter
+    from app.models import Staff
+    from wsgi import app
+
+    limiter.enabled = False
+    client = app.test_client()
+    with app.app_context():
+        person = db.session.query(Staff).first()
+        session_id = person.get_id()
+        query = db.text("SELECT user_id FROM orders LIMIT 500")
+        users = list(db.session.scalars(query))
+    with client.session_transaction() as session:
+        session["_user_id"], session["_fresh"] = session_id, True
+
+    def fragment() -> None:
+        assert client.get("/admin/live").status_code == 200
+
+    def lookup() -> None:
+        assert client.get(f"/purchase/orders/{random.choice(users)}").status_code == 200
+
+    def search() -> None:
+        assert client.get(f"/admin/orders/?q={random.choice(users)}").status_code == 200
+
+    found = {}
+    for name, action in (
+        ("dashboard fragment, ms", fragment),
+        ("look-up of a shopper's orders, ms", lookup),
+        ("order search on the support page, ms", search),
+    ):
+        action()
+        found[name] = median_ms(action)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

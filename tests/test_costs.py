@@ -1,0 +1,143 @@
+"""What things cost, in counts that can't flake: commands, round trips, bytes, statements."""
+
+from contextlib import contextmanager
+
+import pytest
+from sqlalchemy import event
+from test_claim import commandstats
+
+from app.drain import drain_batch
+from app.extensions import db, stock
+from app.keys import Keys
+
+
+@pytest.fixture
+def statements(app):
+    """Count the SQL statements of a block: `with statements() as seen: …; len(seen)`."""
+
+    @contextmanager
+    def count():
+        seen = []
+
+        def note(connection, cursor, statement, *_):
+            seen.append(statement)
+
+        with app.app_context():
+            engine = db.engine
+        event.listen(engine, "before_cursor_execute", note)
+        try:
+            yield seen
+        finally:
+            event.remove(engine, "before_cursor_execute", note)
+
+    return count
+
+
+def commands_of(action) -> dict[str, int]:
+    """Return the Redis commands that an action ran, those of scripts included."""
+    before = commandstats()
+    action()
+    after = commandstats()
+    changed = {name: after[name] - before.get(name, 0) for name in after}
+    return {name: count for name, count in changed.items() if count and name != "info"}
+
+
+def test_an_accepted_claim_runs_a_dozen_commands(app, buy):
+    buy(1)
+    assert commands_of(lambda: buy(2)) == {
+        "evalsha": 1, "time": 1, "mget": 1, "hmget": 1, "xlen": 1, "incr": 1, "xadd": 1, "zadd": 1,
+        "hset": 1, "hincrby": 1, "set": 2,
+    }  # fmt: skip
+
+
+def test_a_key_costs_one_command_more_and_a_replay_four_in_all(app, buy):
+    buy(1)
+    assert commands_of(lambda: buy(2, key="k"))["set"] == 3
+    assert commands_of(lambda: buy(2, key="k")) == {
+        "evalsha": 1, "time": 1, "mget": 1, "hmget": 1, "hincrby": 1,
+    }  # fmt: skip
+
+
+def test_refusals_cost_less(app, buy):
+    for _ in range(5):
+        buy(1, product_id=1, quantity=10)
+        buy(2, product_id=1, quantity=10)
+    sold_out = commands_of(lambda: buy(3))
+    assert sold_out == {"evalsha": 1, "time": 1, "mget": 1, "hmget": 1, "set": 2, "hincrby": 1}
+    limited = commands_of(lambda: buy(1))
+    assert limited == {"evalsha": 1, "time": 1, "mget": 1, "hmget": 1, "hincrby": 1}
+
+
+def test_bytes_of_a_waiting_order(client, admin_headers):
+    """The outbox, its index, the bought units, and the rate: less than 400 bytes together."""
+    orders, first = 2560, 1_000_000
+    body = {"productId": 1, "amount": orders}
+    client.post("/products/restock", json=body, headers=admin_headers)
+    for user in range(first, first + orders):
+        stock.claim(user, 1, 1, None, "127.0.0.1")
+    assert stock.waiting() == orders
+    whole = (Keys.outbox, Keys.queued)
+    size = sum(stock.client.memory_usage(key, samples=0) for key in whole) / orders
+    size += stock.client.memory_usage(Keys.rate(first))
+    buckets = {Keys.bought(1, user)[0] for user in range(first, first + orders)}
+    size += sum(stock.client.memory_usage(bucket) for bucket in buckets) / orders
+    assert size < 400
+
+
+def test_a_batch_is_four_statements(app, buy, monkeypatch):
+    """BEGIN and lock, the batch's row, a savepoint, the orders; then COMMIT."""
+
+    class Counting:
+        def __init__(self, cursor):
+            self.cursor = cursor
+
+        def __enter__(self):
+            self.cursor.__enter__()
+            return self
+
+        def __exit__(self, *error):
+            return self.cursor.__exit__(*error)
+
+        def execute(self, statement, *arguments):
+            seen.append(statement.split()[0])
+            return self.cursor.execute(statement, *arguments)
+
+        def __getattr__(self, name):
+            return getattr(self.cursor, name)
+
+    seen: list[str] = []
+    for user in range(1, 31):
+        buy(user)
+    with app.app_context():
+        connect = db.engine.raw_connection
+
+        def watched():
+            connection = connect()
+            cursor = connection.cursor
+            connection.cursor = lambda *arguments, **options: Counting(
+                cursor(*arguments, **options)
+            )
+            return connection
+
+        monkeypatch.setattr(db.engine, "raw_connection", watched)
+        drained = drain_batch("test", "test")
+    assert drained.persisted == 30
+    assert seen == ["SET", "INSERT", "SAVEPOINT", "INSERT"]
+
+
+@pytest.mark.parametrize(
+    ("path", "most"),
+    [
+        ("/purchase/orders/1", 2),
+        ("/purchase/metrics", 0),
+        ("/products", 1),
+        ("/products/1", 1),
+    ],
+)
+def test_statements_of_a_route(client, buy, drain, statements, path, most):
+    for user in range(1, 6):
+        buy(user)
+    drain()
+    with statements() as seen:
+        assert client.get(path).status_code == 200
+    assert len(seen) <= most, seen
