@@ -1,6 +1,6 @@
 VENV = .venv/bin
 
-.PHONY: run test lint stress screenshots
+.PHONY: run test lint stress screenshots bench
 
 run: .venv/installed
 	exec $(VENV)/python -m app.supervisor
