@@ -1,0 +1,322 @@
+"""Any order of acts and crashes, against a model of a few lines: Hypothesis looks for the bad one.
+
+Real script, Redis and PostgreSQL. A crash is an exception at a chosen step; what it leaves half
+done is taken up again by the acts that a worker repeats for ever.
+"""
+
+import contextlib
+import os
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
+from sqlalchemy import text
+
+from app import deadletters, inventory, ledger, orders, recovery
+from app.audit import CLI
+from app.config import NO_LIMIT
+from app.drain import drain_batch
+from app.extensions import db, stock
+from app.stock import Keys, Unavailable
+
+STOCK = 12
+CAP = 9
+USERS = st.integers(1, 4)
+PURCHASES = st.lists(
+    st.tuples(USERS, st.integers(1, 4), st.sampled_from([None, "a", "b"])), min_size=10, max_size=40
+)
+EXAMPLES = int(os.environ.get("STATE_MACHINE_EXAMPLES", "40"))
+STEPS = 50
+# The whole ledger takes a few milliseconds, so it is proved every so many steps, and at the end.
+STEPS_PER_LEDGER = 4
+
+REFUSALS = """
+CREATE TABLE refusals (user_id bigint PRIMARY KEY);
+CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+  IF EXISTS (SELECT FROM refusals r WHERE r.user_id = new.user_id) THEN
+    RAISE EXCEPTION 'refused';
+  END IF;
+  RETURN new;
+END $$;
+CREATE TRIGGER refuse BEFORE INSERT ON orders FOR EACH ROW EXECUTE FUNCTION refuse();
+"""
+FRESH = """
+TRUNCATE orders, dead_letters, batches, stock_movements, refusals RESTART IDENTITY;
+UPDATE product_totals SET confirmed_orders = 0, confirmed_units = 0, cancelled_orders = 0,
+  cancelled_units = 0, dead_orders = 0, dead_units = 0, moved_units = 0, abandoned_units = 0;
+UPDATE products SET paused = false, per_user_limit = 9, version = version + 1;
+UPDATE sale SET generation = 'machine', last_order_id = 0, first_order_id = 1;
+"""
+
+
+class Crash(Unavailable):
+    """The process dies here."""
+
+
+@contextlib.contextmanager
+def crash_at(name: str, after: bool = False):
+    """Die when the named function of the stock is called, or when it returns."""
+    real = getattr(stock, name)
+
+    def die(*arguments, **options):
+        if after:
+            real(*arguments, **options)
+        raise Crash("killed")
+
+    setattr(stock, name, die)
+    try:
+        yield
+    finally:
+        delattr(stock, name)
+        db.session.rollback()
+
+
+class Sale(RuleBasedStateMachine):
+    """The model: units put on sale, the orders promised, and those whose units came back."""
+
+    app = None
+    steps = 0
+
+    @initialize()
+    def open(self):
+        self.context = Sale.app.app_context()
+        self.context.push()
+        stock.clear()
+        # Not a reset, which takes 20 ms and is tested elsewhere.
+        db.session.execute(text(FRESH))
+        db.session.commit()
+        stock.open("machine", first_order_id=1)
+        inventory.publish_stale()
+        self.put_in, self.paused, self.since_proof = 0, False, 0
+        self.orders: dict[int, tuple[int, int]] = {}
+        self.keys: dict[tuple[int, str], int] = {}
+        self.returned: set[int] = set()
+        # Movements that PostgreSQL knows and Redis does not: units, and the order they are of.
+        self.untold: list[tuple[int, int | None]] = []
+        self.restock(STOCK)
+
+    def teardown(self):
+        if hasattr(self, "context"):
+            try:
+                self.prove()
+            finally:
+                db.session.remove()
+                self.context.pop()
+
+    def free(self) -> int:
+        out = sum(units for order, (_, units) in self.orders.items() if order not in self.returned)
+        return self.put_in - out - sum(units for units, _ in self.untold)
+
+    def bought(self, user: int) -> int:
+        back = self.returned - {order for _, order in self.untold}
+        return sum(
+            n for order, (who, n) in self.orders.items() if who == user and order not in back
+        )
+
+    @rule(purchases=PURCHASES)
+    def rush(self, purchases):
+        for purchase in purchases:
+            self.buy(*purchase)
+
+    @rule(purchases=PURCHASES, most=st.integers(1, 20))
+    def rush_and_drain(self, purchases, most):
+        self.rush(purchases)
+        self.drain(most)
+
+    def buy(self, user, units, key):
+        Sale.steps += 1
+        claim = stock.claim(user, 1, units, key, "a")
+        known = self.keys.get((user, key))
+        if known:
+            expected = b"replayed" if self.orders[known][1] == units else b"mismatched"
+        elif self.paused:
+            expected = b"paused"
+        elif self.bought(user) + units > CAP:
+            expected = b"capped"
+        elif units > self.free():
+            expected = b"insufficient" if self.free() > 0 else b"sold_out"
+        else:
+            expected = b"accepted"
+            assert claim.detail > max(self.orders, default=0)
+            self.orders[claim.detail] = (user, units)
+            if key:
+                self.keys[user, key] = claim.detail
+        assert claim.outcome == expected
+        assert expected != b"replayed" or claim.detail == known
+
+    @rule(units=st.integers(1, 6))
+    def restock(self, units):
+        inventory.restock(1, units, None, CLI)
+        self.put_in += units
+
+    @rule(units=st.integers(1, 6), told=st.booleans())
+    def restock_and_crash(self, units, told):
+        """Killed before Redis is told, or after it and before PostgreSQL knows."""
+        with crash_at("move", after=told), pytest.raises(Crash):
+            inventory.restock(1, units, None, CLI)
+        self.put_in += units
+        if not told:
+            self.untold.append((units, None))
+
+    @rule(units=st.integers(1, 4))
+    def take_away(self, units):
+        try:
+            inventory.correct(1, -units, "test", CLI)
+        except inventory.Conflict:
+            assert units > self.free()
+        else:
+            self.put_in -= units
+
+    @rule(data=st.data(), crash=st.booleans(), told=st.booleans())
+    def cancel(self, data, crash, told):
+        stored = db.session.scalars(
+            text("SELECT id FROM orders WHERE status = 'CONFIRMED' ORDER BY id")
+        ).all()
+        db.session.rollback()
+        if not stored:
+            return
+        order = data.draw(st.sampled_from(stored))
+        if crash:
+            with crash_at("move", after=told), pytest.raises(Crash):
+                orders.cancel(order, "test", CLI)
+        else:
+            orders.cancel(order, "test", CLI)
+        with pytest.raises(inventory.Conflict):
+            orders.cancel(order, "again", CLI)
+        self.give_back(order, told=told or not crash)
+
+    def give_back(self, order, told):
+        # A replayed dead letter may have a new id; the model keeps the promised one.
+        self.returned.add(order)
+        if not told:
+            self.untold.append((self.orders[order][1], order))
+
+    @rule()
+    def pause(self):
+        self.paused = not self.paused
+        inventory.change_product(1, {"paused": self.paused}, CLI)
+
+    @rule(user=USERS)
+    def refuse_user(self, user):
+        """From now on PostgreSQL refuses this user's orders, or takes them again."""
+        removed = db.session.execute(text("DELETE FROM refusals WHERE user_id = :u"), {"u": user})
+        if not removed.rowcount:
+            db.session.execute(text("INSERT INTO refusals VALUES (:u)"), {"u": user})
+        db.session.commit()
+
+    @rule(data=st.data(), replay=st.booleans(), crash=st.booleans())
+    def resolve_letter(self, data, replay, crash):
+        letters = deadletters.list_letters()
+        if not letters:
+            return
+        letter = data.draw(st.sampled_from(letters))
+        if replay:
+            refused = db.session.scalar(
+                text("SELECT 1 FROM refusals WHERE user_id = :u"), {"u": letter.user_id}
+            )
+            assert deadletters.replay([letter.id], "test", CLI)[0].done == (not refused)
+            return
+        with crash_at("move") if crash else contextlib.nullcontext():
+            assert deadletters.abandon([letter.id], "test", CLI)[0].done
+        self.give_back(letter.order_id, told=not crash)
+
+    @rule(most=st.integers(1, 5))
+    def drain(self, most):
+        drain_batch("test", "test", most)
+
+    @rule(most=st.integers(1, 5), where=st.sampled_from(["read_outbox", "settle"]))
+    def drain_and_crash(self, most, where):
+        """Killed before the COMMIT, or between it and the trim."""
+        if stock.waiting():
+            with crash_at(where), pytest.raises(Crash):
+                drain_batch("test", "test", most)
+
+    @rule()
+    def sweep(self):
+        inventory.finish_pending()
+        self.untold.clear()
+
+    @rule(how=st.sampled_from(["lose", "", "", "", "clear_sale", "put_movements", "open"]))
+    def rebuild(self, how):
+        """At the wrong time, twice because the first was killed, or because Redis is gone."""
+        if how == "lose":
+            self.lose_redis()
+        elif how:
+            self.rebuild_and_crash(how)
+        else:
+            self.build()
+
+    def build(self):
+        recovery.rebuild(CLI)
+        self.untold.clear()
+
+    def rebuild_and_crash(self, step):
+        with crash_at(step), pytest.raises(Crash):
+            recovery.rebuild(CLI)
+        assert stock.claim(1, 1, 1, None, "a").outcome == b"unprepared"
+        self.build()
+
+    def lose_redis(self):
+        """What was stored survives; what only waited is lost."""
+        lost = set(stock.outbox_ids())
+        lost -= set(db.session.scalars(text("SELECT id FROM orders")))
+        lost -= set(db.session.scalars(text("SELECT order_id FROM dead_letters")))
+        db.session.rollback()
+        stock.client.flushdb()
+        self.build()
+        self.orders = {order: kept for order, kept in self.orders.items() if order not in lost}
+        self.keys = {pair: order for pair, order in self.keys.items() if order not in lost}
+
+    @invariant()
+    def agrees_with_the_model(self):
+        if not hasattr(self, "untold"):
+            return
+        Sale.steps += 1
+        assert int(stock.client.hget(Keys.product(1), "free")) == self.free() >= 0
+        self.since_proof = (self.since_proof + 1) % STEPS_PER_LEDGER
+        if self.since_proof == 0:
+            self.prove()
+
+    def prove(self):
+        result = ledger.check()
+        assert result.ok, (result.problems, result.products[1].problems)
+        assert result.products[1].free == self.free()
+
+
+def test_every_order_of_acts_keeps_the_promises(make_app):
+    Sale.app = make_app(purchase_user_limit=NO_LIMIT, purchase_address_limit=NO_LIMIT)
+    with Sale.app.app_context():
+        db.session.execute(text(REFUSALS))
+        db.session.commit()
+    # No machine dies here, and waiting for the disk would take most of the time.
+    stock.client.config_set("appendfsync", "no")
+    try:
+        run_state_machine_as_test(
+            Sale,
+            settings=settings(
+                max_examples=EXAMPLES,
+                stateful_step_count=STEPS,
+                deadline=None,
+                derandomize=True,
+                database=None,
+                suppress_health_check=list(HealthCheck),
+            ),
+        )
+    finally:
+        stock.client.config_set("appendfsync", "always")
+        with Sale.app.app_context():
+            db.session.execute(
+                text(
+                    "DROP TRIGGER IF EXISTS refuse ON orders; DROP FUNCTION IF EXISTS refuse;"
+                    "DROP TABLE IF EXISTS refusals"
+                )
+            )
+            db.session.commit()
+    assert Sale.steps >= 50 * EXAMPLES
