@@ -31,7 +31,7 @@ import redis
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "stress")]
 
-from checker import (  # noqa: E402
+from checker import (
     OK,
     REFUSED,
     UNKNOWN,
@@ -47,11 +47,11 @@ from checker import (  # noqa: E402
     save,
 )
 
-from app import create_app, inventory, ledger, orders  # noqa: E402
-from app.audit import Actor  # noqa: E402
-from app.config import load_settings  # noqa: E402
-from app.embedded import PostgresServer, RedisServer  # noqa: E402
-from app.stock import Unavailable  # noqa: E402
+from app import create_app, inventory, ledger, orders
+from app.audit import Actor
+from app.config import load_settings
+from app.embedded import PostgresServer, RedisServer
+from app.stock import Unavailable
 
 TOKEN = "chaos-token-0123456789"
 SECRET = "chaos-secret-0123456789"
@@ -634,6 +634,8 @@ def main() -> int:
         quick=words.quick,
         keep=words.keep,
     )
+    # Told to stop, it stops the system under test as well.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     folder.chmod(0o755)
     code = 1

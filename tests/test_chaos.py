@@ -1,0 +1,125 @@
+"""The short chaos run; and copies of the system that are broken on purpose, which it must find."""
+
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from app.config import ROOT
+
+PARTS = ("app", "migrations", "stress", "templates", "asgi.py", "wsgi.py", "worker.py")
+
+
+def run_chaos(*arguments: str, tree=ROOT) -> subprocess.CompletedProcess:
+    result = subprocess.run(
+        [sys.executable, tree / "stress" / "chaos.py", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    if logs := re.search("^logs: (.+)$", result.stdout, re.M):
+        shutil.rmtree(logs[1], ignore_errors=True)
+    return result
+
+
+def test_twenty_kills_of_each_kind():
+    result = run_chaos("--kills", "100", "--seed", "1", "--quick", "--faults", "0.2")
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
+    kills = dict(re.findall(r"'(\w+)': (\d+)", result.stdout.split("kills:")[1].split("\n")[0]))
+    assert set(kills) == {"web", "worker", "redis", "postgres", "all"}
+    assert all(int(count) >= 20 for count in kills.values())
+
+
+# Each a piece of the code, what is put in its place, what chaos then does, and what it must find.
+SABOTAGES = {
+    "the order is queued before the claim is decided": (
+        [
+            (
+                "app/lua/claim.lua",
+                "if free <= 0 then return refuse('sold_out') end",
+                """local order_id = redis.call('INCR', KEYS[8])
+redis.call('XADD', KEYS[6], order_id .. '-0', 'order', table.concat(
+  { user, product_id, ARGV[3], product[7], string.format('%d', now), ARGV[11] or '' }, ' '))
+if free <= 0 then return refuse('sold_out') end""",
+            ),
+            (
+                "app/lua/claim.lua",
+                "local order_id = redis.call('INCR', KEYS[8])\nlocal entry",
+                "local entry",
+            ),
+            (
+                "app/lua/claim.lua",
+                "redis.call('XADD', KEYS[6], order_id .. '-0', 'order', entry)",
+                "",
+            ),
+        ],
+        ("--kinds", "web", "--kills", "1"),
+        {"refused-but-stored"},
+    ),
+    "the outbox is trimmed before the commit": (
+        [
+            (
+                "app/drain.py",
+                "        connection.commit()\n",
+                "        import time\n"
+                "        _settle(generation, rows, dead)\n"
+                "        time.sleep(0.1)\n"
+                "        connection.commit()\n",
+            ),
+        ],
+        ("--kinds", "cut postgres", "--kills", "10"),
+        {"lost"},
+    ),
+    "a claim without an answer is sent again": (
+        [
+            (
+                "app/claims.py",
+                "        answer = await channel.ask(command)\n",
+                """        try:
+            answer = await channel.ask(command)
+        except Unavailable:
+            await asyncio.sleep(0.1)
+            channel = await self._reach()
+            answer = await channel.ask(command)
+""",
+            ),
+        ],
+        ("--kinds", "lose redis", "--kills", "8"),
+        {"duplicate"},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    """Run all sabotaged copies at once: mostly they wait."""
+
+    def run(name):
+        tree = tmp_path_factory.mktemp("broken")
+        tree.chmod(0o755)
+        for part in PARTS:
+            source = ROOT / part
+            if source.is_dir():
+                shutil.copytree(source, tree / part, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(source, tree / part)
+        changes, arguments, _ = SABOTAGES[name]
+        for path, piece, replacement in changes:
+            text = (tree / path).read_text()
+            assert text.count(piece) == 1, f"{path} has changed: {piece}"
+            (tree / path).write_text(text.replace(piece, replacement))
+        return name, run_chaos(*arguments, "--quick", "--faults", "0", "--seed", "7", tree=tree)
+
+    with ThreadPoolExecutor(len(SABOTAGES)) as pool:
+        return dict(pool.map(run, SABOTAGES))
+
+
+@pytest.mark.parametrize("name", SABOTAGES)
+def test_the_harness_finds(broken, name):
+    result = broken[name]
+    found = set(re.findall(r"VIOLATED ([\w-]+)", result.stdout))
+    assert result.returncode == 1
+    assert SABOTAGES[name][2] <= found, result.stdout[-3000:] + result.stderr[-1000:]
