@@ -1,8 +1,11 @@
 """Whom the address limits count, and that nobody can choose it."""
 
+import asyncio
+
 import pytest
 
 from app.addresses import client_of
+from app.asgi import Application
 from app.config import RateLimit
 
 TWICE = {"purchase_address_limit": RateLimit(2, 60_000), "purchase_user_limit": RateLimit(0, 0)}
@@ -82,6 +85,41 @@ def test_fewer_hops_than_trusted_count_the_connection(make_app):
     client = make_app(trusted_proxies=2, **TWICE).test_client()
     codes = [attempt(client, i, **{"X-Forwarded-For": f"203.0.113.{i}"}) for i in range(1, 4)]
     assert codes == [200, 200, 429]
+
+
+def on_the_event_loop(app, requests) -> list[int]:
+    """Send purchases, each as (address, X-Forwarded-For headers), by ASGI; return statuses."""
+
+    async def send_all() -> list[int]:
+        application, statuses = Application(app), []
+        for user, (address, forwarded) in enumerate(requests, 1):
+            body = b'{"userId":%d,"productId":1}' % user
+            headers = [(b"content-type", b"application/json")]
+            headers += [(b"x-forwarded-for", value.encode()) for value in forwarded]
+            scope = {"type": "http", "method": "POST", "path": "/purchase", "headers": headers}
+
+            async def receive(body=body):
+                return {"type": "http.request", "body": body, "more_body": False}
+
+            async def send(event):
+                statuses.extend([event["status"]] if "status" in event else [])
+
+            await application(scope | {"client": (address, 1)}, receive, send)
+        return statuses
+
+    return asyncio.run(send_all())
+
+
+def test_the_event_loops_way_in_counts_the_same(make_app):
+    forged = [("192.0.2.1", [f"203.0.113.{i}"]) for i in range(3)]
+    assert on_the_event_loop(make_app(**TWICE), forged) == [200, 200, 429]
+    six = [(f"2001:db8:7:7::{i}", []) for i in range(1, 4)] + [("2001:db8:7:8::1", [])]
+    assert on_the_event_loop(make_app(**TWICE), six) == [200, 200, 429, 200]
+    behind = [("10.0.0.9", [f"203.0.113.{i}, 198.51.100.7"]) for i in range(3)]
+    # The same header twice is one list (RFC 9110, 5.3).
+    behind += [("10.0.0.9", ["203.0.113.9", "198.51.100.7"]), ("10.0.0.9", ["198.51.100.8"])]
+    app = make_app(trusted_proxies=1, **TWICE)
+    assert on_the_event_loop(app, behind) == [200, 200, 429, 429, 200]
 
 
 def test_a_client_chooses_no_host(make_app, admin_headers):
