@@ -3,7 +3,7 @@
 from flask import Flask
 from werkzeug.middleware.proxy_fix import ProxyFix
 
-from . import admin, api, auth, cli, database, errors, headers, logs, recovery
+from . import admin, api, cli, database, errors, headers, logs, recovery
 from .config import ROOT, Settings, load_settings, with_secrets
 from .extensions import csrf, db, limiter, login, migrate, stock
 from .identity import Shoppers
@@ -23,6 +23,7 @@ def create_app(settings: Settings | None = None) -> Flask:
         static_folder=str(ROOT / "static"),
     )
     app.config.from_mapping(flask_config(settings))
+    app.json.sort_keys = False
     database.limit_waits()
 
     db.init_app(app)

@@ -24,6 +24,7 @@ from .models import (
 )
 from .purchases import InvalidRequest, read_integer
 from .stock import Unprepared
+from .times import utc_text
 
 # RFC 3339, 5.6: date, time and an offset.
 RFC3339 = re.compile(
@@ -137,8 +138,8 @@ def describe(product: Product, free: int) -> dict:
         "name": product.name,
         "priceCents": product.price_cents,
         "currency": product.currency,
-        "opensAt": product.opens_at and product.opens_at.astimezone(UTC).isoformat(),
-        "closesAt": product.closes_at and product.closes_at.astimezone(UTC).isoformat(),
+        "opensAt": product.opens_at and utc_text(product.opens_at),
+        "closesAt": product.closes_at and utc_text(product.closes_at),
         "perUserLimit": product.per_user_limit,
         "maxQuantity": product.max_quantity,
         "paused": product.paused,

@@ -18,6 +18,7 @@ from .logs import PurchaseLog
 from .purchases import MAX_BODY_BYTES, InvalidRequest, purchase
 from .stock import Claim, Stock, Unavailable
 from .telemetry import Meter
+from .times import from_ms, utc_text
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ REFUSALS: dict[bytes, tuple[str, bytes | Callable[[int], bytes]]] = {
     ),
     b"not_open": (
         "409 Conflict",
-        lambda opens: error_body("Sale not open", "not_open", opensAt=rfc3339(opens)),
+        lambda opens: error_body("Sale not open", "not_open", opensAt=utc_text(from_ms(opens))),
     ),
     b"paused": ("409 Conflict", error_body("Sale not open", "paused")),
     b"ended": ("409 Conflict", error_body("Sale not open", "ended")),
@@ -64,11 +65,6 @@ REFUSALS: dict[bytes, tuple[str, bytes | Callable[[int], bytes]]] = {
     b"unprepared": ("503 Service Unavailable", UNAVAILABLE),
     b"overloaded": ("503 Service Unavailable", UNAVAILABLE),
 }
-
-
-def rfc3339(milliseconds: int) -> str:
-    moment = datetime.fromtimestamp(milliseconds / 1000, UTC)
-    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 class PurchaseLane:

@@ -8,6 +8,7 @@ from .audit import Actor, record
 from .extensions import db, stock
 from .inventory import Conflict, apply_movement
 from .models import DeadLetter, Order, StockMovement
+from .times import from_ms, utc_text
 
 MAX_LISTED = 500
 
@@ -16,17 +17,13 @@ class UnknownOrder(LookupError):
     """There is no order with this id."""
 
 
-def _utc(moment: datetime) -> str:
-    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
 def _listed(order_id: int, status: str, quantity: int, product_id: int, at: datetime) -> dict:
     return {
         "id": order_id,
         "status": status,
         "quantity": quantity,
         "productId": product_id,
-        "createdAt": _utc(at),
+        "createdAt": utc_text(at),
     }
 
 
@@ -38,7 +35,7 @@ def queued_orders_of(user_id: int, limit: int, before: int | None = None) -> lis
             "QUEUED",
             entry.quantity,
             entry.product_id,
-            datetime.fromtimestamp(entry.claimed_ms / 1000, UTC),
+            from_ms(entry.claimed_ms),
         )
         for order_id, entry in stock.queued_orders(user_id, MAX_LISTED)
         if before is None or order_id < before

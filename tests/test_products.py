@@ -45,8 +45,8 @@ def test_change_terms(client, admin_headers, app):
     answer = client.patch("/products/1", json=terms, headers=admin_headers)
     assert answer.status_code == 200
     assert answer.json == terms | {
-        "id": 1, "stockRemaining": 100, "opensAt": "2030-01-01T00:00:00+00:00",
-        "closesAt": "2030-01-02T00:00:00+00:00",
+        "id": 1, "stockRemaining": 100, "opensAt": "2030-01-01T00:00:00.000Z",
+        "closesAt": "2030-01-02T00:00:00.000Z",
     }  # fmt: skip
     answer = client.patch("/products/1", json={"opensAt": None}, headers=admin_headers)
     assert answer.json["opensAt"] is None

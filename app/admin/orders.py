@@ -22,6 +22,7 @@ from ..inventory import Conflict
 from ..models import MAX_ID
 from ..purchases import InvalidRequest
 from ..stock import Unavailable
+from ..times import utc_text
 from . import forms
 
 bp = Blueprint("orders", __name__, url_prefix="/admin/orders")
@@ -141,9 +142,9 @@ def row_of(order: search.Found, names: dict[int, str]) -> tuple:
         decimal(order.unit_price_cents),
         order.currency,
         decimal(order.total_cents),
-        stamp_of(order.claimed_at),
-        stamp_of(order.persisted_at),
-        stamp_of(order.cancelled_at),
+        utc_text(order.claimed_at),
+        order.persisted_at and utc_text(order.persisted_at) or "",
+        order.cancelled_at and utc_text(order.cancelled_at) or "",
         order.cancelled_by or "",
         order.cancel_reason or "",
     )
@@ -151,12 +152,6 @@ def row_of(order: search.Found, names: dict[int, str]) -> tuple:
 
 def decimal(cents: int) -> str:
     return f"{cents // 100}.{cents % 100:02}"
-
-
-def stamp_of(moment: datetime | None) -> str:
-    if moment is None:
-        return ""
-    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def safe_cell(value: object) -> object:

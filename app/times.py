@@ -1,0 +1,13 @@
+"""How a moment is written wherever a program may read it."""
+
+from datetime import UTC, datetime
+
+
+def utc_text(moment: datetime) -> str:
+    """Return the moment in UTC with milliseconds, like 2026-11-27T09:00:00.000Z (RFC 3339)."""
+    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def from_ms(milliseconds: int) -> datetime:
+    """Return the moment that is so many milliseconds after 1970, in UTC."""
+    return datetime.fromtimestamp(milliseconds / 1000, UTC)
