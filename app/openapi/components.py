@@ -163,7 +163,7 @@ PRODUCT = {
     "name": "Flash-sale item",
     "priceCents": 99_999,
     "currency": "USD",
-    "opensAt": "2026-11-27T09:00:00+00:00",
+    "opensAt": "2026-11-27T09:00:00.000Z",
     "closesAt": None,
     "perUserLimit": 2,
     "maxQuantity": 10,
