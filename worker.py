@@ -19,12 +19,12 @@ from app.stock import Keys
 from app.telemetry import Meter
 from wsgi import app
 
-# RQ waits 15 s less than this for a job, and 10 s more for an answer from a connection that is dead.
+# RQ waits 15 s less than this for a job, and 10 s more for an answer of a dead connection.
 WORKER_TTL_SECONDS = 20
 
 
 def main() -> None:
-    # RQ refuses a name that a killed worker had minutes ago, and in a container process numbers recur.
+    # RQ refuses a name that a killed worker had minutes ago, and in containers pids recur.
     name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
     Meter("worker").start()
     stopped = threading.Event()

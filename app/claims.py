@@ -209,7 +209,7 @@ class LoopLine:
         return Claim._make(answer)
 
     async def _reach(self) -> "Channel":
-        """Connect, once for all who wait. Raises Unavailable; after a failure at once, for a while."""
+        """Connect, once for all who wait. Raises Unavailable, for a while at once."""
         if time.monotonic() < self._closed_until:
             raise Unavailable("Redis was unreachable a moment ago")
         if self._opening is None:

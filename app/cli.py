@@ -35,7 +35,7 @@ def init_app(app: Flask) -> None:
 @click.command()
 @with_appcontext
 def prepare() -> None:
-    """Make the database ready: migrations, the first admin, and into an empty one the first product."""
+    """Make the database ready: migrations, the first admin, and if empty the first product."""
     settings = current_app.config["SETTINGS"]
     with db.engine.connect() as connection:
         connection.execute(text(f"SELECT pg_advisory_xact_lock({PREPARE_LOCK})"))

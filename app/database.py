@@ -1,4 +1,4 @@
-"""How connections to PostgreSQL behave: bounded waits, so that no request hangs on a dead server."""
+"""How connections to PostgreSQL behave: no request hangs on a server that does not answer."""
 
 import select
 import threading

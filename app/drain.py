@@ -1,6 +1,6 @@
 """The drain: from the outbox into PostgreSQL, a batch at a time, each order exactly once.
 
-Read, INSERT … ON CONFLICT DO NOTHING, COMMIT, and only then trim. A drain killed at any point leaves
+Read, INSERT … ON CONFLICT DO NOTHING, COMMIT, and only then trim. Killed at any point it leaves
 either nothing stored, or orders stored that are still in the outbox and are recognised next time.
 """
 
@@ -78,7 +78,7 @@ class Drained:
 
 
 class Row:
-    """An entry of the outbox on its way into a table. Kept as text: PostgreSQL reads the numbers."""
+    """An entry of the outbox on its way into a table, as text: PostgreSQL reads the numbers."""
 
     __slots__ = ("order_id", "parts", "payload", "stream_id")
 

@@ -57,7 +57,7 @@ def show_error(status: int, message: str, code: str | None = None, **more: objec
 
 
 def init_app(app: Flask) -> None:
-    """Register the handlers. On the app, not on blueprints, which never see a routing 404 or 405."""
+    """Register the handlers, on the app: blueprints never see a routing 404 or 405."""
 
     @app.errorhandler(HTTPException)
     def http_error(error: HTTPException):

@@ -1,4 +1,4 @@
-"""What RQ runs. A job only says "drain": the outbox is the truth, so a lost or doubled job is harmless."""
+"""What RQ runs. A job only says "drain": a lost or doubled one does no harm."""
 
 import redis
 import rq

@@ -1,8 +1,8 @@
 """POST /purchase, past the framework, whose own work per request costs several times a claim.
 
 One implementation, two ways in. As WSGI middleware it stands in front of Flask's router, for any
-WSGI server and the tests; there a claim blocks its thread. Behind asgi.py it awaits the claim on the
-event loop, where those of all requests in flight share one write to Redis.
+WSGI server and the tests; there a claim blocks its thread. Behind asgi.py it awaits the claim on
+the event loop, where those of all requests in flight share one write to Redis.
 """
 
 import json

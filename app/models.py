@@ -34,7 +34,7 @@ Timestamp = TIMESTAMP(timezone=True)
 
 
 class Product(db.Model):
-    """What is sold, and on which terms. `version` rises with each change; Redis obeys the highest."""
+    """What is sold, on which terms. `version` rises with each change; Redis obeys the highest."""
 
     __tablename__ = "products"
     __table_args__ = (
@@ -63,7 +63,7 @@ class Product(db.Model):
 
 
 class ProductTotals(db.Model):
-    """Sums over a product's orders, dead letters and movements, kept by triggers in the same commit.
+    """A product's sums of orders, dead letters, movements; kept by triggers in the same commit.
 
     They make every figure of a page a read of one row, however many orders there are.
     """
@@ -148,7 +148,7 @@ class Batch(db.Model):
 
 
 class Order(db.Model):
-    """A purchase that was promised. The id was given by the claim, so storing it twice can't happen."""
+    """A purchase that was promised. The claim gave it its id, so it can't be stored twice."""
 
     __tablename__ = "orders"
     __table_args__ = (
@@ -232,7 +232,7 @@ class Sale(db.Model):
     generation: Mapped[str] = mapped_column(String(32))
     # Copied from Redis once a second; bounds what a loss of Redis can have taken with it.
     last_order_id: Mapped[int] = mapped_column(BigInteger, server_default="0")
-    # Where this generation's ids begin: what lies between the last one's and these was never issued.
+    # Where this generation's ids begin: those between the last one's and these never were.
     first_order_id: Mapped[int] = mapped_column(BigInteger, server_default="1")
     sampled_at: Mapped[datetime | None] = mapped_column(Timestamp)
 

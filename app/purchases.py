@@ -9,7 +9,7 @@ from .models import MAX_ID
 from .stock import Claim
 
 MAX_BODY_BYTES = 16 * 1024
-# JSON is UTF-8 (RFC 8259, 8.1); json.loads() would first look for other encodings, on every request.
+# JSON is UTF-8 (RFC 8259, 8.1); json.loads() would look for other encodings first, every time.
 decode = json.JSONDecoder().decode
 # draft-ietf-httpapi-idempotency-key-header leaves the form to the server: visible ASCII here.
 VALID_KEY = re.compile(r"[\x21-\x7e]{1,255}").fullmatch
@@ -60,8 +60,8 @@ async def purchase(
 ) -> Claim:
     """Decide one purchase request, which must be the `shopper`'s own where one is given.
 
-    Raises InvalidRequest and AnotherShopper before anything is asked of Redis, and stock.Unavailable
-    when Redis gave no answer, so that the outcome is unknown. `claim` is the road to Redis.
+    `claim` is the road to Redis. Raises InvalidRequest and AnotherShopper before Redis is asked, and
+    stock.Unavailable when it gave no answer, so that the outcome is unknown.
     """
     data = read_object(body)
     user_id = read_integer(data, "userId", 1, MAX_ID)

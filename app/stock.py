@@ -338,7 +338,7 @@ class Stock:
         return unapplied
 
     def mend(self, generation: str, product_id: int, take: int, amounts: dict[str, int]) -> int:
-        """Lower a product's free stock, add to its counters; return the units taken, -1 for none."""
+        """Lower a product's free stock, add to its counters; return the units taken, or -1."""
         args = [generation, take, *(word for pair in amounts.items() for word in pair)]
         return self._run("mend", [Keys.generation, Keys.product(product_id)], args)
 
@@ -394,7 +394,7 @@ class Stock:
         return entries
 
     def history(self, since: int, most: int = HISTORY_SAMPLES) -> list[tuple[int, dict]]:
-        """Return the samples from the second `since` on, the newest `most` of them, oldest first."""
+        """Return the newest `most` samples from the second `since` on, oldest first."""
         try:
             found = self.client.xrevrange(Keys.history, min=f"{since}-0", count=most)
         except redis.RedisError as error:
@@ -414,7 +414,7 @@ class Stock:
         return whole.replace(microsecond=microseconds // 1000 * 1000)
 
     def clear(self) -> None:
-        """Delete every key of the sale, the generation first, so that claims are refused at once."""
+        """Delete every key of the sale; the generation first, which stops all claims."""
         try:
             self.client.delete(Keys.generation)
             self._unlink(Keys.prefix)
@@ -494,7 +494,7 @@ class Stock:
         )
 
     def _write(self, commands: Iterable[tuple]) -> int:
-        """Send many commands at once, packed by hand: an ordinary pipeline takes 5 times as long."""
+        """Send many commands at once, packed by hand: a pipeline takes 5 times as long."""
         packed = [hiredis.pack_command(tuple(map(str, command))) for command in commands]
         if not packed:
             return 0
@@ -514,7 +514,7 @@ class Stock:
         return len(packed)
 
     def new_order_id(self) -> int:
-        """Issue an order id. Raises Unavailable, and Unprepared when the counter can't be trusted."""
+        """Issue an order id. Raises Unavailable; Unprepared when the counter can't be trusted."""
         try:
             with self.client.pipeline() as pipe:
                 pipe.get(Keys.generation)

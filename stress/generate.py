@@ -22,13 +22,15 @@ from wsgi import app
 
 ACTOR = Actor("stress/generate.py")
 CHUNK = 100_000
-# Every eighth order has an Idempotency-Key, every fiftieth was cancelled; a sale every other minute.
+# Every eighth order has an Idempotency-Key, every fiftieth was cancelled.
 ORDERS = text("""
     INSERT INTO orders (id, user_id, product_id, quantity, unit_price_cents, currency, status,
                         idempotency_key, claimed_at, persisted_at, cancelled_at, cancelled_by)
-    SELECT :base + n, 1 + floor(random() * :users)::bigint, (:products)[1 + n % cardinality(:products)],
+    SELECT :base + n, 1 + floor(random() * :users)::bigint,
+           (:products)[1 + n % cardinality(:products)],
            1 + n % 3, 1999, 'EUR', CASE WHEN n % 50 = 0 THEN 'CANCELLED' ELSE 'CONFIRMED' END,
-           CASE WHEN n % 8 = 0 THEN 'generated-' || (:base + n) END, moment, moment + interval '0.2 s',
+           CASE WHEN n % 8 = 0 THEN 'generated-' || (:base + n) END,
+           moment, moment + interval '0.2 s',
            CASE WHEN n % 50 = 0 THEN moment + interval '1 day' END,
            CASE WHEN n % 50 = 0 THEN 'support' END
     FROM generate_series(CAST(:first AS bigint), :last) n,
@@ -44,7 +46,8 @@ MOVEMENTS = text("""
     FROM orders WHERE id > :base AND status = 'CANCELLED' GROUP BY product_id
 """)
 CANCELLED = text("""
-    INSERT INTO stock_movements (product_id, kind, units, reason, actor, user_id, order_id, applied_at)
+    INSERT INTO stock_movements (product_id, kind, units, reason, actor, user_id, order_id,
+                                 applied_at)
     SELECT product_id, 'return', quantity, 'generated', :actor, user_id, id, now()
     FROM orders WHERE id > :base AND status = 'CANCELLED'
 """)
@@ -55,7 +58,7 @@ LAST_ID = text("""
 
 
 def generate(orders: int, users: int, products: int) -> None:
-    """Add the rows and rebuild the sale in Redis. Raises stock.Unavailable when that can't be done."""
+    """Add the rows and rebuild the sale in Redis. Raises stock.Unavailable."""
     ids = []
     for number in range(products):
         product, _ = inventory.create_product(

@@ -143,8 +143,8 @@ def row_of(order: search.Found, names: dict[int, str]) -> tuple:
         order.currency,
         decimal(order.total_cents),
         utc_text(order.claimed_at),
-        order.persisted_at and utc_text(order.persisted_at) or "",
-        order.cancelled_at and utc_text(order.cancelled_at) or "",
+        (order.persisted_at and utc_text(order.persisted_at)) or "",
+        (order.cancelled_at and utc_text(order.cancelled_at)) or "",
         order.cancelled_by or "",
         order.cancel_reason or "",
     )
