@@ -60,8 +60,8 @@ async def purchase(
 ) -> Claim:
     """Decide one purchase request, which must be the `shopper`'s own where one is given.
 
-    `claim` is the road to Redis. Raises InvalidRequest and AnotherShopper before Redis is asked, and
-    stock.Unavailable when it gave no answer, so that the outcome is unknown.
+    `claim` is the road to Redis. Raises InvalidRequest and AnotherShopper before Redis is asked,
+    and stock.Unavailable when it gave no answer, so that the outcome is unknown.
     """
     data = read_object(body)
     user_id = read_integer(data, "userId", 1, MAX_ID)
