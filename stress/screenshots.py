@@ -217,6 +217,15 @@ def prepare_pages(shop: Shop, page: Page) -> dict[str, str]:
     }
 
 
+def shrink(file: Path) -> None:
+    """Keep the 256 commonest colours as they are, and the nearest of them for the others."""
+    picture = Image.open(file).convert("RGB")
+    colours = sorted(picture.getcolors(2**24), reverse=True)[:256]
+    palette = Image.new("P", (1, 1))
+    palette.putpalette([part for _, colour in colours for part in colour])
+    picture.quantize(palette=palette, dither=Image.Dither.NONE).save(file, optimize=True)
+
+
 def take(shop: Shop, target: Path, only: set[str]) -> None:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
@@ -247,10 +256,9 @@ def take(shop: Shop, target: Path, only: set[str]) -> None:
                     page.evaluate("document.activeElement?.blur()")
                     file = target / f"{name}-{size}-{theme}.png"
                     page.screenshot(path=file, full_page=name in ("dashboard", "product"))
-                    # A third of the size, and no difference to the eye.
-                    Image.open(file).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(
-                        file, optimize=True
-                    )
+                    # The README's own picture is left as it is.
+                    if (name, size) != ("dashboard", "wide"):
+                        shrink(file)
                     print(f"{file.name:34} {file.stat().st_size / 1024:6.0f} kB")
                     page.close()
                 signed_in.close()
