@@ -14,6 +14,7 @@ import flask_migrate
 import people
 import pytest
 import redis
+from documented import DocumentedClient
 
 from app import create_app, recovery
 from app.audit import CLI
@@ -69,6 +70,7 @@ def settings(servers, tmp_path_factory) -> Settings:
 @pytest.fixture(scope="session")
 def built_app(settings):
     app = create_app(settings)
+    app.test_client_class = DocumentedClient
     with app.app_context():
         flask_migrate.upgrade()
     return app
@@ -89,6 +91,7 @@ def make_app(built_app, settings):
 
     def make(**changes):
         app = create_app(replace(settings, **changes))
+        app.test_client_class = DocumentedClient
         _reset(app)
         return app
 

@@ -229,16 +229,8 @@ STATUSES = {
     404: ("There is no such product", ["unknown_product", "not_found"], ()),
     413: ("The body is larger than 16 KiB", ["body_too_large"], ()),
     415: ("The body is not application/json", ["unsupported_media_type"], ()),
-    422: (
-        "The Idempotency-Key was used with another request",
-        ["idempotency_mismatch"],
-        LIMIT_HEADERS,
-    ),
-    429: (
-        "Too many requests; this one did nothing",
-        ["rate_limited"],
-        (*LIMIT_HEADERS, "Retry-After"),
-    ),
+    422: ("The Idempotency-Key was used with another request", ["idempotency_mismatch"], ()),
+    429: ("Too many requests; this one did nothing", ["rate_limited"], ("Retry-After",)),
     500: ("A fault of the server's: the outcome is unknown", ["internal_error"], ()),
     503: (
         "A server behind this one can't be reached: the outcome is unknown",
@@ -261,6 +253,9 @@ def failures(*statuses: int, **changed: tuple) -> dict:
     responses = {}
     for status in sorted({*statuses, 500}):
         meaning, codes, headers = changed.get(f"s{status}") or STATUSES[status]
+        if 429 in statuses:
+            # Whatever the answer is, it tells the limit that the request has passed.
+            headers = (*LIMIT_HEADERS, *headers)
         examples = {
             code: {"error": ERRORS[code][0], "code": code, **ERRORS[code][1]} for code in codes
         }

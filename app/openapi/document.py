@@ -50,7 +50,7 @@ def _paths() -> dict:
     conflict = (
         "Not sold: `code` tells why. `Retry-After` comes with `not_open` alone",
         refused,
-        (*LIMIT_HEADERS, "Retry-After"),
+        ("Retry-After",),
     )
     health = json_content(
         ref("schemas", "Health"),
@@ -99,7 +99,7 @@ def _paths() -> dict:
                         429,
                         503,
                         s409=conflict,
-                        s404=("There is no such product", ["unknown_product"], LIMIT_HEADERS),
+                        s404=("There is no such product", ["unknown_product"], ()),
                     ),
                 },
                 description=RATE_NOTE,
