@@ -66,12 +66,12 @@ def test_window_in_the_browsers_zone(client, admin):
     }  # fmt: skip
     send(admin, "/admin/products/new", **terms)
     product = client.get("/products/2").json
-    assert product["opensAt"] == "2030-06-01T07:00:00+00:00"
-    assert product["closesAt"] == "2030-06-01T10:30:15+00:00"
+    assert product["opensAt"] == "2030-06-01T07:00:00.000Z"
+    assert product["closesAt"] == "2030-06-01T10:30:15.000Z"
     # Without the script the form speaks UTC.
     send(admin, "/admin/products/2/edit", **TERMS | {"opens": "2030-06-01T09:00"})
     product = client.get("/products/2").json
-    assert (product["opensAt"], product["closesAt"]) == ("2030-06-01T09:00:00+00:00", None)
+    assert (product["opensAt"], product["closesAt"]) == ("2030-06-01T09:00:00.000Z", None)
     answer = send(
         admin, "/admin/products/2/edit",
         **TERMS | {"opens": "2030-06-01T09:00", "closes": "2030-06-01T08:00"},
