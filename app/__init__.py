@@ -7,8 +7,8 @@ from . import admin, api, cli, database, errors, headers, logs, recovery
 from .config import ROOT, Settings, load_settings, with_secrets
 from .extensions import csrf, db, limiter, login, migrate, stock
 from .identity import Shoppers
+from .keys import cautious_options
 from .lane import PurchaseLane
-from .stock import connection_options
 
 
 def create_app(settings: Settings | None = None) -> Flask:
@@ -59,7 +59,7 @@ def flask_config(settings: Settings) -> dict:
         "SQLALCHEMY_DATABASE_URI": settings.database_url,
         "SQLALCHEMY_ENGINE_OPTIONS": database.ENGINE_OPTIONS,
         "RATELIMIT_STORAGE_URI": limiter_url(settings.redis_url),
-        "RATELIMIT_STORAGE_OPTIONS": connection_options(decode=False),
+        "RATELIMIT_STORAGE_OPTIONS": cautious_options(settings.redis_url, decode=False),
         # Its own headers are an older draft's, with a Retry-After on answers that are no refusal.
         "RATELIMIT_HEADERS_ENABLED": False,
         "RATELIMIT_KEY_PREFIX": "limits",

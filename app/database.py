@@ -10,13 +10,12 @@ import psycopg2
 from flask import has_request_context
 from psycopg2 import extensions
 
+from .breaker import Breaker
+
 # With one second for Redis this keeps the slowest refusal below two seconds.
 REQUEST_WAIT_SECONDS = 0.9
 # Workers and commands run longer statements (a migration, a rebuild), but not for ever.
 OTHER_WAIT_SECONDS = 600
-# After a wait in vain requests are refused at once for so long, then one of them tries again: a
-# hanging PostgreSQL must not hold every thread, or nothing would be sold.
-RETRY_AFTER_FAILURE_SECONDS = 0.25
 
 ENGINE_OPTIONS = {
     "pool_pre_ping": True,
@@ -44,45 +43,37 @@ def limit_waits() -> None:
     extensions.set_wait_callback(_wait)
 
 
-class _Breaker:
-    """Whether PostgreSQL let a request wait in vain a moment ago; one for the whole process."""
-
-    closed_until = 0.0
+_breaker = Breaker(REQUEST_WAIT_SECONDS)
+_thread = threading.local()
 
 
 @contextmanager
 def waiting_at_most(seconds: float) -> Iterator[None]:
-    """Bound the waits of this thread inside the context."""
-    _thread.wait_seconds = seconds
+    """Bound what this thread waits for PostgreSQL inside the context, all waits together."""
+    _thread.deadline = time.monotonic() + seconds
     try:
         yield
     finally:
-        del _thread.wait_seconds
-
-
-_thread = threading.local()
+        del _thread.deadline
 
 
 def _wait(connection) -> None:
     if not has_request_context():
-        _wait_for(connection, getattr(_thread, "wait_seconds", OTHER_WAIT_SECONDS))
+        now = time.monotonic()
+        _wait_for(connection, getattr(_thread, "deadline", now + OTHER_WAIT_SECONDS) - now)
         return
-    now = time.monotonic()
-    if now < _Breaker.closed_until:
+    if not _breaker.admits():
         raise psycopg2.OperationalError("PostgreSQL did not answer a moment ago")
-    if _Breaker.closed_until:
-        # This request is the one that tries; the others go on being refused meanwhile.
-        _Breaker.closed_until = now + REQUEST_WAIT_SECONDS
     try:
         _wait_for(connection, REQUEST_WAIT_SECONDS)
     except Unanswered:
-        _Breaker.closed_until = time.monotonic() + RETRY_AFTER_FAILURE_SECONDS
+        _breaker.waited_in_vain()
         raise
     except psycopg2.Error:
         # An answer, if not the wanted one.
-        _Breaker.closed_until = 0.0
+        _breaker.answered()
         raise
-    _Breaker.closed_until = 0.0
+    _breaker.answered()
 
 
 class Unanswered(psycopg2.OperationalError):

@@ -1,7 +1,11 @@
 """What all of the Redis side shares: names of keys, errors, and how connections behave."""
 
+import redis
 from redis.backoff import NoBackoff
+from redis.connection import parse_url
 from redis.retry import Retry
+
+from .breaker import Breaker
 
 # A shopper gets an answer within 2 s even from a dead Redis; a healthy one needs about 1 ms.
 CONNECT_TIMEOUT_SECONDS = 0.5
@@ -65,6 +69,38 @@ class Keys:
     @staticmethod
     def idempotency(user_id: int, key: str) -> str:
         return f"sale:{{0}}:key:{user_id}:{key}"
+
+
+class _Cautious:
+    """A connection that asks nothing of a Redis which let somebody wait in vain a moment ago."""
+
+    breaker = Breaker(COMMAND_TIMEOUT_SECONDS)
+
+    def send_packed_command(self, command, check_health=True):
+        if not self.breaker.admits():
+            raise redis.ConnectionError("Redis did not answer a moment ago")
+        super().send_packed_command(command, check_health)
+
+    def read_response(self, *arguments, **options):
+        try:
+            response = super().read_response(*arguments, **options)
+        except redis.TimeoutError:
+            self.breaker.waited_in_vain()
+            raise
+        self.breaker.answered()
+        return response
+
+
+CAUTIOUS = {
+    kind: type(f"Cautious{kind.__name__}", (_Cautious, kind), {})
+    for kind in (redis.Connection, redis.SSLConnection, redis.UnixDomainSocketConnection)
+}
+
+
+def cautious_options(url: str, decode: bool) -> dict:
+    """Options of the connections that requests share their threads for."""
+    kind = parse_url(url).get("connection_class", redis.Connection)
+    return {**connection_options(decode), "connection_class": CAUTIOUS[kind]}
 
 
 def connection_options(decode: bool) -> dict:

@@ -36,7 +36,7 @@ REBUILD_LOCK = 7_316_004
 UNKNOWN_IDS = 1_000_000
 ROWS_AT_ONCE = 10_000
 # A claim waits for this, and may have waited for Redis.
-RECORD_WAIT_SECONDS = 0.5
+RECORD_WAIT_SECONDS = 0.4
 
 
 def database_is_empty() -> bool:

@@ -31,8 +31,8 @@ WATCH_MS = 500
 SWEEP_SECONDS = 1.0
 # The same order is the first in the outbox for so long only when nobody drains.
 STUCK_SECONDS = 3.0
-# One step of the relay or the sweeper; so long a wait means that the connection is dead.
-STEP_WAIT_SECONDS = 15
+# All that a step of the relay or the sweeper may wait for PostgreSQL; past it nobody answers.
+STEP_WAIT_SECONDS = 30
 ERROR_PAUSE_SECONDS = 0.5
 
 

@@ -18,7 +18,7 @@ import redis
 
 from .claims import IDEMPOTENCY_TTL_MS, Claim, ClaimScript, LoopLine, ThreadLine
 from .config import Settings
-from .keys import USERS_PER_BUCKET, Keys, Unavailable, Unprepared, connection_options
+from .keys import USERS_PER_BUCKET, Keys, Unavailable, Unprepared, cautious_options
 
 __all__ = [
     "IDEMPOTENCY_TTL_MS",
@@ -30,7 +30,6 @@ __all__ = [
     "Unavailable",
     "Unprepared",
     "View",
-    "connection_options",
 ]
 
 log = logging.getLogger(__name__)
@@ -126,9 +125,9 @@ class Stock:
         `on_record` tells the sale's name and an order id that it has issued: see claims.py.
         """
         url = settings.redis_url
-        self.client = redis.Redis.from_url(url, **connection_options(decode=True))
+        self.client = redis.Redis.from_url(url, **cautious_options(url, decode=True))
         # RQ stores pickled bytes of its own; it needs answers undecoded, and blocks for long.
-        self.raw_client = redis.Redis.from_url(url, **connection_options(decode=False))
+        self.raw_client = redis.Redis.from_url(url, **cautious_options(url, decode=False))
         scripts = {
             path.name.removesuffix(".lua"): path.read_text()
             for path in resources.files("app.lua").iterdir()

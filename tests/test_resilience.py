@@ -1,0 +1,279 @@
+"""Each server gone, hanging or slow: what every route answers, how fast, and how it comes back."""
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+import psutil
+import pytest
+from conftest import start_system, stop_system, wait_until
+
+from app.config import ROOT
+from app.embedded import PostgresServer, RedisServer
+
+# A dead dependency may cost a client so much, and not more.
+LONGEST_SECONDS = 2.0
+# The machine that runs the tests may be busy with others.
+LENIENCE_SECONDS = 0.5
+BACK_WITHIN_SECONDS = 2.0
+CLIENTS = 64
+
+
+@dataclass
+class Rig:
+    """The whole system, with servers that the test holds in its hands."""
+
+    system: object
+    redis: RedisServer
+    postgres: PostgresServer
+
+    def server(self, name):
+        return {"redis": self.redis, "postgres": self.postgres}[name]
+
+    def signal(self, name, number) -> None:
+        """Send a signal to the server and to its children, each a group of its own."""
+        process = psutil.Process(self.server(name).process.pid)
+        for one in (process, *process.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.send_signal(number)
+
+    def call(self, method, path, body=None, **headers) -> tuple[int, dict, bytes, float]:
+        url = urlsplit(self.system.url)
+        connection = http.client.HTTPConnection(url.hostname, url.port, timeout=30)
+        started = time.monotonic()
+        if body is not None:
+            headers |= {"Content-Type": "application/json"}
+            body = json.dumps(body)
+        try:
+            connection.request(method, path, body, headers)
+            response = connection.getresponse()
+            content = response.read()
+        finally:
+            connection.close()
+        names = {name.lower(): value for name, value in response.getheaders()}
+        return response.status, names, content, time.monotonic() - started
+
+    def buy(self, user: int = 1) -> int:
+        return self.call("POST", "/purchase", {"userId": user, "productId": 1})[0]
+
+
+@pytest.fixture(scope="module")
+def rig(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rig")
+    servers = RedisServer(folder), PostgresServer(folder)
+    for server in servers:
+        server.start()
+    system = start_system(
+        tmp_path_factory.mktemp("system"),
+        REDIS_URL=servers[0].url,
+        DATABASE_URL=servers[1].url,
+        SECRET_KEY="secret-key-of-the-tests",
+        PURCHASE_USER_LIMIT="off",
+        PURCHASE_ADDRESS_LIMIT="off",
+        WEB_WORKERS="2",
+    )
+    rig = Rig(system, *servers)
+    rig.call(
+        "POST", "/products/restock", {"productId": 1, "amount": 100_000},
+        Authorization=f"Bearer {system.api_token}",
+    )  # fmt: skip
+    yield rig
+    for server in servers:
+        if server.process and server.process.poll() is None:
+            rig.signal(server.name.lower(), signal.SIGCONT)
+    stop_system(system)
+    for server in servers:
+        server.stop()
+
+
+@pytest.fixture
+def healthy(rig):
+    """The rig with everything up, before the test and after it."""
+    wait_until(lambda: rig.call("GET", "/readyz")[0] == 200, 30, "readiness")
+    yield rig
+    for name in ("redis", "postgres"):
+        server = rig.server(name)
+        if server.process.poll() is None:
+            rig.signal(name, signal.SIGCONT)
+        else:
+            server.start()
+    wait_until(lambda: rig.call("GET", "/readyz")[0] == 200, 30, "readiness")
+
+
+ROUTES = {
+    "buy": ("POST", "/purchase", {"userId": 1, "productId": 1}),
+    "orders": ("GET", "/purchase/orders/1", None),
+    "metrics": ("GET", "/purchase/metrics", None),
+    "products": ("GET", "/products", None),
+    "product": ("GET", "/products/1", None),
+    "restock": ("POST", "/products/restock", {"productId": 1, "amount": 1}),
+    "create": ("POST", "/products", {"name": "p", "priceCents": 1, "currency": "USD", "stock": 1}),
+    "change": ("PATCH", "/products/1", {"priceCents": 1}),
+    "sign-in page": ("GET", "/admin/sign-in", None),
+    "dashboard": ("GET", "/admin/", None),
+    "alive": ("GET", "/healthz", None),
+    "ready": ("GET", "/readyz", None),
+    "description": ("GET", "/openapi.json", None),
+}
+# What is answered while a server is gone; every other route: 503.
+WITHOUT = {
+    "redis": {"alive": 200},
+    "postgres": {"buy": 200, "metrics": 200, "alive": 200},
+}
+# Pages that need no server of their own are let through or refused, as the limiter can tell.
+EITHER = {"sign-in page": {200, 503}, "dashboard": {302, 503}, "description": {200, 503}}
+
+
+def hammer(rig: Rig, seconds: float) -> dict[str, list[tuple[int, dict, float]]]:
+    """Call every route from many clients at once; return status, headers, time of each."""
+    answers = defaultdict(list)
+    end = time.monotonic() + seconds
+    token = {"Authorization": f"Bearer {rig.system.api_token}"}
+
+    def run(number):
+        names = list(ROUTES)
+        position = number
+        while time.monotonic() < end:
+            name = names[position % len(names)]
+            position += 1
+            method, path, body = ROUTES[name]
+            try:
+                status, headers, _, took = rig.call(method, path, body, **token)
+            except OSError as error:
+                status, headers, took = repr(error), {}, 0.0
+            answers[name].append((status, headers, took))
+            time.sleep(0.02)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(CLIENTS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return answers
+
+
+@pytest.mark.parametrize("server", ["redis", "postgres"])
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+def test_without_a_server(healthy, server, how):
+    rig = healthy
+    rig.signal(server, signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+    if how == "killed":
+        rig.server(server).process.wait()
+    answers = hammer(rig, 4)
+    for name, seen in answers.items():
+        expected = {WITHOUT[server].get(name, 503)} | EITHER.get(name, set())
+        assert {status for status, _, _ in seen} <= expected, name
+        for status, headers, _ in seen:
+            assert status != 503 or name == "ready" or "retry-after" in headers, name
+    slowest = {name: round(max(took for _, _, took in seen), 2) for name, seen in answers.items()}
+    assert max(slowest.values()) < LONGEST_SECONDS + LENIENCE_SECONDS, slowest
+    if how == "stopped":
+        rig.signal(server, signal.SIGCONT)
+    else:
+        rig.server(server).start()
+    back_at = time.monotonic()
+    token = {"Authorization": f"Bearer {rig.system.api_token}"}
+    for name, (method, path, body) in ROUTES.items():
+        wait_until(
+            lambda call=(method, path, body): rig.call(*call, **token)[0] in (200, 201, 302),
+            BACK_WITHIN_SECONDS + LENIENCE_SECONDS - (time.monotonic() - back_at),
+            f"{name} to work again",
+        )
+
+
+def test_a_slow_redis_and_a_slow_postgres_still_serve(healthy):
+    """50 ms for every answer of a server: slower, and nothing else."""
+    rig = healthy
+    stopped = threading.Event()
+
+    def stutter():
+        while not stopped.is_set():
+            for name in ("redis", "postgres"):
+                rig.signal(name, signal.SIGSTOP)
+            time.sleep(0.05)
+            for name in ("redis", "postgres"):
+                rig.signal(name, signal.SIGCONT)
+            time.sleep(0.01)
+
+    thread = threading.Thread(target=stutter)
+    thread.start()
+    try:
+        for user in range(2, 12):
+            assert rig.buy(user) == 200
+            assert rig.call("GET", f"/purchase/orders/{user}")[0] == 200
+    finally:
+        stopped.set()
+        thread.join()
+
+
+def test_the_worker_gone_is_seen_and_costs_no_sale(healthy):
+    rig = healthy
+    worker = subprocess.run(
+        ["pgrep", "-P", str(rig.system.process.pid), "-f", "worker.py"],
+        capture_output=True, text=True, check=True,
+    ).stdout.split()[0]  # fmt: skip
+    os.kill(int(worker), signal.SIGSTOP)
+    try:
+        assert rig.buy(500) == 200
+        wait_until(lambda: rig.call("GET", "/readyz")[0] == 503, 10, "the worker to be missed")
+        (order,) = json.loads(rig.call("GET", "/purchase/orders/500")[2])
+        assert order["status"] == "QUEUED"
+    finally:
+        os.kill(int(worker), signal.SIGCONT)
+    wait_until(
+        lambda: json.loads(rig.call("GET", "/purchase/orders/500")[2])[0]["status"] == "CONFIRMED",
+        5,
+        "the order to be stored",
+    )
+
+
+def test_a_full_redis_refuses_and_forgets_nothing(tmp_path):
+    """maxmemory reached: 503 before anything is written, and reads go on."""
+    script = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+from app.config import NO_LIMIT, load_settings
+from app.stock import Keys, Stock, Unavailable
+
+url = sys.argv[1]
+stock = Stock()
+stock.init_app(replace(load_settings({}), redis_url=url, purchase_user_limit=NO_LIMIT,
+                       purchase_address_limit=NO_LIMIT, secret_key="x" * 16))
+stock.open("test", 1)
+terms = {"opens": None, "closes": None, "pause": 0, "cap": None, "max": 10, "price": "1 USD"}
+stock.put_product(1, 1, terms)
+stock.move("test", 1, 1, 10_000_000)
+used = stock.client.info("memory")["used_memory"]
+stock.client.config_set("maxmemory", used + 2_000_000)
+sold = 0
+try:
+    while True:
+        assert stock.claim(sold + 1, 1, 1, "k" * 200, "a").outcome == b"accepted"
+        sold += 1
+except Unavailable as error:
+    assert "maxmemory" in str(error), error
+view = stock.view([1])
+assert sold > 1000
+assert view.waiting == view.last_order_id == sold
+assert view.products[1]["free"] == 10_000_000 - sold
+assert view.products[1]["claimed"] == sold
+stock.client.config_set("maxmemory", 0)
+assert stock.claim(1, 1, 1, "k" * 200, "a").outcome == b"replayed"
+assert stock.claim(10**9, 1, 1, None, "a").outcome == b"accepted"
+"""
+    redis_server = RedisServer(tmp_path, extra=("appendfsync=no",))
+    redis_server.start()
+    try:
+        subprocess.run([sys.executable, "-c", script, redis_server.url], cwd=ROOT, check=True)
+    finally:
+        redis_server.stop()
