@@ -73,8 +73,13 @@
   // next question waits for the last one's answer.
   const PERIOD = 1000
   const asking = new Set()
+  // An answer may be shared by all who poll and up to 0.8 s old: right after an act of one's own it
+  // would show the state before it.
+  const SHARED = 900
+  let actedAt = 0
+  const askedAt = new WeakMap()
   const poll = () => {
-    if (document.hidden) return
+    if (document.hidden || Date.now() - actedAt < SHARED) return
     for (const place of document.querySelectorAll('[data-poll]')) {
       if (!asking.has(place)) htmx.trigger(place, 'poll')
     }
@@ -86,6 +91,7 @@
     if (detail.triggeringEvent?.type === 'poll') {
       detail.headers['X-Poll'] = '1'
       asking.add(target)
+      askedAt.set(target, Date.now())
     }
     // htmx knows of a form's pressed button only when it stands inside the form.
     const pressed = detail.triggeringEvent?.submitter
@@ -93,8 +99,15 @@
   })
   document.addEventListener('htmx:afterRequest', ({ detail, target }) => {
     asking.delete(target)
+    if (detail.requestConfig?.verb === 'post') actedAt = Date.now()
     const status = detail.xhr?.status ?? 0
     reachable(status > 0 && status !== 502 && status !== 503 && status !== 504)
+  })
+
+  document.addEventListener('htmx:beforeSwap', (event) => {
+    const { detail } = event
+    const polled = detail.requestConfig.headers['X-Poll']
+    if (polled && askedAt.get(detail.requestConfig.elt) < actedAt + SHARED) detail.shouldSwap = false
   })
 
   // Away: one notice, taken down by the first answer.

@@ -147,6 +147,15 @@ def test_polling_does_not_keep_a_session_alive(admin):
     assert "Set-Cookie" in admin.get("/admin/").headers
 
 
+def test_a_polled_answer_is_shared_and_holds_nobodys_token(admin, support):
+    poll = {"X-Poll": "1", "HX-Request": "true"}
+    first = admin.get("/admin/live", headers=poll).text
+    assert "csrf_token" not in first
+    assert "/sale" in first
+    assert "/sale" not in support.get("/admin/live", headers=poll).text
+    assert "csrf_token" in admin.get("/admin/live").text
+
+
 def test_sessions_expire(app, admin, monkeypatch):
     serializer = SecureCookieSessionInterface().get_signing_serializer(app)
     data = serializer.loads(admin.get_cookie("session").value)
