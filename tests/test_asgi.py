@@ -141,6 +141,27 @@ def test_other_paths_are_flasks(application):
     assert (nowhere[0], json.loads(nowhere[2])["code"]) == (404, "not_found")
 
 
+def test_a_body_that_does_not_come_holds_no_thread(application, monkeypatch):
+    monkeypatch.setattr("app.asgi.BODY_SECONDS", 0.1)
+
+    async def answer():
+        sent = []
+
+        async def receive():
+            await asyncio.Event().wait()
+
+        async def send(event):
+            sent.append(event)
+
+        scope = {"type": "http", "method": "POST", "path": "/admin/sign-in", "headers": []}
+        await application(scope, receive, send)
+        return sent
+
+    sent = asyncio.run(answer())
+    assert sent[0]["status"] == 408
+    assert json.loads(sent[1]["body"])["code"] == "request_timeout"
+
+
 def test_hundreds_in_flight_share_a_connection_and_stay_exact(application):
     async def rush():
         line = stock.loop_line
