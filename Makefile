@@ -1,6 +1,6 @@
 VENV = .venv/bin
 
-.PHONY: run test lint stress screenshots bench
+.PHONY: run test lint stress screenshots bench chaos fuzz
 
 run: .venv/installed
 	exec $(VENV)/python -m app.supervisor
@@ -19,6 +19,13 @@ stress: .venv/installed
 
 screenshots: .venv/installed-dev
 	$(VENV)/python stress/screenshots.py
+
+# make chaos args="--kills 500 --seed 1", or --minutes 10
+chaos: .venv/installed
+	$(VENV)/python stress/chaos.py $(args)
+
+fuzz: .venv/installed
+	$(VENV)/python stress/fuzz.py $(args)
 
 bench: .venv/installed
 	$(VENV)/python stress/bench.py

@@ -5,7 +5,13 @@ import logging
 import redis
 from flask import Flask, Response, jsonify, render_template, request
 from flask_wtf.csrf import CSRFError
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import (
+    DatabaseError,
+    DBAPIError,
+    InterfaceError,
+    OperationalError,
+    PendingRollbackError,
+)
 from werkzeug.exceptions import HTTPException, TooManyRequests
 
 from .extensions import db
@@ -30,6 +36,18 @@ CODES = {
     503: "unavailable",
 }
 RETRY_AFTER_SECONDS = 1
+
+
+def _is_lost_connection(error: Exception) -> bool:
+    """Tell a PostgreSQL that went away in mid-sentence from one that refuses.
+
+    psycopg2 raises a bare DatabaseError, without a code, for an answer that was cut off.
+    """
+    if isinstance(error, PendingRollbackError):
+        return True
+    return isinstance(error, DBAPIError) and (
+        error.connection_invalidated or type(error) is DatabaseError
+    )
 
 
 def api_error(status: int, message: str, code: str | None = None, **more: object) -> Response:
@@ -121,7 +139,7 @@ def init_app(app: Flask) -> None:
 
     @app.errorhandler(Exception)
     def internal(error: Exception):
-        if isinstance(error, DBAPIError) and error.connection_invalidated:
+        if _is_lost_connection(error):
             return unavailable(error)
         log.exception("%s %s failed", request.method, request.path)
         return show_error(500, "Internal server error")

@@ -408,6 +408,11 @@ class Run:
             self.heal()
             history, stored = self.clients.history, self.read_stored()
             self.violations += check(history, stored)
+            self.violations += [
+                Violation("error", f"answered {status}: {count} times")
+                for status, count in self.clients.statuses.items()
+                if status.startswith("500")
+            ]
             if self.options.keep:
                 save(Path(self.options.keep), history, stored)
         except Stuck as error:

@@ -14,9 +14,13 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 import psutil
+import psycopg2
 import pytest
+import redis
 from conftest import start_system, stop_system, wait_until
+from sqlalchemy.exc import DatabaseError, OperationalError, PendingRollbackError
 
+from app import inventory
 from app.config import ROOT
 from app.embedded import PostgresServer, RedisServer
 
@@ -234,6 +238,26 @@ def test_the_worker_gone_is_seen_and_costs_no_sale(healthy):
         5,
         "the order to be stored",
     )
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        DatabaseError("SELECT", {}, psycopg2.DatabaseError("error with status PGRES_TUPLES_OK")),
+        OperationalError("SELECT", {}, psycopg2.OperationalError("server closed the connection")),
+        PendingRollbackError("reconnect"),
+        redis.TimeoutError("Timeout reading from socket"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_answer_cut_off_is_no_internal_error(client, monkeypatch, error):
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr(inventory, "products_with_stock", fail)
+    answer = client.get("/products")
+    assert answer.status_code == 503
+    assert answer.headers["Retry-After"]
 
 
 def test_a_full_redis_refuses_and_forgets_nothing(tmp_path):
