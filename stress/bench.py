@@ -11,14 +11,17 @@ docs/performance.md (--quick writes nothing).
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import urllib.parse
 import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,7 +69,7 @@ def wrk(
 ) -> dict:
     """Return wrk's figures for one load; rates are per second."""
     threads = min(2, connections)
-    command = ["wrk", f"-t{threads}", f"-c{connections}", f"-d{seconds:g}s", "-s"]
+    command = ["wrk", f"-t{threads}", f"-c{connections}", f"-d{max(1, round(seconds))}s", "-s"]
     command += [str(ROOT / "stress" / "load" / script), url, "--", *map(str, args)]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     figures = json.loads(output.strip().splitlines()[-1])
@@ -337,6 +340,64 @@ def round_of_peer(folder: Path, port: int, processes: int, users: Users, seconds
         return result | refuse(peer, 1, users, seconds / 2)
 
 
+@contextmanager
+def open_dashboards(system: Ours, count: int):
+    """Poll the dashboard as so many browsers would, once a second each; yields the times in s."""
+    jar = urllib.request.HTTPCookieProcessor()
+    browser = urllib.request.build_opener(jar)
+    page = browser.open(f"{system.url}/admin/sign-in", timeout=10).read().decode()
+    form = {
+        "csrf_token": re.search(r'name="csrf_token"[^>]*value="([^"]+)"', page)[1],
+        "email": "admin@example.com",
+        "password": (system.folder / "admin_password").read_text().strip(),
+    }
+    browser.open(f"{system.url}/admin/sign-in", urllib.parse.urlencode(form).encode(), timeout=10)
+    cookies = "; ".join(f"{cookie.name}={cookie.value}" for cookie in jar.cookiejar)
+    stopped, times = threading.Event(), []
+
+    def poll() -> None:
+        while not stopped.is_set():
+            request = urllib.request.Request(
+                f"{system.url}/admin/live", headers={"Cookie": cookies}
+            )
+            started = time.monotonic()
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                if b"Sign in" in answer.read():
+                    raise Broken("the dashboard asks to sign in")
+            times.append(time.monotonic() - started)
+            stopped.wait(max(0.0, started + 1 - time.monotonic()))
+
+    pollers = [threading.Thread(target=poll) for _ in range(count)]
+    for poller in pollers:
+        poller.start()
+    try:
+        yield times
+    finally:
+        stopped.set()
+        for poller in pollers:
+            poller.join()
+
+
+def dashboards_figures(system: Ours, product: int, users: Users) -> dict:
+    """Return purchases/s without and with 20 open dashboards, by turns."""
+    rates: dict[int, list[float]] = {0: [], 20: []}
+    times: list[float] = []
+    for _ in range(3):
+        for count, found in rates.items():
+            with open_dashboards(system, count) as polled:
+                load = wrk("buy.lua", f"{system.url}/purchase", users.next(), product, seconds=4)
+            found.append(load["rate"])
+            times += polled
+    if not times:
+        raise Broken("no dashboard was seen")
+    return {
+        "ratio": statistics.median(
+            with_them / without for without, with_them in zip(rates[0], rates[20], strict=True)
+        ),
+        "median_ms": statistics.median(times) * 1000,
+    }
+
+
 def single_figures(folder: Path, port: int, users: Users) -> dict:
     """Measure what needs no comparison: idle latency, a backlog's drain, memory per order."""
     found = {}
@@ -344,7 +405,8 @@ def single_figures(folder: Path, port: int, users: Users) -> dict:
         product, url = system.product(STOCK), f"{system.url}/purchase"
         found["idle"] = wrk("buy.lua", url, users.next(), product, seconds=4, connections=1)
         worker = system.pid_of("worker")
-        system.redis.memory_purge()
+        # The rates of the last minute go by themselves; what is left is what the sale leaves.
+        time.sleep(62)
         empty = system.redis.info("memory")["used_memory"]
         os.kill(worker, signal.SIGSTOP)
         try:
@@ -357,13 +419,13 @@ def single_figures(folder: Path, port: int, users: Users) -> dict:
         started = time.monotonic()
         until(lambda: system.metrics(product)["queue_depth"] == 0, 120, "the backlog")
         found["backlog"] = {"orders": waiting, "rate": waiting / (time.monotonic() - started)}
-        # The rates of the last minute go by themselves.
         time.sleep(62)
         rest = system.redis.info("memory")["used_memory"]
         found["memory"] = {
             "waiting": (full - empty) / waiting,
             "persisted": (rest - empty) / waiting,
         }
+        found["dashboards"] = dashboards_figures(system, product, users)
     return found
 
 

@@ -109,6 +109,14 @@ def tables(rounds: list[dict], single: dict, growth: dict | None, seconds: float
             ["one client on an idle server, median ms", f"{single['idle']['p50_us'] / 1000:.2f}"],
             ["one client on an idle server, p99 ms", f"{single['idle']['p99_us'] / 1000:.2f}"],
             [
+                "accepted purchases with 20 open dashboards against none",
+                f"{single['dashboards']['ratio']:.2f}",
+            ],
+            [
+                "one poll of the dashboard meanwhile, median ms",
+                f"{single['dashboards']['median_ms']:.0f}",
+            ],
+            [
                 f"drain of a backlog of {single['backlog']['orders']:,} by one worker, orders/s",
                 f"{single['backlog']['rate']:,.0f}",
             ],
@@ -130,7 +138,14 @@ def tables(rounds: list[dict], single: dict, growth: dict | None, seconds: float
                 [name, f"{small:.2f}", f"{large:.2f}", f"{large / small:.2f}"]
                 for name, (small, large) in growth["pairs"].items()
             ]
-            + [["start of the web process, s", "", f"{growth['start_seconds']:.1f}", ""]],
+            + [
+                [
+                    "from the end of a killed web server to its successor's first answer, s",
+                    "",
+                    f"{growth['start_seconds']:.2f}",
+                    "",
+                ]
+            ],
         )
     lines.append("Orders that wait while a sale runs at full speed, and after it:\n")
     lines.append("![Queue depth over time](queue-depth.svg)\n")
