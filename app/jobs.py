@@ -50,7 +50,7 @@ def persist_orders() -> str:
     When a server is down the lease is left to run out, so that an outage costs a job every two
     seconds, and not five a second with a stack trace each.
     """
-    job = rq.get_current_job(stock.raw_client)
+    job = rq.get_current_job()
     try:
         drained = drain_batch(job.id if job else "by hand", (job and job.worker_name) or "")
     except (Unavailable, *POSTGRES_FAILED) as error:
