@@ -32,7 +32,9 @@ REPAIR_LOCK = 7_316_005
 
 STORED = """
 SELECT (SELECT generation FROM sale),
-       coalesce((SELECT last_order_id FROM batches ORDER BY id DESC LIMIT 1), 0),
+       -- A batch that was read again, and cut shorter, ends below the one before it.
+       coalesce((SELECT max(last_order_id)
+                 FROM (SELECT last_order_id FROM batches ORDER BY id DESC LIMIT 50) newest), 0),
        (SELECT json_agg(json_build_array(product_id, moved_units,
                confirmed_units + cancelled_units + dead_units + abandoned_units,
                confirmed_orders + cancelled_orders) ORDER BY product_id) FROM product_totals),
