@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 import tarfile
 
 import pytest
@@ -50,7 +51,7 @@ def machine(tmp_path):
             script = COMMANDS + "app = create_app()\nwith app.app_context():\n"
             script += "\n".join("    " + line for line in code.strip().splitlines())
             done = subprocess.run(
-                [shutil.which("python"), "-c", script],
+                [sys.executable, "-c", script],
                 cwd=ROOT, env=environ, capture_output=True, text=True,
             )  # fmt: skip
             assert done.returncode == 0, done.stderr[-2000:]
