@@ -58,7 +58,7 @@ SECRET = "chaos-secret-0123456789"
 KILLS = ("web", "worker", "redis", "postgres", "all")
 # Every so many times "all" takes the supervisor too: a power cut, after which the system is started
 # anew, embedded or with its servers behind proxies.
-ROUNDS_PER_POWER_CUT = 4
+ROUNDS_PER_POWER_CUT = 6
 PAUSES = ("pause web", "pause worker", "pause redis", "pause postgres", "backend")
 CUTS = tuple(
     f"{fault} {side}"

@@ -26,7 +26,7 @@ def run_chaos(*arguments: str, tree=ROOT) -> subprocess.CompletedProcess:
 
 
 def test_twenty_kills_of_each_kind():
-    result = run_chaos("--kills", "100", "--seed", "1", "--quick", "--faults", "0.2")
+    result = run_chaos("--kills", "100", "--seed", "1", "--quick", "--faults", "0.1")
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
     kills = dict(re.findall(r"'(\w+)': (\d+)", result.stdout.split("kills:")[1].split("\n")[0]))
     assert set(kills) == {"web", "worker", "redis", "postgres", "all"}
@@ -56,7 +56,7 @@ if free <= 0 then return refuse('sold_out') end""",
                 "",
             ),
         ],
-        ("--kinds", "web", "--kills", "1"),
+        ("--kinds", "web", "--minutes", "0.1"),
         {"refused-but-stored"},
     ),
     "the outbox is trimmed before the commit": (
@@ -97,8 +97,10 @@ if free <= 0 then return refuse('sold_out') end""",
 def broken(tmp_path_factory):
     """Run all sabotaged copies at once: mostly they wait."""
 
+    trees = {name: tmp_path_factory.mktemp("broken") for name in SABOTAGES}
+
     def run(name):
-        tree = tmp_path_factory.mktemp("broken")
+        tree = trees[name]
         tree.chmod(0o755)
         for part in PARTS:
             source = ROOT / part

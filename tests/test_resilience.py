@@ -172,7 +172,7 @@ def test_without_a_server(healthy, server, how):
     rig.signal(server, signal.SIGKILL if how == "killed" else signal.SIGSTOP)
     if how == "killed":
         rig.server(server).process.wait()
-    answers = hammer(rig, 4)
+    answers = hammer(rig, 2.5)
     for name, seen in answers.items():
         expected = {WITHOUT[server].get(name, 503)} | EITHER.get(name, set())
         assert {status for status, _, _ in seen} <= expected, name

@@ -32,7 +32,7 @@ USERS = st.integers(1, 4)
 PURCHASES = st.lists(
     st.tuples(USERS, st.integers(1, 4), st.sampled_from([None, "a", "b"])), min_size=10, max_size=40
 )
-EXAMPLES = int(os.environ.get("STATE_MACHINE_EXAMPLES", "40"))
+EXAMPLES = int(os.environ.get("STATE_MACHINE_EXAMPLES", "70"))
 STEPS = 50
 # The whole ledger takes a few milliseconds, so it is proved every so many steps, and at the end.
 STEPS_PER_LEDGER = 4
@@ -319,4 +319,4 @@ def test_every_order_of_acts_keeps_the_promises(make_app):
                 )
             )
             db.session.commit()
-    assert Sale.steps >= 50 * EXAMPLES
+    assert Sale.steps >= 100 * EXAMPLES
