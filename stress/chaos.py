@@ -314,7 +314,7 @@ class Clients:
         number = 0
         while not self.stopped.wait(choose.uniform(0.05, 0.5)):
             number += 1
-            product, units = choose.choice(tuple(PRODUCTS)), choose.randint(1, 200)
+            product, units = choose.choice(tuple(PRODUCTS)), choose.randint(1, 60)
             headers = {"Authorization": f"Bearer {TOKEN}", "Idempotency-Key": f"restock-{number}"}
             deadline = time.monotonic() + PATIENCE_SECONDS
             outcome = UNKNOWN

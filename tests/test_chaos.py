@@ -56,7 +56,7 @@ if free <= 0 then return refuse('sold_out') end""",
                 "",
             ),
         ],
-        ("--kinds", "web", "--minutes", "0.1"),
+        ("--kinds", "cut postgres", "--kills", "15"),
         {"refused-but-stored"},
     ),
     "the outbox is trimmed before the commit": (
