@@ -1,10 +1,14 @@
 """POST /purchase: the documented answers, one by one."""
 
+import struct
+import time
 from datetime import UTC, datetime, timedelta
 
 import pytest
 
 from app.config import NO_LIMIT, RateLimit
+from app.extensions import stock
+from app.stock import Keys
 
 
 def change(client, headers, product_id=1, **terms):
@@ -135,6 +139,17 @@ def test_the_window_slides(make_app):
         assert datetime.now(UTC) - first < timedelta(seconds=3)
     assert answer.status_code == 200
     assert datetime.now(UTC) - first >= timedelta(seconds=0.95)
+
+
+def test_a_clock_that_was_set_back_locks_nobody_out(buy):
+    """Attempts from the future are forgotten: else a user would wait for the clock to catch up."""
+    ahead = time.time() + 3600
+    stamps = b"".join(struct.pack(">d", ahead * 1000 + number) for number in range(5))
+    stock.raw_client.set(Keys.rate(1), stamps)
+    stock.client.set(Keys.address("127.0.0.1"), f"{int(ahead // 60)} 3000 3000")
+    answer = buy(1)
+    assert answer.status_code == 200
+    assert answer.headers["RateLimit"] == '"user";r=4;t=60'
 
 
 def test_limits_can_be_turned_off(make_app):
