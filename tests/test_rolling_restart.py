@@ -37,6 +37,10 @@ class Crowd:
     def __init__(self, url: str, first_user: int, keep_alive: bool) -> None:
         self.address = urlsplit(url).netloc
         self.keep_alive = keep_alive
+        # Who opens a connection for each request is never refused. An idle one may be closed at any
+        # time (RFC 9112, 9.3.1), and the next may have waited in the queue of a process that ended:
+        # who keeps connections opens another, with the same key.
+        self.attempts = 3 if keep_alive else 1
         self.answers: Counter = Counter()
         self.bought: list[tuple[int, int]] = []
         self.stopped = threading.Event()
@@ -61,7 +65,7 @@ class Crowd:
             user += 1
             body = json.dumps({"userId": user, "productId": 1})
             headers = {"Content-Type": "application/json", "Idempotency-Key": f"key-{user}"}
-            for attempt in (1, 2, 3):
+            for attempt in range(1, self.attempts + 1):
                 connection = connection or http.client.HTTPConnection(self.address, timeout=10)
                 try:
                     connection.request("POST", "/purchase", body, headers)
@@ -70,10 +74,7 @@ class Crowd:
                 except (OSError, http.client.HTTPException) as error:
                     connection.close()
                     connection = None
-                    # An idle connection may be closed at any time, and a new one that waited in the
-                    # queue of a process which ended is reset. Every client opens another then, as a
-                    # proxy does; the key makes that safe. Three in a row are a failure.
-                    if attempt == 3:
+                    if attempt == self.attempts:
                         self.answers[type(error).__name__] += 1
                     continue
                 self.answers[response.status] += 1
