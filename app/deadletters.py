@@ -16,6 +16,7 @@ from .extensions import db, stock
 from .inventory import Conflict, apply_movement
 from .models import DeadLetter, Order, Product, StockMovement
 from .stock import Entry, Unavailable
+from .times import from_ms
 
 log = logging.getLogger(__name__)
 
@@ -171,7 +172,7 @@ def replay(ids: list[int], reason: str, actor: Actor) -> list[Resolved]:
                         quantity=entry.quantity,
                         unit_price_cents=entry.unit_price_cents,
                         currency=entry.currency,
-                        claimed_at=datetime.fromtimestamp(entry.claimed_ms / 1000, UTC),
+                        claimed_at=from_ms(entry.claimed_ms),
                         idempotency_key=entry.idempotency_key,
                     )
                 )

@@ -6,7 +6,7 @@ the same at a million orders as at a hundred.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import datetime
 
 from sqlalchemy import Select, select
 
@@ -14,6 +14,7 @@ from .extensions import db, stock
 from .models import Batch, DeadLetter, Order, StockMovement
 from .orders import MAX_LISTED, UnknownOrder
 from .stock import Entry, Unavailable
+from .times import from_ms
 
 STATUSES = ("QUEUED", "CONFIRMED", "CANCELLED", "FAILED")
 PAGE_ORDERS = 50
@@ -140,7 +141,7 @@ def from_entry(order_id: int, entry: Entry) -> Found:
         quantity=entry.quantity,
         unit_price_cents=entry.unit_price_cents,
         currency=entry.currency,
-        claimed_at=datetime.fromtimestamp(entry.claimed_ms / 1000, UTC),
+        claimed_at=from_ms(entry.claimed_ms),
         idempotency_key=entry.idempotency_key,
     )
 

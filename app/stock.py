@@ -126,7 +126,7 @@ class Stock:
         """
         url = settings.redis_url
         self.client = redis.Redis.from_url(url, **cautious_options(url, decode=True))
-        # RQ stores pickled bytes of its own; it needs answers undecoded, and blocks for long.
+        # RQ, and the drain's batches, want answers undecoded.
         self.raw_client = redis.Redis.from_url(url, **cautious_options(url, decode=False))
         scripts = {
             path.name.removesuffix(".lua"): path.read_text()
