@@ -1,9 +1,5 @@
-"""Private Valkey (Redis) and PostgreSQL servers out of PyPI wheels: nothing to install.
+"""Private Valkey (Redis) and PostgreSQL servers out of PyPI wheels: nothing to install."""
 
-Run as a script, this file is the child's side of a start: see `_become`.
-"""
-
-import ctypes
 import fcntl
 import hashlib
 import os
@@ -21,22 +17,16 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-if TYPE_CHECKING:
-    from app.config import Settings
+from app.config import Settings
+from app.processes import NAMESPACE, NOBODY, Program, StartError, leashed
 
 POLL_SECONDS = 0.05
 # Servers of a killed supervisor are still answering while they stop: adopt only what stays longer.
 ADOPT_AFTER_SECONDS = 1.0
 # sun_path of sockaddr_un holds 108 bytes with the final NUL (unix(7)); macOS has 104.
 MAX_SOCKET_PATH = 107 if sys.platform == "linux" else 103
-
-NAMESPACE = "namespace"
-NOBODY = 65534
-CLONE_NEWUSER = 0x10000000
-PR_SET_PDEATHSIG = 1
 
 REDIS_OPTIONS = {
     "port": "0",  # the Unix socket is the only way in
@@ -72,55 +62,8 @@ POSTGRES_OPTIONS = {
 }
 
 
-class EmbeddedError(RuntimeError):
+class EmbeddedError(StartError):
     """A private server can't be used; the message is one line fit for an operator."""
-
-
-class Program:
-    """A child process with its own process group, which the kernel stops when its parent dies.
-
-    That is the death of the starting *thread* (prctl(2)): launch from the main thread.
-    """
-
-    name = "program"
-    stop_signal = signal.SIGTERM
-    process: subprocess.Popen | None = None
-
-    def launch(self) -> None:
-        """Start without waiting for readiness."""
-        raise NotImplementedError
-
-    def is_alive(self) -> bool:
-        return self.process is not None and self.process.poll() is None
-
-    def terminate(self) -> None:
-        """Ask for a clean end."""
-        if self.process and self.process.poll() is None:
-            self.process.send_signal(self.stop_signal)
-
-    def kill(self) -> None:
-        """End what is left of the process and its group, at once."""
-        if self.process is not None:
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-
-    def stop(self, timeout_seconds: float = 10) -> None:
-        """End the process that this object started, cleanly if it does so in time."""
-        self.terminate()
-        if self.process is not None:
-            with suppress(subprocess.TimeoutExpired):
-                self.process.wait(timeout_seconds)
-        self.kill()
-        self.process = None
-
-    def _spawn(self, argv: Sequence[str], directory: Path, identity: str = "", **options) -> None:
-        self.process = subprocess.Popen(
-            _leashed(argv, self.stop_signal, directory, identity),
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,  # the terminal's Ctrl-C is for the parent alone
-            **options,
-        )
 
 
 class _Server(Program):
@@ -307,7 +250,7 @@ class PostgresServer(_Server):
         )
 
     def _works(self, identity: str, directory: Path) -> bool:
-        argv = _leashed([_postgres("postgres"), "--version"], signal.SIGKILL, directory, identity)
+        argv = leashed([_postgres("postgres"), "--version"], signal.SIGKILL, directory, identity)
         return subprocess.run(argv, check=False, capture_output=True).returncode == 0
 
     def _make_cluster(
@@ -325,7 +268,7 @@ class PostgresServer(_Server):
         create = [_postgres("postgres"), "--single", "-D", draft, "postgres"]
         for argv, text in ((initdb, ""), (create, "CREATE DATABASE flashsale\n")):
             result = subprocess.run(
-                _leashed(argv, signal.SIGKILL, self.directory, identity),
+                leashed(argv, signal.SIGKILL, self.directory, identity),
                 check=False,
                 input=text,
                 stdout=subprocess.PIPE,
@@ -357,7 +300,7 @@ class PostgresServer(_Server):
                 path.unlink()
 
 
-def embedded_servers(settings: "Settings") -> "dict[str, _Server]":
+def embedded_servers(settings: Settings) -> dict[str, _Server]:
     """Return the servers that `settings` lack, by the name of the setting, in starting order.
 
     Raises EmbeddedError in production, which needs servers that somebody backs up.
@@ -374,7 +317,7 @@ def embedded_servers(settings: "Settings") -> "dict[str, _Server]":
 
 
 @contextmanager
-def servers(settings: "Settings") -> "Iterator[Settings]":
+def servers(settings: Settings) -> Iterator[Settings]:
     """Yield the settings with both URLs filled in.
 
     Embedded servers that are running are used, others run for as long as the context does.
@@ -413,43 +356,3 @@ def _gist(output: str) -> str:
     lines = [line.strip() for line in output.splitlines() if line.strip()] or ["no message"]
     errors = [line for line in lines if re.search(r"FATAL:|PANIC:|error:|can't|fail", line, re.I)]
     return (errors or lines)[-1]
-
-
-def _leashed(
-    argv: Sequence[str], death: signal.Signals, directory: Path, identity: str = ""
-) -> list[str]:
-    """Return the command that runs `argv` in `directory`, and gets `death` when we die."""
-    # -I -S: neither packages nor the environment matter, and it takes 20 ms.
-    python = [sys.executable, "-I", "-S", __file__]
-    return [*python, str(os.getpid()), str(int(death)), identity, str(directory), *argv]
-
-
-def _become(parent: str, death: str, identity: str, directory: str, *argv: str) -> None:
-    """Turn this process into `argv`, as another user if need be, tied to the parent's life.
-
-    A preexec_fn would do the same, but isn't safe in a process with threads.
-    """
-    if identity == NAMESPACE:
-        if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWUSER) != 0:
-            raise OSError(ctypes.get_errno(), "no user namespace")
-        Path("/proc/self/setgroups").write_text("deny")
-        Path("/proc/self/uid_map").write_text(f"{NOBODY} 0 1")
-        Path("/proc/self/gid_map").write_text(f"{NOBODY} 0 1")
-    elif identity:
-        os.setgroups([])
-        os.setgid(NOBODY)
-        os.setuid(NOBODY)
-    if sys.platform == "linux":
-        # Only now, since a change of identity clears it; and the parent may be gone already.
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(death), 0, 0, 0)
-        if os.getppid() != int(parent):
-            raise ProcessLookupError("the parent is gone")
-    os.chdir(directory)
-    os.execv(argv[0], argv)  # noqa: S606
-
-
-if __name__ == "__main__":
-    try:
-        _become(*sys.argv[1:])
-    except OSError as failure:
-        sys.exit(f"error: {failure}")

@@ -1,8 +1,8 @@
 """POST /purchase, past the framework, whose own work per request costs several times a claim.
 
 One implementation, two ways in. As WSGI middleware it stands in front of Flask's router, for any
-WSGI server and the tests; there a claim blocks its thread. Behind asgi.py it awaits the claim on
-the event loop, where those of all requests in flight share one write to Redis.
+WSGI server and the tests; there a claim blocks its thread. In web.py it awaits the claim on the
+event loop, where those of all requests in flight share one write to Redis.
 """
 
 import json
@@ -87,7 +87,7 @@ class PurchaseLane:
         if environ["PATH_INFO"] != "/purchase":
             return self.app(environ, start_response)
 
-        async def body() -> bytes:
+        def body() -> bytes:
             return environ["wsgi.input"].read(_content_length(environ))
 
         async def claim(*request) -> Claim:
@@ -130,7 +130,7 @@ class PurchaseLane:
             shopper = self.shoppers and self.shoppers.identify(environ.get("HTTP_AUTHORIZATION"))
             address = environ.get("REMOTE_ADDR", "")
             check_body(environ)
-            body = await read()
+            body = read()
             if len(body) > MAX_BODY_BYTES:
                 raise UnreadableBody(*TOO_LARGE)
             decided = await purchase(
@@ -152,8 +152,6 @@ class PurchaseLane:
             return error.status, error.body, ()
         except Unavailable:
             return "503 Service Unavailable", UNAVAILABLE, (UNAVAILABLE_RETRY,)
-        except Disconnected:
-            raise
         except Exception:
             log.exception("POST /purchase failed")
             return "500 Internal Server Error", INTERNAL_ERROR, ()
@@ -195,10 +193,6 @@ class PurchaseLane:
 
 def _policy(name: str, limit: RateLimit) -> tuple[str, str]:
     return name, f'"{name}";q={limit.count};w={limit.window_ms // 1000}'
-
-
-class Disconnected(Exception):
-    """The client is gone; nobody waits for an answer."""
 
 
 class UnreadableBody(Exception):

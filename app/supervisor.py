@@ -6,99 +6,35 @@ Everything happens in `run_once`, woken by signals (a child's death is one), in 
 import fcntl
 import http.client
 import os
-import select
 import signal
-import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from app import serve
 from app.config import ROOT, Settings, SettingsError, load_settings, with_secrets
-from app.embedded import EmbeddedError, Program, embedded_servers
+from app.embedded import EmbeddedError, embedded_servers
+from app.processes import (
+    STOP_SIGNALS,
+    Command,
+    Kept,
+    Program,
+    Signals,
+    StartError,
+    Stopped,
+    how_it_ended,
+    say,
+)
 
-STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 TICK_SECONDS = 1.0
 PROBE_SECONDS = 0.2
 READY_WITHIN_SECONDS = 30
 STOP_SECONDS = 10
 # Replaying the log of a big sale takes minutes; to give up would only begin it again.
 SERVER_START_SECONDS = 600
-FIRST_DELAY_SECONDS, LAST_DELAY_SECONDS = 0.2, 5.0
-HEALTHY_SECONDS = 10
-# A killed run's web server takes a moment to finish its requests and leave the port.
-PORT_GRACE_SECONDS = 5
-
-
-class StartError(RuntimeError):
-    """The system can't be started; the message is one line fit for an operator."""
-
-
-class Stopped(Exception):
-    """A stop signal came while starting."""
-
-
-def say(line: str) -> None:
-    """Print a line; a terminal that is gone must not stop the sale."""
-    with suppress(OSError):
-        print(line, flush=True)
-
-
-class Command(Program):
-    """A program of the project itself."""
-
-    def __init__(self, name: str, argv: Sequence[str], environ: Mapping[str, str], cwd: Path):
-        self.name, self.argv, self.environ, self.cwd = name, argv, environ, cwd
-
-    def launch(self) -> None:
-        self._spawn(self.argv, self.cwd, env=self.environ)
-
-
-class Signals:
-    """The signals of this process, as something that can be waited for."""
-
-    def __init__(self) -> None:
-        self.read_end, write_end = os.pipe()
-        os.set_blocking(self.read_end, False)
-        os.set_blocking(write_end, False)
-        signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-        for number in (*STOP_SIGNALS, signal.SIGHUP, signal.SIGCHLD):
-            signal.signal(number, lambda *_: None)
-
-    def wait(self, seconds: float) -> set[int]:
-        """Return the signals that came, or an empty set after `seconds`."""
-        readable, _, _ = select.select([self.read_end], [], [], max(seconds, 0))
-        return set(os.read(self.read_end, 4096)) if readable else set()
-
-
-@dataclass
-class Kept:
-    """A program and the back-off of its restarts."""
-
-    program: Program
-    started_at: float = 0.0
-    delay: float = FIRST_DELAY_SECONDS
-    restart_at: float | None = None
-
-    def check(self, now: float) -> None:
-        """Restart the program when it has died and its delay is over."""
-        if self.restart_at is None and not self.program.is_alive():
-            end = _how_it_ended(self.program)
-            self.program.kill()  # its own children: a web process would keep the port
-            if now - self.started_at >= HEALTHY_SECONDS:
-                self.delay = FIRST_DELAY_SECONDS
-            say(f"{self.program.name} {end}; starting it again in {self.delay:g} s")
-            self.restart_at = now + self.delay
-            self.delay = min(self.delay * 2, LAST_DELAY_SECONDS)
-        if self.restart_at is not None and now >= self.restart_at:
-            self.started_at, self.restart_at = now, None
-            try:
-                self.program.launch()
-            except EmbeddedError as error:
-                say(f"{error}")
 
 
 class Supervisor:
@@ -117,7 +53,8 @@ class Supervisor:
     def run(self) -> None:
         """Start everything, keep it running, and stop it when a signal says so."""
         with _only_run(self.settings.data_dir) as unclean, suppress(Stopped):
-            self.address = self._free_address(PORT_GRACE_SECONDS if unclean else 0)
+            grace = serve.PORT_GRACE_SECONDS if unclean else 0
+            self.address = serve.free_address(self.settings, grace, self._pause)
             try:
                 self.start()
                 while self.run_once():
@@ -142,7 +79,7 @@ class Supervisor:
         }
         flask = [sys.executable, "-m", "flask", "--app", "wsgi"]
         self._run_to_end(Command("prepare", [*flask, "prepare"], environ, self.tree))
-        self.web = Command("web", serve.command(self.settings, self.address[0]), environ, self.tree)
+        self.web = Command("web", [sys.executable, "-m", "app.serve"], environ, self.tree)
         self.worker = Command("worker", [sys.executable, "worker.py"], environ, self.tree)
         for program in (self.worker, self.web):
             self._keep(program)
@@ -195,32 +132,12 @@ class Supervisor:
             while program.is_alive():
                 self._pause(TICK_SECONDS)
             if program.process.returncode != 0:
-                raise StartError(f"{program.name} {_how_it_ended(program)}: not started")
+                raise StartError(f"{program.name} {how_it_ended(program)}: not started")
         finally:
             program.stop()
 
-    def _free_address(self, grace_seconds: float) -> tuple[str, int]:
-        """Return HOST's IP address, which is what Granian wants, and PORT, if it is free."""
-        host, port = self.settings.host, self.settings.port
-        deadline = time.monotonic() + grace_seconds
-        while True:
-            try:
-                family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-                with socket.socket(family) as probe:
-                    # Connections of an earlier run may still be in TIME_WAIT.
-                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                    probe.bind(address)
-                return address[0], port
-            except OSError as error:
-                if time.monotonic() >= deadline:
-                    raise StartError(
-                        f"can't listen on {host}:{port}: {error.strerror or error}; "
-                        "choose another PORT or HOST"
-                    ) from None
-            self._pause(PROBE_SECONDS)
-
     def _look_whether_ready(self) -> None:
-        host, port = self.address
+        host, port = self.address[:2]
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
         connection = http.client.HTTPConnection(host, port, timeout=2)
         try:
@@ -260,15 +177,6 @@ def _only_run(data_dir: Path) -> Iterator[bool]:
             yield bool(former)
         finally:
             file.truncate(0)
-
-
-def _how_it_ended(program: Program) -> str:
-    code = program.process.returncode if program.process else None
-    if code is None:
-        return "is gone"
-    if code >= 0:
-        return f"ended with exit code {code}"
-    return f"was killed by {signal.Signals(-code).name}"
 
 
 def main(tree: Path = ROOT) -> int:

@@ -41,7 +41,8 @@ PEER = ROOT / "stress" / "peer_express"
 TICKS = os.sysconf("SC_CLK_TCK")
 # The roles of processes, by a word of their command lines.
 ROLES = {
-    "granian": "web",
+    "app.serve": "web",
+    "app.web": "web",
     "server.js": "web",
     "worker.py": "worker",
     "worker.js": "worker",

@@ -160,7 +160,7 @@ class System:
                 return False
             words = process.cmdline() or [""]
             if kind == "web":
-                return "granian" in words or "granian" in process.parent().cmdline()
+                return "app.serve" in words or "app.web" in words
             if kind == "worker":
                 return words[-1] == "worker.py"
             if kind == "redis":

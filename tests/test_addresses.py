@@ -3,9 +3,9 @@
 import asyncio
 
 import pytest
+from wire import purchase, serving
 
 from app.addresses import client_of
-from app.asgi import Application
 from app.config import RateLimit
 
 TWICE = {"purchase_address_limit": RateLimit(2, 60_000), "purchase_user_limit": RateLimit(0, 0)}
@@ -88,37 +88,29 @@ def test_fewer_hops_than_trusted_count_the_connection(make_app):
 
 
 def on_the_event_loop(app, requests) -> list[int]:
-    """Send purchases, each as (address, X-Forwarded-For headers), by ASGI; return statuses."""
+    """Send purchases, each as (address, X-Forwarded-For headers), by wire; return statuses."""
 
     async def send_all() -> list[int]:
-        application, statuses = Application(app), []
-        for user, (address, forwarded) in enumerate(requests, 1):
-            body = b'{"userId":%d,"productId":1}' % user
-            headers = [(b"content-type", b"application/json")]
-            headers += [(b"x-forwarded-for", value.encode()) for value in forwarded]
-            scope = {"type": "http", "method": "POST", "path": "/purchase", "headers": headers}
-
-            async def receive(body=body):
-                return {"type": "http.request", "body": body, "more_body": False}
-
-            async def send(event):
-                statuses.extend([event["status"]] if "status" in event else [])
-
-            await application(scope | {"client": (address, 1)}, receive, send)
-        return statuses
+        async with serving(app) as process:
+            statuses = []
+            for user, (address, forwarded) in enumerate(requests, 1):
+                wire = await process.connect(address)
+                wire.send(purchase(user, *(f"X-Forwarded-For: {value}" for value in forwarded)))
+                statuses.append((await wire.reply()).status)
+            return statuses
 
     return asyncio.run(send_all())
 
 
 def test_the_event_loops_way_in_counts_the_same(make_app):
-    forged = [("192.0.2.1", [f"203.0.113.{i}"]) for i in range(3)]
-    assert on_the_event_loop(make_app(**TWICE), forged) == [200, 200, 429]
-    six = [(f"2001:db8:7:7::{i}", []) for i in range(1, 4)] + [("2001:db8:7:8::1", [])]
-    assert on_the_event_loop(make_app(**TWICE), six) == [200, 200, 429, 200]
-    behind = [("10.0.0.9", [f"203.0.113.{i}, 198.51.100.7"]) for i in range(3)]
-    # The same header twice is one list (RFC 9110, 5.3).
-    behind += [("10.0.0.9", ["203.0.113.9", "198.51.100.7"]), ("10.0.0.9", ["198.51.100.8"])]
+    forged = [("127.0.0.7", [f"203.0.113.{i}"]) for i in range(3)] + [("127.0.0.8", [])]
+    assert on_the_event_loop(make_app(**TWICE), forged) == [200, 200, 429, 200]
+    six = [("127.0.0.9", [f"2001:db8:7:{net}::{i}"]) for i, net in enumerate([7, 7, 7, 8])]
     app = make_app(trusted_proxies=1, **TWICE)
+    assert on_the_event_loop(app, six) == [200, 200, 429, 200]
+    behind = [("127.0.0.9", [f"203.0.113.{i}, 198.51.100.7"]) for i in range(3)]
+    # The same header twice is one list (RFC 9110, 5.3).
+    behind += [("127.0.0.9", ["203.0.113.9", "198.51.100.7"]), ("127.0.0.9", ["198.51.100.8"])]
     assert on_the_event_loop(app, behind) == [200, 200, 429, 429, 200]
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from app.config import ROOT
 
-PARTS = ("app", "migrations", "stress", "templates", "asgi.py", "wsgi.py", "worker.py")
+PARTS = ("app", "migrations", "stress", "templates", "wsgi.py", "worker.py")
 
 
 def run_chaos(*arguments: str, tree=ROOT) -> subprocess.CompletedProcess:

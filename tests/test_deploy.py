@@ -159,7 +159,7 @@ def test_the_image_holds_what_is_needed_and_no_more():
     copied = set(re.findall(r"^COPY (?!--from)(.+) \S+$", text, re.MULTILINE))
     names = {name for words in copied for name in words.split()}
     assert names == {
-        "requirements.txt", "app", "migrations", "static", "templates", "asgi.py", "wsgi.py",
+        "requirements.txt", "app", "migrations", "static", "templates", "wsgi.py",
         "worker.py", ".flaskenv",
     }  # fmt: skip
     for name in names:

@@ -15,14 +15,22 @@ import pytest
 import redis
 
 from app.config import ROOT
-from app.embedded import EmbeddedError, PostgresServer, Program, RedisServer
-from app.supervisor import Kept
+from app.embedded import EmbeddedError, PostgresServer, RedisServer
+from app.processes import Kept, Program
 
 WSGI = """
 import os
+from app.config import load_settings
 from flask import Flask
 
 app = Flask(__name__)
+app.config["SETTINGS"] = load_settings()
+app.extensions["lane"] = None
+
+
+@app.get("/readyz")
+def readyz():
+    return {}
 
 
 @app.cli.command("prepare")
@@ -31,14 +39,6 @@ def prepare():
     print("prepared", os.environ["DATABASE_URL"])
     raise SystemExit(int(os.environ.get("PREPARE_EXIT", 0)))
 
-"""
-
-ASGI = """
-async def app(scope, receive, send):
-    if scope["type"] == "http":
-        headers = [(b"content-type", b"application/json")]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": b"{}"})
 """
 
 WORKER = """
@@ -72,8 +72,9 @@ class Run:
         self.port, self.data_dir = port or free_port(), tmp_path / name
         tree = tmp_path / "tree"
         tree.mkdir(exist_ok=True)
+        (tree / "app").unlink(missing_ok=True)
         (tree / "wsgi.py").write_text(WSGI)
-        (tree / "asgi.py").write_text(ASGI)
+        (tree / "app").symlink_to(ROOT / "app")
         (tree / "worker.py").write_text(WORKER)
         main = "import sys, pathlib; from app.supervisor import main; "
         main += "sys.exit(main(pathlib.Path(sys.argv[1])))"
@@ -154,7 +155,7 @@ def test_a_run_from_start_to_end(run):
 
     for name, words in {
         "worker": ["worker.py"],
-        "web": ["granian"],
+        "web": ["app.serve"],
         "Redis": ["valkey-server"],
         "Postgres": ["bin/postgres"],
     }.items():
@@ -176,12 +177,12 @@ def test_a_run_from_start_to_end(run):
 def test_sighup_renews_the_web_processes_and_the_worker(run):
     it = run()
     it.says("Ready")
-    main, *workers = it.processes("granian")
+    (main,), workers = it.processes("app.serve"), it.processes("app.web")
     worker = it.processes("worker.py")
     it.process.send_signal(signal.SIGHUP)
     until(lambda: (now := it.processes("worker.py")) and not set(worker) & set(now))
-    until(lambda: (now := it.processes("granian"))[1:] and not set(workers) & set(now))
-    assert it.processes("granian")[0] == main
+    until(lambda: (now := it.processes("app.web")) and not set(workers) & set(now))
+    assert it.processes("app.serve") == [main]
 
 
 def test_a_killed_run_takes_all_with_it_and_can_be_repeated_at_once(run):
@@ -200,7 +201,7 @@ def test_a_second_ctrl_c_hurries(run):
     it.says("Ready")
     it.says("worker ")
     it.process.send_signal(signal.SIGINT)
-    until(lambda: not it.processes("granian"))  # the worker's turn, which ignores it
+    until(lambda: not it.processes("app.serve"))  # the worker's turn, which ignores it
     it.process.send_signal(signal.SIGINT)
     asked_at = time.monotonic()
     assert it.ends() == 0

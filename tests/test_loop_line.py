@@ -1,0 +1,111 @@
+"""The event loop's line to Redis: one connection, any number of claims, no claim sent twice."""
+
+import asyncio
+import os
+import signal
+import time
+from collections import Counter
+
+import pytest
+
+from app.claims import ClaimScript, LoopLine
+from app.extensions import stock
+from app.keys import Unavailable
+
+
+@pytest.fixture
+def line(app):
+    """A line of its own: a line belongs to one event loop."""
+    return LoopLine(app.config["SETTINGS"].redis_url, stock.loop_line._script, lambda: None)
+
+
+def test_hundreds_in_flight_share_a_connection_and_stay_exact(line):
+    async def rush():
+        claims = [line.claim(user, 1, 1, None, "a") for user in range(1, 301)]
+        return await asyncio.gather(*claims)
+
+    connections = stock.client.info("stats")["total_connections_received"]
+    claims = asyncio.run(rush())
+    assert Counter(claim.outcome for claim in claims) == {b"accepted": 100, b"sold_out": 200}
+    sold = [claim.detail for claim in claims if claim.outcome == b"accepted"]
+    assert sold == list(range(1, 101))
+    assert stock.client.info("stats")["total_connections_received"] == connections + 1
+
+
+def test_a_flushed_script_is_loaded_again(line):
+    async def claims():
+        first = await line.claim(1, 1, 1, None, "a")
+        stock.client.script_flush()
+        return first, await line.claim(2, 1, 1, None, "a")
+
+    assert [claim.outcome for claim in asyncio.run(claims())] == [b"accepted"] * 2
+    assert stock.waiting() == 2
+
+
+def test_a_cut_connection_is_an_unknown_outcome_and_not_sent_again(line):
+    async def claims():
+        await line.claim(1, 1, 1, None, "a")
+        pending = asyncio.ensure_future(line.claim(2, 1, 1, "k", "a"))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        line._channel.abort()
+        with pytest.raises(Unavailable):
+            await pending
+        return await line.claim(3, 1, 1, None, "a")
+
+    assert asyncio.run(claims()).outcome == b"accepted"
+    assert stock.view([1]).products[1]["accepted"] <= 3
+
+
+def test_a_redis_that_hangs_is_given_up_on_and_found_again(line, servers):
+    pid = servers[0].process.pid
+
+    async def claims():
+        await line.claim(1, 1, 1, None, "a")
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            started = time.monotonic()
+            tries = [line.claim(user, 1, 1, None, "a") for user in range(2, 66)]
+            failed = await asyncio.gather(*tries, return_exceptions=True)
+            waited = time.monotonic() - started
+            # The next ones connect, wait for an answer, and then fail at once for a while.
+            started = time.monotonic()
+            tries = [line.claim(user, 1, 1, None, "a") for user in range(66, 130)]
+            failed += await asyncio.gather(*tries, return_exceptions=True)
+            waited_again = time.monotonic() - started
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        assert all(isinstance(error, Unavailable) for error in failed)
+        assert max(waited, waited_again) < 2
+        deadline = time.monotonic() + 2
+        while True:
+            try:
+                return await line.claim(200, 1, 1, None, "a")
+            except Unavailable:
+                assert time.monotonic() < deadline
+                await asyncio.sleep(0.05)
+
+    assert asyncio.run(claims()).outcome == b"accepted"
+
+
+def test_no_redis_at_all(app, tmp_path):
+    script = ClaimScript("return 1", app.config["SETTINGS"])
+
+    async def claims():
+        line = LoopLine(f"unix://{tmp_path}/nothing.sock", script, lambda: None)
+        tries = [line.claim(user, 1, 1, None, "a") for user in range(20)]
+        return await asyncio.gather(*tries, return_exceptions=True)
+
+    assert all(isinstance(error, Unavailable) for error in asyncio.run(claims()))
+
+
+def test_another_sale_in_redis_sells_nothing(app):
+    settings = app.config["SETTINGS"]
+
+    async def claim():
+        line = LoopLine(settings.redis_url, stock.loop_line._script, lambda: ("another", 5))
+        with pytest.raises(Unavailable):
+            await line.claim(1, 1, 1, None, "a")
+
+    asyncio.run(claim())
+    assert stock.waiting() == 0
