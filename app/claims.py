@@ -33,6 +33,8 @@ from .keys import (
 
 # After a failure requests are refused at once for so long, then one of them tries again.
 RETRY_AFTER_FAILURE_SECONDS = 0.25
+# A process that nobody asks for a purchase looks for Redis by itself, less often.
+RECONNECT_SECONDS = 1.0
 # How often a connection that owes answers is looked at.
 WATCH_SECONDS = 0.1
 IDEMPOTENCY_TTL_MS = 24 * 60 * 60 * 1000
@@ -191,6 +193,7 @@ class LoopLine:
         self._channel: Channel | None = None
         self._opening: asyncio.Task | None = None
         self._closed_until = 0.0
+        self._reconnects: asyncio.TimerHandle | None = None
 
     async def claim(self, *request: object) -> Claim:
         """Decide one purchase. Raises Unavailable when Redis gave no answer."""
@@ -230,13 +233,28 @@ class LoopLine:
             self._closed_until = time.monotonic() + RETRY_AFTER_FAILURE_SECONDS
             if channel:
                 channel.abort()
+            self._reconnect_later()
             if isinstance(error, Unavailable):
                 raise
             raise Unavailable(f"Redis can't be reached: {error}") from error
         finally:
             self._opening = None
         self._channel = channel
+        channel.on_lost = self._reconnect_later
         return channel
+
+    def _reconnect_later(self) -> None:
+        """Don't leave it to a shopper to find Redis again."""
+        if self._reconnects is None:
+            loop = asyncio.get_running_loop()
+            self._reconnects = loop.call_later(RECONNECT_SECONDS, self._reconnect)
+
+    def _reconnect(self) -> None:
+        self._reconnects = None
+        if self._opening is None and (self._channel is None or self._channel.lost):
+            self._opening = asyncio.create_task(self._open())
+            # Nobody may be waiting to be told.
+            self._opening.add_done_callback(lambda opening: opening.exception())
 
     async def _connect(self) -> "Channel":
         loop, options = asyncio.get_running_loop(), self._options
@@ -276,6 +294,7 @@ class Channel(asyncio.Protocol):
 
     def __init__(self) -> None:
         self.lost = False
+        self.on_lost: Callable[[], None] = lambda: None
         self._loop = asyncio.get_running_loop()
         self._reader = hiredis.Reader()
         self._waiting: deque[asyncio.Future] = deque()
@@ -340,7 +359,9 @@ class Channel(asyncio.Protocol):
         self.connection_lost(None)
 
     def connection_lost(self, error: Exception | None) -> None:
-        self.lost = True
+        if not self.lost:
+            self.lost = True
+            self.on_lost()
         while self._waiting:
             future = self._waiting.popleft()
             if not future.done():

@@ -20,7 +20,7 @@ from . import inventory, jobs, ledger, recovery
 from .database import waiting_at_most
 from .drain import drain_batch
 from .extensions import db, stock
-from .stock import HISTORY_SAMPLES, Keys, Unavailable
+from .stock import HISTORY_SAMPLES, REFUSALS, Keys, Unavailable, View
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +67,7 @@ class Sweeper:
 
     def __init__(self, worker: str) -> None:
         self._worker = worker
+        self._kept: dict[int, list[int]] = {}
 
     def run_once(self, stopped: threading.Event) -> None:
         started = time.monotonic()
@@ -75,7 +76,9 @@ class Sweeper:
             pipe.zadd(Keys.workers, {self._worker: now})
             pipe.zremrangebyscore(Keys.workers, "-inf", now - 3600)
             pipe.execute()
-        sample(int(now))
+        view = stock.view(stock.product_ids())
+        sample(int(now), view)
+        self._keep_counts(view)
         recovery.close_when_stale()
         if recovery.is_prepared():
             inventory.publish_stale()
@@ -83,19 +86,23 @@ class Sweeper:
         ledger.check_in_turn()
         stopped.wait(max(0.0, started + SWEEP_SECONDS - time.monotonic()))
 
+    def _keep_counts(self, view: View) -> None:
+        """Claims leave their refusals in Redis's memory alone; here they get to its log."""
+        counts = {
+            product_id: [figures.get(name, 0) for name in REFUSALS]
+            for product_id, figures in view.products.items()
+        }
+        stock.keep_counts([p for p in counts if counts[p] != self._kept.get(p)])
+        self._kept = counts
 
-def sample(second: int) -> bool:
+
+def sample(second: int, view: View) -> bool:
     """Keep this second's figures for the charts; False when another worker did it already.
 
     Counters are stored as they stand; a reader takes differences. Raises stock.Unavailable.
     """
-    view = stock.view(stock.product_ids())
     figures = list(view.products.values())
-    names = (
-        "accepted", "claimed", "settled", "persisted", "free", "sold_out", "insufficient",
-        "limited", "limited_address", "replayed", "mismatched", "too_many", "ended", "paused",
-        "not_open", "capped", "overloaded",
-    )  # fmt: skip
+    names = ("accepted", "claimed", "settled", "persisted", "free", *REFUSALS)
     totals = {name: sum(figure.get(name, 0) for figure in figures) for name in names}
     totals["waiting"] = view.waiting
     totals["oldest_ms"] = view.oldest_claimed_ms

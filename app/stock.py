@@ -18,10 +18,12 @@ import redis
 
 from .claims import IDEMPOTENCY_TTL_MS, Claim, ClaimScript, LoopLine, ThreadLine
 from .config import Settings
+from .doorkeeper import Doorkeeper
 from .keys import USERS_PER_BUCKET, Keys, Unavailable, Unprepared, cautious_options
 
 __all__ = [
     "IDEMPOTENCY_TTL_MS",
+    "REFUSALS",
     "USERS_PER_BUCKET",
     "Claim",
     "Entry",
@@ -33,6 +35,13 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
+
+# What claims are refused for, or answered with again: counted in the product's hash, or in one for
+# all where the product is unknown.
+REFUSALS = (
+    "sold_out", "insufficient", "capped", "not_open", "paused", "ended", "too_many",
+    "replayed", "mismatched", "limited", "limited_address", "overloaded", "unknown",
+)  # fmt: skip
 
 # The dashboard's chart: one sample a second, 15 minutes.
 HISTORY_SAMPLES = 900
@@ -136,7 +145,7 @@ class Stock:
         self._scripts = {name: self.client.register_script(text) for name, text in scripts.items()}
         script = ClaimScript(scripts["claim"], settings)
         self.thread_line = ThreadLine(url, script, on_record)
-        self.loop_line = LoopLine(url, script, on_record)
+        self.loop_line = Doorkeeper(LoopLine(url, script, on_record), self.turn_away)
 
     def claim(
         self, user_id: int, product_id: int, quantity: int, key: str | None, address: str
@@ -340,6 +349,18 @@ class Stock:
         """Lower a product's free stock, add to its counters; return the units taken, or -1."""
         args = [generation, take, *(word for pair in amounts.items() for word in pair)]
         return self._run("mend", [Keys.generation, Keys.product(product_id)], args)
+
+    def keep_counts(self, product_ids: list[int]) -> None:
+        """Write these products' counts of refusals, as they stand, to Redis's log."""
+        keys = [Keys.refused, *map(Keys.product, product_ids)]
+        self._run("keep", keys, list(REFUSALS))
+
+    def turn_away(self, refusals: dict[int, int]) -> None:
+        """Count refusals for the user's limit that Redis was not asked about, by product id."""
+        if not refusals:
+            return
+        keys = [Keys.refused, *map(Keys.product, refusals)]
+        self._run("turn_away", keys, list(refusals.values()))
 
     def close(self, generation: str, issued: int = 0) -> bool:
         """Refuse every claim and movement from now on; tell whether this call did it.

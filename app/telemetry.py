@@ -27,7 +27,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from . import health
 from .extensions import db, stock
-from .stock import Keys, Unavailable, View
+from .stock import REFUSALS, Keys, Unavailable, View
 
 log = logging.getLogger(__name__)
 
@@ -42,10 +42,7 @@ DURATION_BOUNDS = (
 BATCH_BOUNDS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 # Each product is some 20 series. Those with the lowest ids are told apart, the rest are one.
 MOST_PRODUCTS = 200
-OUTCOMES = (
-    "accepted", "sold_out", "insufficient", "capped", "not_open", "paused", "ended", "too_many",
-    "replayed", "mismatched", "limited", "limited_address", "overloaded", "unknown",
-)  # fmt: skip
+OUTCOMES = ("accepted", *REFUSALS)
 
 
 class Meter:

@@ -16,7 +16,7 @@ from app.keys import Unavailable
 @pytest.fixture
 def line(app):
     """A line of its own: a line belongs to one event loop."""
-    return LoopLine(app.config["SETTINGS"].redis_url, stock.loop_line._script, lambda: None)
+    return LoopLine(app.config["SETTINGS"].redis_url, stock.loop_line.line._script, lambda: None)
 
 
 def test_hundreds_in_flight_share_a_connection_and_stay_exact(line):
@@ -103,9 +103,21 @@ def test_another_sale_in_redis_sells_nothing(app):
     settings = app.config["SETTINGS"]
 
     async def claim():
-        line = LoopLine(settings.redis_url, stock.loop_line._script, lambda: ("another", 5))
+        line = LoopLine(settings.redis_url, stock.loop_line.line._script, lambda: ("another", 5))
         with pytest.raises(Unavailable):
             await line.claim(1, 1, 1, None, "a")
 
     asyncio.run(claim())
     assert stock.waiting() == 0
+
+
+def test_redis_is_found_again_before_anybody_asks(line):
+    async def claims():
+        await line.claim(1, 1, 1, None, "a")
+        lost = line._channel
+        stock.client.client_kill_filter(_type="normal", skipme=True)
+        while line._channel is lost:
+            await asyncio.sleep(0.02)
+        return await line.claim(2, 1, 1, None, "a")
+
+    assert asyncio.run(asyncio.wait_for(claims(), 10)).outcome == b"accepted"

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import NamedTuple
 
 from app.claims import LoopLine
+from app.doorkeeper import Doorkeeper
 from app.extensions import stock
 from app.web import Server, configured
 
@@ -66,7 +67,8 @@ class Process:
 async def serving(app) -> AsyncIterator[Process]:
     """Serve the app on a line of its own: a line to Redis belongs to one event loop."""
     kept = stock.loop_line
-    stock.loop_line = LoopLine(app.config["SETTINGS"].redis_url, kept._script, lambda: None)
+    line = LoopLine(app.config["SETTINGS"].redis_url, kept.line._script, lambda: None)
+    stock.loop_line = Doorkeeper(line, stock.turn_away)
     listener = socket.create_server(("127.0.0.1", 0))
     told, ready = os.pipe()
     process = Process(listener.getsockname()[1], Server(configured(app), ready))

@@ -10,7 +10,11 @@
 -- the rate limit was not reached. detail: the order id, the units left, or the opening time in ms.
 --
 -- A script that fails midway is not rolled back, so everything is checked first and written last.
+--
+-- Attempts and counts of refusals stay out of Redis's log and replicas, so that a refusal costs no
+-- write to disk. What a crash forgets is a minute's window, and a second's counts: see keep.lua.
 
+redis.set_repl(redis.REPL_NONE)
 local user, product_id = ARGV[1], ARGV[2]
 local quantity = tonumber(ARGV[3])
 local time = redis.call('TIME')
@@ -102,6 +106,9 @@ if free < quantity then return refuse('insufficient', free) end
 -- Back-pressure: better a clear refusal than a Redis out of memory. Costs the shopper no attempt.
 if redis.call('XLEN', KEYS[6]) >= tonumber(ARGV[9]) then count('overloaded'); return { 'overloaded', 0, -1, 0 } end
 
+attempt()
+redis.set_repl(redis.REPL_ALL)
+
 -- The order's id is also its id in the outbox. XADD is the one write that can fail (an id that is not
 -- above the last), so it comes before any unit moves.
 local order_id = redis.call('INCR', KEYS[8])
@@ -111,5 +118,4 @@ redis.call('ZADD', KEYS[7], user, order_id)
 redis.call('HSET', KEYS[4], 'free', free - quantity, 'accepted', product[8] + 1, 'claimed', product[9] + quantity)
 redis.call('HINCRBY', KEYS[5], ARGV[4], quantity)
 if KEYS[10] then redis.call('SET', KEYS[10], order_id .. ' ' .. request, 'PX', ARGV[10]) end
-attempt()
 return { 'accepted', order_id, left, reset }

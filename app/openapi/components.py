@@ -216,6 +216,7 @@ ERRORS = {
     "ended": ("Sale not open", {}),
     "purchase_limit": ("Purchase limit reached", {}),
     "request_timeout": ("The body did not come in time", {}),
+    "head_too_large": ("The request's head is larger than 64 KiB", {}),
     "body_too_large": ("The body is larger than 16 KiB", {}),
     "unsupported_media_type": ("Content-Type must be application/json", {}),
     "idempotency_mismatch": ("Idempotency-Key was used with another request", {}),
@@ -233,6 +234,7 @@ STATUSES = {
     415: ("The body is not application/json", ["unsupported_media_type"], ()),
     422: ("The Idempotency-Key was used with another request", ["idempotency_mismatch"], ()),
     429: ("Too many requests; this one did nothing", ["rate_limited"], ("Retry-After",)),
+    431: ("The head is larger than 64 KiB", ["head_too_large"], ()),
     500: ("A fault of the server's: the outcome is unknown", ["internal_error"], ()),
     503: (
         "A server behind this one can't be reached: the outcome is unknown",

@@ -184,7 +184,7 @@ def _paths() -> dict:
                 "Products",
                 "createProduct",
                 "Put a product on sale",
-                {"201": created, **failures(400, 401, 408, 413, 415, 429, 503)},
+                {"201": created, **failures(400, 401, 408, 413, 415, 429, 431, 503)},
                 security=ADMIN,
                 parameters=[REQUEST_ID],
                 requestBody=body(
@@ -212,7 +212,7 @@ def _paths() -> dict:
                 "Change terms of sale",
                 {
                     "200": ok("The product; the change binds the next purchase", product),
-                    **failures(400, 401, 404, 408, 413, 415, 429, 503),
+                    **failures(400, 401, 404, 408, 413, 415, 429, 431, 503),
                 },
                 security=ADMIN,
                 parameters=[PRODUCT_ID, REQUEST_ID],
@@ -233,7 +233,7 @@ def _paths() -> dict:
                         ),
                         (*LIMIT_HEADERS, "Idempotent-Replayed"),
                     ),
-                    **failures(400, 401, 404, 408, 413, 415, 422, 429, 503),
+                    **failures(400, 401, 404, 408, 413, 415, 422, 429, 431, 503),
                 },
                 security=ADMIN,
                 parameters=[KEY, REQUEST_ID],
