@@ -10,6 +10,7 @@ import logging
 import re
 import secrets
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 
 from flask import Flask, Response, g, has_request_context, request
@@ -62,7 +63,7 @@ class Bound:
 _refusals = Bound(REFUSALS_PER_SECOND)
 
 
-def tell(method: str, path: str, status: int, **fields: str | None) -> None:
+def tell(method: str, path: str, status: int, fields: Callable[[], dict]) -> None:
     """Write the line of a refused or failed request, unless there are too many."""
     level = logging.WARNING if status >= 500 else logging.INFO
     if not log.isEnabledFor(level):
@@ -70,7 +71,7 @@ def tell(method: str, path: str, status: int, **fields: str | None) -> None:
     left_out = _refusals.left_out() if status < 500 else 0
     if left_out is None:
         return
-    told = {"status": status, **fields, "left_out": left_out or None}
+    told = {"status": status, **fields(), "left_out": left_out or None}
     log.log(level, "%s %s", method, path[:200], extra={"fields": told})
 
 
@@ -83,16 +84,22 @@ class PurchaseLog:
     def note(self, environ: dict, status: str, body: bytes) -> tuple[str, str]:
         """Log the request if it is to be logged; return the header that names it."""
         identity = request_id(environ.get("HTTP_X_REQUEST_ID"))
-        number = int(status[:3])
-        method = environ["REQUEST_METHOD"]
-        fields = {"client": environ.get("REMOTE_ADDR", ""), "request_id": identity}
+        number, method = int(status[:3]), environ["REQUEST_METHOD"]
+
+        def fields() -> dict:
+            return {"client": environ.get("REMOTE_ADDR", ""), "request_id": identity}
+
         if number >= 400:
-            code = CODE(body)
-            tell(method, "/purchase", number, code=code and code[1].decode(), **fields)
+            tell(method, "/purchase", number, lambda: {"code": _code(body), **fields()})
         elif self.every:
-            fields |= {"status": number, "answer": body.decode()}
-            log.debug("%s /purchase", method, extra={"fields": fields})
+            told = fields() | {"status": number, "answer": body.decode()}
+            log.debug("%s /purchase", method, extra={"fields": told})
         return HEADER, identity
+
+
+def _code(body: bytes) -> str | None:
+    found = CODE(body)
+    return found and found[1].decode()
 
 
 def init_app(app: Flask) -> None:
@@ -112,7 +119,7 @@ def init_app(app: Flask) -> None:
             code = body.get("code") if isinstance(body, dict) else None
             fields = {"code": code, "client": request.remote_addr, "request_id": identity}
             # The path alone: what stands behind the question mark may be a secret.
-            tell(request.method, request.path, response.status_code, **fields)
+            tell(request.method, request.path, response.status_code, lambda: fields)
         return response
 
 

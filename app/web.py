@@ -96,6 +96,10 @@ class Pages:
 class Purchase:
     """One purchase on a connection, in the place of uvicorn's RequestResponseCycle."""
 
+    __slots__ = (
+        "behind", "body", "disconnected", "environ", "keep_alive", "more_body", "protocol",
+        "response_complete", "task",
+    )  # fmt: skip
     # uvicorn wakes who waits for a body. Nobody does: a purchase starts when its body is there.
     message_event = asyncio.Event()
 
@@ -160,7 +164,7 @@ class Protocol(HttpToolsProtocol):
         if self.refused:
             return
         self.due = self.loop.time() + BODY_SECONDS
-        if self.url.partition(b"?")[0] == b"/purchase":
+        if self.url == b"/purchase" or self.url.startswith(b"/purchase?"):
             self._begin_purchase()
         else:
             self._begin_page()
@@ -232,6 +236,13 @@ class Protocol(HttpToolsProtocol):
         else:
             self.flow.pause_reading()
             self.pipeline.appendleft((cycle, self.app))
+
+    def _start_asgi_task(self, cycle: Purchase | RequestResponseCycle, app: Pages) -> None:
+        if type(cycle) is Purchase:
+            # No set of tasks: the connection, which the server waits for, holds it.
+            cycle.task = self.loop.create_task(cycle.run_asgi(app))
+        else:
+            super()._start_asgi_task(cycle, app)
 
     def respond(
         self, status: str, headers: Iterable[tuple[str, str]], body: bytes, keep_alive: bool

@@ -3,9 +3,10 @@
 -- KEYS  1 generation   2 the user's rate   3 the address's rate   4 product   5 bought (a bucket of users)
 --       6 outbox       7 queued            8 order ids            9 refused   10 idempotency (only with a key)
 -- ARGV  1 user         2 product           3 quantity             4 field of the user in KEYS[5]
---       5, 6 user limit: attempts, window in ms                   7, 8 address limit: attempts, window in ms
---       9 most orders that may wait                               10 life of an idempotency key, ms
---       11 the idempotency key (only with a key)
+--       5 the idempotency key (only with a key)
+-- What is the same for every claim stands in a line that claims.py puts before this script:
+--       USER_LIMIT, USER_WINDOW, ADDRESS_LIMIT, ADDRESS_WINDOW (attempts, 0 for no limit, and ms),
+--       MOST_WAITING orders in the outbox, KEY_LIFE in ms
 -- Returns {outcome, detail, attempts left, ms until one more is allowed}; attempts left is -1 where
 -- the rate limit was not reached. detail: the order id, the units left, or the opening time in ms.
 --
@@ -44,47 +45,45 @@ if known[4] then
 end
 
 -- The user's attempts of the last window, oldest first, 8 bytes each: exact, at any moment.
-local limit, window = tonumber(ARGV[5]), tonumber(ARGV[6])
 local attempts, left, reset = '', -1, 0
-if limit > 0 then
+if USER_LIMIT > 0 then
   attempts = known[2] or ''
   -- A stamp from the future means that the clock was set back: forget the attempts, don't lock out.
   if #attempts > 0 and struct.unpack('>d', attempts, #attempts - 7) > now then attempts = '' end
   local first = 1
-  while first < #attempts and struct.unpack('>d', attempts, first) <= now - window do first = first + 8 end
+  while first < #attempts and struct.unpack('>d', attempts, first) <= now - USER_WINDOW do first = first + 8 end
   if first > 1 then attempts = string.sub(attempts, first) end
-  left = limit - #attempts / 8
-  reset = #attempts > 0 and struct.unpack('>d', attempts) + window - now or window
+  left = USER_LIMIT - #attempts / 8
+  reset = #attempts > 0 and struct.unpack('>d', attempts) + USER_WINDOW - now or USER_WINDOW
   if left <= 0 then count('limited'); return { 'limited', 0, 0, reset } end
   left = left - 1
 end
 
 -- The address's attempts, as a sliding counter: this window's, and the last one's share still in sight.
-local address_limit, address_window = tonumber(ARGV[7]), tonumber(ARGV[8])
 local slot, this, last = 0, 0, 0
-if address_limit > 0 then
-  slot = math.floor(now / address_window)
+if ADDRESS_LIMIT > 0 then
+  slot = math.floor(now / ADDRESS_WINDOW)
   if known[3] then
     local s, t, l = string.match(known[3], '^(%d+) (%d+) (%d+)$')
     if tonumber(s) == slot then this, last = tonumber(t), tonumber(l)
     elseif tonumber(s) == slot - 1 then last = tonumber(t) end
   end
-  local elapsed = now - slot * address_window
-  if this + last * (1 - elapsed / address_window) + 1 > address_limit then
+  local elapsed = now - slot * ADDRESS_WINDOW
+  if this + last * (1 - elapsed / ADDRESS_WINDOW) + 1 > ADDRESS_LIMIT then
     count('limited_address')
     -- Room for one more comes as the last window slides out of sight, or with the next one.
-    local wait = address_window - elapsed
-    if last > 0 and this + 1 <= address_limit then
-      wait = math.ceil(address_window * (1 - (address_limit - this - 1) / last)) - elapsed
+    local wait = ADDRESS_WINDOW - elapsed
+    if last > 0 and this + 1 <= ADDRESS_LIMIT then
+      wait = math.ceil(ADDRESS_WINDOW * (1 - (ADDRESS_LIMIT - this - 1) / last)) - elapsed
     end
     return { 'limited_address', 0, 0, math.max(wait, 1) }
   end
 end
 
 local function attempt()
-  if limit > 0 then redis.call('SET', KEYS[2], attempts .. struct.pack('>d', now), 'PX', window) end
-  if address_limit > 0 then
-    redis.call('SET', KEYS[3], string.format('%d %d %d', slot, this + 1, last), 'PX', 2 * address_window)
+  if USER_LIMIT > 0 then redis.call('SET', KEYS[2], attempts .. struct.pack('>d', now), 'PX', USER_WINDOW) end
+  if ADDRESS_LIMIT > 0 then
+    redis.call('SET', KEYS[3], string.format('%d %d %d', slot, this + 1, last), 'PX', 2 * ADDRESS_WINDOW)
   end
 end
 
@@ -104,7 +103,7 @@ if cap and (tonumber(redis.call('HGET', KEYS[5], ARGV[4])) or 0) + quantity > ca
 if free <= 0 then return refuse('sold_out') end
 if free < quantity then return refuse('insufficient', free) end
 -- Back-pressure: better a clear refusal than a Redis out of memory. Costs the shopper no attempt.
-if redis.call('XLEN', KEYS[6]) >= tonumber(ARGV[9]) then count('overloaded'); return { 'overloaded', 0, -1, 0 } end
+if redis.call('XLEN', KEYS[6]) >= MOST_WAITING then count('overloaded'); return { 'overloaded', 0, -1, 0 } end
 
 attempt()
 redis.set_repl(redis.REPL_ALL)
@@ -112,10 +111,10 @@ redis.set_repl(redis.REPL_ALL)
 -- The order's id is also its id in the outbox. XADD is the one write that can fail (an id that is not
 -- above the last), so it comes before any unit moves.
 local order_id = redis.call('INCR', KEYS[8])
-local entry = table.concat({ user, product_id, ARGV[3], product[7], string.format('%d', now), ARGV[11] or '' }, ' ')
+local entry = table.concat({ user, product_id, ARGV[3], product[7], string.format('%d', now), ARGV[5] or '' }, ' ')
 redis.call('XADD', KEYS[6], order_id .. '-0', 'order', entry)
 redis.call('ZADD', KEYS[7], user, order_id)
 redis.call('HSET', KEYS[4], 'free', free - quantity, 'accepted', product[8] + 1, 'claimed', product[9] + quantity)
 redis.call('HINCRBY', KEYS[5], ARGV[4], quantity)
-if KEYS[10] then redis.call('SET', KEYS[10], order_id .. ' ' .. request, 'PX', ARGV[10]) end
+if KEYS[10] then redis.call('SET', KEYS[10], order_id .. ' ' .. request, 'PX', KEY_LIFE) end
 return { 'accepted', order_id, left, reset }
