@@ -61,6 +61,15 @@ class Item:
     difference: int = 0
 
     @property
+    def figures(self) -> tuple:
+        """Everything that a row shows beside the product's terms, times in whole seconds."""
+        return (
+            self.state, self.sold, self.held, self.queued, self.free, self.balanced,
+            self.difference, self.opens_in and int(self.opens_in),
+            self.closes_in and int(self.closes_in),
+        )  # fmt: skip
+
+    @property
     def bar(self) -> list[tuple[str, float, float]]:
         """The units as parts of a bar: name, start and width in per cent."""
         parts = {

@@ -4,6 +4,7 @@ import time
 
 from flask import Blueprint, jsonify, render_template, request
 from flask_login import current_user
+from markupsafe import Markup
 
 from .. import monitor
 from ..errors import api_error
@@ -21,6 +22,9 @@ def show():
 # Pages that poll share an answer for so long: twenty open dashboards cost what one does.
 SHARED_SECONDS = 0.8
 _shared: dict[bool, tuple[float, str]] = {}
+# In it, the rows that look as they did a moment ago: most of a big sale's products stand still.
+MOST_ROWS = 1000
+_rows: dict[tuple, Markup] = {}
 
 
 @bp.get("/live")
@@ -31,9 +35,22 @@ def live():
     made_at, fragment = _shared.get(current_user.is_admin, (float("-inf"), ""))
     if time.monotonic() - made_at > SHARED_SECONDS:
         # Without anybody's CSRF token: a page that polls sends its own in a header.
-        fragment = render_template("admin/_dashboard.html", board=monitor.board(), shared=True)
+        board = monitor.board()
+        fragment = render_template("admin/_dashboard.html", board=board, row=_row, shared=True)
         _shared[current_user.is_admin] = (time.monotonic(), fragment)
     return fragment
+
+
+def _row(item: monitor.Item) -> Markup:
+    """Return a product's row, rendered anew only when something in it has changed."""
+    key = (current_user.is_admin, item.product.id, item.product.version, *item.figures)
+    row = _rows.get(key)
+    if row is None:
+        if len(_rows) >= MOST_ROWS:
+            _rows.clear()
+        row = Markup(render_template("admin/_product.html", item=item, shared=True))  # noqa: S704
+        _rows[key] = row
+    return row
 
 
 @bp.get("/chart.json")
