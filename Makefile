@@ -27,7 +27,8 @@ chaos: .venv/installed
 fuzz: .venv/installed
 	$(VENV)/python stress/fuzz.py $(args)
 
-bench: .venv/installed
+# Granian, its ceiling, is a development requirement.
+bench: .venv/installed-dev
 	$(VENV)/python stress/bench.py
 
 .venv/installed: requirements.txt
