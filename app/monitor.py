@@ -112,6 +112,8 @@ class Board:
     ledger: Ledger
     weak: list[str]
     dead_orders: int
+    # The chart's newest seconds, as columns.
+    samples: dict[str, list]
 
     @property
     def sold(self) -> int:
@@ -258,6 +260,7 @@ def board() -> Board:
         ledger=live.ledger,
         weak=_durability.weak() if not live.error else [],
         dead_orders=sum(item.held_orders for item in found),
+        samples=columns(live.samples),
     )
 
 
@@ -275,22 +278,23 @@ def _difference(before: dict, after: dict, names: tuple[str, ...]) -> int:
 
 
 def chart(since: int = 0) -> dict[str, list]:
-    """Return the samples after the second `since` as columns; rates are per second.
+    """Return the samples after the second `since` as columns. Raises stock.Unavailable."""
+    return columns(stock.history(since, HISTORY_SAMPLES))
 
-    Raises stock.Unavailable.
-    """
-    found = stock.history(since, HISTORY_SAMPLES)
-    columns: dict[str, list] = {
+
+def columns(samples: list[tuple[int, dict]]) -> dict[str, list]:
+    """Return what the chart shows of successive samples; rates are per second."""
+    found: dict[str, list] = {
         name: [] for name in ("second", "accepted", "refused", "waiting", "free")
     }
     refusals = sum((RATES[name] for name in ("sold_out", "limited", "refused")), ())
-    for (start, before), (end, after) in pairwise(found):
-        columns["second"].append(end)
-        columns["accepted"].append(_difference(before, after, ("accepted",)) / (end - start))
-        columns["refused"].append(_difference(before, after, refusals) / (end - start))
-        columns["waiting"].append(after["waiting"])
-        columns["free"].append(after["free"])
-    return columns
+    for (start, before), (end, after) in pairwise(samples):
+        found["second"].append(end)
+        found["accepted"].append(_difference(before, after, ("accepted",)) / (end - start))
+        found["refused"].append(_difference(before, after, refusals) / (end - start))
+        found["waiting"].append(after["waiting"])
+        found["free"].append(after["free"])
+    return found
 
 
 class _Durability:

@@ -21,6 +21,7 @@ from flask import Flask
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from werkzeug.middleware.proxy_fix import ProxyFix
 
+from . import polls
 from .extensions import stock
 from .lane import JSON_TYPE, UNAVAILABLE, PurchaseLane, error_body
 from .purchases import MAX_BODY_BYTES
@@ -71,6 +72,7 @@ class Pages:
         settings = app.config["SETTINGS"]
         self.lane: PurchaseLane = app.extensions["lane"]
         self.flask = WSGIMiddleware(app.wsgi_app, workers=settings.web_threads)
+        self.polls = polls.Polls()
         self.most = app.config["MAX_CONTENT_LENGTH"] or math.inf
         # Only for what it does to a request's address: the same rule on both ways in.
         self.trust_proxies = None
@@ -86,11 +88,31 @@ class Pages:
                 return
             body += event["body"]
             more = event["more_body"]
+        # WSGI can't tell X_Forwarded_For from X-Forwarded-For, so a client could pretend.
+        scope["headers"] = [pair for pair in scope["headers"] if b"_" not in pair[0]]
 
         async def receive_body() -> dict:
             return {"type": "http.request", "body": body, "more_body": False}
 
-        await self.flask(scope, receive_body, send)
+        async def flask(send: Callable) -> None:
+            watching = asyncio.create_task(_watch(scope, receive))
+            try:
+                await self.flask(scope, receive_body, send)
+            finally:
+                watching.cancel()
+
+        cookie = polls.cookie_of(scope)
+        if cookie is None:
+            await flask(send)
+        else:
+            await polls.serve(self.polls, scope, cookie, flask, send)
+
+
+async def _watch(scope: dict, receive: Callable) -> None:
+    """Note in the scope that the client is gone, for views whose answers take long."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    scope["gone"] = True
 
 
 class Purchase:

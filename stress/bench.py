@@ -346,6 +346,8 @@ def signed_in(system: Ours) -> str:
     """Sign the first admin in; return the Cookie header."""
     jar = urllib.request.HTTPCookieProcessor()
     browser = urllib.request.build_opener(jar)
+    # The session belongs to one kind of browser.
+    browser.addheaders = [("User-Agent", "dashboards.lua")]
     page = browser.open(f"{system.url}/admin/sign-in", timeout=10).read().decode()
     form = {
         "csrf_token": re.search(r'name="csrf_token"[^>]*value="([^"]+)"', page)[1],

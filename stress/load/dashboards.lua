@@ -7,6 +7,7 @@ dofile(debug.getinfo(1, "S").source:match("^@(.*/)") .. "report.lua")
 function init(args)
   assert(args[1], "usage: wrk -s dashboards.lua URL -- <cookie>")
   math.randomseed(os.time())
+  wrk.headers["User-Agent"] = "dashboards.lua"
   wrk.headers["Cookie"] = args[1]
   wrk.headers["X-Poll"] = "1"
   wrk.headers["HX-Request"] = "true"
