@@ -1,5 +1,7 @@
 """Real servers for every test: one Redis and one PostgreSQL for all, a clean sale for each."""
 
+import http.client
+import json
 import os
 import signal
 import socket
@@ -9,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import flask_migrate
 import people
@@ -181,6 +184,25 @@ class Server:
     admin_password: str
     data_dir: Path
     process: subprocess.Popen
+
+    def call(
+        self, method: str, path: str, body: object = None, **headers: str
+    ) -> tuple[int, dict[str, str], bytes, float]:
+        """Send a request; return status, headers by lower-case name, content, seconds."""
+        url = urlsplit(self.url)
+        connection = http.client.HTTPConnection(url.hostname, url.port, timeout=30)
+        started = time.monotonic()
+        if body is not None:
+            headers |= {"Content-Type": "application/json"}
+            body = json.dumps(body)
+        try:
+            connection.request(method, path, body, headers)
+            response = connection.getresponse()
+            content = response.read()
+        finally:
+            connection.close()
+        names = {name.lower(): value for name, value in response.getheaders()}
+        return response.status, names, content, time.monotonic() - started
 
 
 @pytest.fixture(scope="session")

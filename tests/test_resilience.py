@@ -1,7 +1,6 @@
 """Each server gone, hanging or slow: what every route answers, how fast, and how it comes back."""
 
 import contextlib
-import http.client
 import json
 import os
 import signal
@@ -11,7 +10,6 @@ import threading
 import time
 from collections import defaultdict
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 import psutil
 import psycopg2
@@ -51,20 +49,7 @@ class Rig:
                 one.send_signal(number)
 
     def call(self, method, path, body=None, **headers) -> tuple[int, dict, bytes, float]:
-        url = urlsplit(self.system.url)
-        connection = http.client.HTTPConnection(url.hostname, url.port, timeout=30)
-        started = time.monotonic()
-        if body is not None:
-            headers |= {"Content-Type": "application/json"}
-            body = json.dumps(body)
-        try:
-            connection.request(method, path, body, headers)
-            response = connection.getresponse()
-            content = response.read()
-        finally:
-            connection.close()
-        names = {name.lower(): value for name, value in response.getheaders()}
-        return response.status, names, content, time.monotonic() - started
+        return self.system.call(method, path, body, **headers)
 
     def buy(self, user: int = 1) -> int:
         return self.call("POST", "/purchase", {"userId": user, "productId": 1})[0]
