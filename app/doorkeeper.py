@@ -52,14 +52,18 @@ class Doorkeeper:
                 self._rounds = asyncio.create_task(self._make_rounds())
         return claim
 
+    async def report(self) -> None:
+        """Have those counted who were turned away since the last time."""
+        counts, self._turned_away = self._turned_away, Counter()
+        if counts:
+            try:
+                await asyncio.get_running_loop().run_in_executor(None, self._count, counts)
+            except Unavailable:
+                self._turned_away += counts
+
     async def _make_rounds(self) -> None:
-        loop = asyncio.get_running_loop()
         while self._limited or self._turned_away:
             await asyncio.sleep(BELIEVED_SECONDS)
             now = time.monotonic()
             self._limited = {user: of for user, of in self._limited.items() if of[0] > now}
-            counts, self._turned_away = self._turned_away, Counter()
-            try:
-                await loop.run_in_executor(None, self._count, counts)
-            except Unavailable:
-                self._turned_away += counts
+            await self.report()

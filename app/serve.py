@@ -42,10 +42,17 @@ class WebProcess(Program):
         self._ready: int | None = None
 
     def launch(self) -> None:
+        """Start it. Raises StartError when the system has nothing left for it."""
         self._close()
-        self._ready, theirs = os.pipe()
-        os.set_blocking(self._ready, False)
         try:
+            self._launch()
+        except OSError as error:
+            raise StartError(f"a web process can't be started: {error}") from None
+
+    def _launch(self) -> None:
+        self._ready, theirs = os.pipe()
+        try:
+            os.set_blocking(self._ready, False)
             here = self.listener.fileno()
             argv = [sys.executable, "-m", "app.web", str(here), str(theirs)]
             self._spawn(argv, Path.cwd(), pass_fds=(here, theirs))
@@ -98,9 +105,12 @@ class WebServer:
         """Let a successor take over from each process, or leave all as it is if one can't."""
         for kept in self.kept:
             successor = WebProcess(kept.program.listener)
-            successor.launch()
-            if not self._await(successor.is_ready, START_SECONDS, successor.is_alive):
-                say("a new web process does not start; those that serve go on")
+            try:
+                successor.launch()
+                if not self._await(successor.is_ready, START_SECONDS, successor.is_alive):
+                    raise StartError("a new web process does not start")
+            except StartError as error:
+                say(f"{error}; those that serve go on")
                 successor.kill()
                 return
             former, kept.program = kept.program, successor

@@ -357,8 +357,6 @@ class Stock:
 
     def turn_away(self, refusals: dict[int, int]) -> None:
         """Count refusals for the user's limit that Redis was not asked about, by product id."""
-        if not refusals:
-            return
         keys = [Keys.refused, *map(Keys.product, refusals)]
         self._run("turn_away", keys, list(refusals.values()))
 

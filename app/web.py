@@ -21,9 +21,9 @@ from flask import Flask
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from werkzeug.middleware.proxy_fix import ProxyFix
 
-from . import polls
+from . import logs, polls
 from .extensions import stock
-from .lane import JSON_TYPE, UNAVAILABLE, PurchaseLane, error_body
+from .lane import JSON_TYPE, UNAVAILABLE, UNAVAILABLE_RETRY, PurchaseLane, error_body
 from .purchases import MAX_BODY_BYTES
 
 # The headers that the lane looks at, by their WSGI names.
@@ -155,7 +155,7 @@ class Protocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
-        self.in_head = self.in_message = self.refused = False
+        self.in_head = self.in_message = self.deaf = self.ended = False
         # When the client must have done its next step; see `expire`.
         self.due = self.loop.time() + HEAD_SECONDS
         if self.server_state.ending:
@@ -164,7 +164,7 @@ class Protocol(HttpToolsProtocol):
             self.refuse("503 Service Unavailable", UNAVAILABLE)
 
     def data_received(self, data: bytes) -> None:
-        if self.refused:
+        if self.deaf:
             return
         in_head = self.in_head
         super().data_received(data)
@@ -183,7 +183,7 @@ class Protocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self.in_head = False
-        if self.refused:
+        if self.deaf:
             return
         self.due = self.loop.time() + BODY_SECONDS
         if self.url == b"/purchase" or self.url.startswith(b"/purchase?"):
@@ -225,7 +225,7 @@ class Protocol(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         cycle = self.cycle
-        if self.refused:
+        if self.deaf:
             return
         if type(cycle) is not Purchase:
             super().on_body(body)
@@ -236,7 +236,7 @@ class Protocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self.in_message = False
-        if self.refused:
+        if self.deaf:
             return
         self.due = math.inf
         if type(self.cycle) is not Purchase:
@@ -270,7 +270,7 @@ class Protocol(HttpToolsProtocol):
         self, status: str, headers: Iterable[tuple[str, str]], body: bytes, keep_alive: bool
     ) -> None:
         """Write an answer, if somebody is still there to read it."""
-        if self.refused or self.transport.is_closing():
+        if self.ended or self.transport.is_closing():
             return
         lines = [f"HTTP/1.1 {status}\r\n", *(f"{name}: {value}\r\n" for name, value in headers)]
         if not keep_alive:
@@ -282,7 +282,7 @@ class Protocol(HttpToolsProtocol):
         elif not keep_alive:
             # To close on a client that still sends would reset the connection, and the answer with
             # it: read on for a while (RFC 9112, 9.6).
-            self.refused = True
+            self.deaf = self.ended = True
             self.transport.write_eof()
             self.loop.call_later(LINGER_SECONDS, self.transport.close)
 
@@ -309,11 +309,22 @@ class Protocol(HttpToolsProtocol):
     def refuse(self, status: str, body: bytes) -> None:
         """Answer what is no request that could be served, and close."""
         self.in_message = True
-        headers = [JSON_TYPE, ("Content-Length", str(len(body)))]
+        headers = [
+            JSON_TYPE,
+            ("Content-Length", str(len(body))),
+            (logs.HEADER, logs.request_id(None)),
+        ]
+        if status.startswith("503"):
+            headers.append(UNAVAILABLE_RETRY)
         self.respond(status, headers, body, keep_alive=False)
 
     def send_400_response(self, msg: str) -> None:
-        self.refuse("400 Bad Request", MALFORMED)
+        if self._is_idle() or self.cycle.more_body:
+            self.refuse("400 Bad Request", MALFORMED)
+        else:
+            # What was asked before it is still answered, and nothing after.
+            self.cycle.keep_alive = False
+            self.deaf = self.in_message = True
 
     def expire(self) -> None:
         """End a connection whose client did not do its next step in time."""
@@ -370,6 +381,7 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.server_state.ending = True
         await super().shutdown(sockets)
+        await stock.loop_line.report()
 
 
 def configured(app: Flask) -> uvicorn.Config:

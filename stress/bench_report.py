@@ -109,12 +109,20 @@ def tables(rounds: list[dict], single: dict, growth: dict | None, seconds: float
             ["one client on an idle server, median ms", f"{single['idle']['p50_us'] / 1000:.2f}"],
             ["one client on an idle server, p99 ms", f"{single['idle']['p99_us'] / 1000:.2f}"],
             [
-                "accepted purchases with 20 open dashboards against none",
-                f"{single['dashboards']['ratio']:.2f}",
+                "accepted purchases with 20 open dashboards (50 products) against none, 5 pairs",
+                spread(single["dashboards"], lambda pair: pair["ratio"], "{:.2f}"),
             ],
             [
-                "one poll of the dashboard meanwhile, median ms",
-                f"{single['dashboards']['median_ms']:.0f}",
+                "p99 latency without them, ms",
+                spread(single["dashboards"], lambda pair: pair["p99_alone_us"] / 1000, "{:.1f}"),
+            ],
+            [
+                "p99 latency with them, ms",
+                spread(single["dashboards"], lambda pair: pair["p99_beside_us"] / 1000, "{:.1f}"),
+            ],
+            [
+                "one poll of a dashboard meanwhile, median ms",
+                spread(single["dashboards"], lambda pair: pair["poll_us"] / 1000, "{:.1f}"),
             ],
             [
                 f"drain of a backlog of {single['backlog']['orders']:,} by one worker, orders/s",

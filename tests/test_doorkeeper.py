@@ -52,6 +52,15 @@ def test_redis_is_asked_once_a_second(app):
     assert limited_count() == 201
 
 
+def test_a_process_that_ends_tells_what_it_counted(app):
+    async def talk(ask):
+        for _ in range(15):
+            await ask(purchase(1))
+
+    run(app, talk)
+    assert limited_count() == 10
+
+
 def test_a_known_key_is_still_answered_and_others_are_not_held_up(app):
     async def talk(ask):
         bought = await ask(purchase(1, "Idempotency-Key: k"))

@@ -4,6 +4,7 @@ import http.client
 import json
 import os
 import re
+import resource
 import signal
 import threading
 import time
@@ -145,3 +146,28 @@ def test_everything_is_renewed_under_load(system):
 def test_what_was_done_is_told(system):
     log = (system.data_dir / "supervisor.log").read_text()
     assert re.search("web and worker: new processes take over", log)
+
+
+def test_a_version_that_does_not_start_leaves_the_old_one(system):
+    """Nothing is free for a new process: those that serve go on, and the next reload works."""
+    (main,) = processes(system.data_dir, "app.serve")
+    web = processes(system.data_dir, "app.web")
+    soft, hard = resource.prlimit(main, resource.RLIMIT_NOFILE)
+    resource.prlimit(main, resource.RLIMIT_NOFILE, (8, hard))
+    try:
+        os.kill(main, signal.SIGHUP)
+        log = system.data_dir / "supervisor.log"
+        wait_until(lambda: "those that serve go on" in log.read_text())
+    finally:
+        resource.prlimit(main, resource.RLIMIT_NOFILE, (soft, hard))
+    assert processes(system.data_dir, "app.web") == web
+    assert call(f"{system.url}/purchase", {"userId": 77, "productId": 1}).status == 200
+    os.kill(main, signal.SIGHUP)
+    wait_until(
+        lambda: (
+            len(now := processes(system.data_dir, "app.web")) == len(web)
+            and not set(now) & set(web)
+        ),
+        20,
+        "new processes",
+    )

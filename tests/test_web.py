@@ -280,6 +280,18 @@ def test_no_request_at_all(app):
     assert reply.headers["connection"] == "close"
 
 
+def test_what_was_asked_before_a_malformed_request_is_answered(app):
+    async def talk():
+        async with serving(app) as process:
+            wire = await process.connect()
+            wire.send(purchase(1) + b"\x16\x03\r\n\r\n" + purchase(2))
+            return await wire.reply(), await wire.is_closed()
+
+    reply, closed = asyncio.run(talk())
+    assert (reply.status, reply.headers["connection"], closed) == (200, "close", True)
+    assert stock.waiting() == 1
+
+
 def test_too_many_connections(app):
     async def talk():
         async with serving(app) as process:
@@ -298,6 +310,7 @@ def test_too_many_connections(app):
 
     refused, bought, again = asyncio.run(talk())
     assert (refused.status, refused.json["code"]) == (503, "unavailable")
+    assert refused.headers["retry-after"] == "1"
     assert (bought.status, again.status) == (200, 200)
 
 
