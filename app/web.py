@@ -137,14 +137,19 @@ class Purchase:
 
     async def run_asgi(self, pages: Pages) -> None:
         """Decide and answer."""
-        status, body, headers = await pages.lane.serve(
-            self.environ, lambda: bytes(self.body), stock.loop_line.claim
-        )
-        self.response_complete = True
-        if self.environ["REQUEST_METHOD"] == "HEAD":
-            body = b""
-        self.protocol.respond(status, headers, body, self.keep_alive)
-        self.protocol.on_response_complete()
+        try:
+            status, body, headers = await pages.lane.serve(
+                self.environ, lambda: bytes(self.body), stock.loop_line.claim
+            )
+            self.response_complete = True
+            if self.environ["REQUEST_METHOD"] == "HEAD":
+                body = b""
+            self.protocol.respond(status, headers, body, self.keep_alive)
+            self.protocol.on_response_complete()
+        except BaseException:
+            # Rather an unknown outcome than a client that waits for ever.
+            self.protocol.transport.abort()
+            raise
 
 
 class Protocol(HttpToolsProtocol):
@@ -289,7 +294,7 @@ class Protocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         # uvicorn's, but that `expire` takes the place of a timer for each answer.
         self.server_state.total_requests += 1
-        if self.transport.is_closing():
+        if self.ended or self.transport.is_closing():
             return
         self.flow.resume_reading()
         if self.pipeline:

@@ -202,6 +202,23 @@ def test_who_asks_to_close_is_closed(app):
     assert stock.waiting() == 2
 
 
+def test_nothing_is_bought_after_the_last_answer(app):
+    last, ahead = purchase(1, "Connection: close"), purchase(2) + purchase(3)[:-5]
+
+    async def talk():
+        async with serving(app) as process:
+            wire = await process.connect()
+            wire.send(last + ahead)
+            reply, closed = await wire.reply(), await wire.is_closed()
+            wire.send(purchase(3)[-5:])
+            await asyncio.sleep(0.1)
+            return reply, closed
+
+    reply, closed = asyncio.run(talk())
+    assert (reply.status, reply.headers["connection"], closed) == (200, "close", True)
+    assert stock.waiting() == 1
+
+
 @pytest.mark.parametrize(
     "sent",
     [
