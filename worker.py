@@ -4,13 +4,18 @@ Run as many as you like, on as many machines as you like.
 """
 
 import contextlib
+import logging
 import os
 import secrets
+import signal
 import socket
+import sys
 import threading
+import time
 
 import redis
 from rq import SimpleWorker
+from rq.exceptions import StopRequested
 from rq.serializers import JSONSerializer
 
 from app.jobs import orders_queue
@@ -19,13 +24,61 @@ from app.stock import Keys
 from app.telemetry import Meter
 from wsgi import app
 
+log = logging.getLogger(__name__)
+
 # RQ waits 15 s less than this for a job, and 10 s more for an answer of a dead connection.
 WORKER_TTL_SECONDS = 20
+NEXT_WORKER_SECONDS = 1.0
+
+
+class Worker(SimpleWorker):
+    """RQ's worker, which knows whether it was asked to end."""
+
+    asked = False
+
+    def request_stop(self, signum, frame):
+        self.asked = True
+        super().request_stop(signum, frame)
+
+
+def new_name() -> str:
+    """Return a name of its own: RQ refuses a killed worker's, and in containers pids recur."""
+    return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
+
+
+def work(connection: redis.Redis) -> None:
+    """Run one RQ worker after the other until a signal comes.
+
+    RQ's worker ends when it stumbles over what it finds in Redis. The process stays: the relay in
+    it has to live for some seconds to see that nobody stores the orders, and to do so itself.
+    """
+    while True:
+        reason = "it gave up"
+        try:
+            # No fork per job (19 ms). One queue: a worker of several can lose a job when killed.
+            worker = Worker(
+                [orders_queue(connection)],
+                name=new_name(),
+                connection=connection,
+                serializer=JSONSerializer,
+                worker_ttl=WORKER_TTL_SECONDS,
+            )
+            worker.max_connection_wait_time = 1.0
+            worker.work(logging_level=None)
+            if worker.asked:
+                return
+        except StopRequested:
+            return
+        except Exception as error:
+            reason = str(error).partition("\n")[0]
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: sys.exit())
+        log.warning("RQ's worker ended: %s; the next one in %g s", reason, NEXT_WORKER_SECONDS)
+        time.sleep(NEXT_WORKER_SECONDS)
 
 
 def main() -> None:
-    # RQ refuses a name that a killed worker had minutes ago, and in containers pids recur.
-    name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
+    name = new_name()
     Meter("worker").start()
     stopped = threading.Event()
     threads = [
@@ -38,17 +91,8 @@ def main() -> None:
     # RQ blocks on its queue for seconds, and raises this client's timeout for it: one of its own.
     connection = redis.Redis.from_url(app.config["SETTINGS"].redis_url, socket_connect_timeout=1)
     with app.app_context():
-        # No fork per job (19 ms), and one queue: a worker of several can lose a job when killed.
-        worker = SimpleWorker(
-            [orders_queue(connection)],
-            name=name,
-            connection=connection,
-            serializer=JSONSerializer,
-            worker_ttl=WORKER_TTL_SECONDS,
-        )
-        worker.max_connection_wait_time = 1.0
         try:
-            worker.work(logging_level=None)
+            work(connection)
         finally:
             stopped.set()
             for thread in threads:

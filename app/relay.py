@@ -54,7 +54,10 @@ class Relay:
         elif time.monotonic() - self._head_since > STUCK_SECONDS:
             # RQ's own data may be damaged, or its worker hang; the outbox needs neither.
             self._head_since = time.monotonic()
-            log.warning("orders wait although jobs are enqueued: %s", drain_batch("", "relay"))
+            drained = drain_batch("", "relay")
+            log.warning("orders wait although jobs are enqueued: %s", drained)
+            while drained.more and not stopped.is_set():
+                drained = drain_batch("", "relay")
             return
         # The first order after a pause goes at once; under load orders gather to a batch.
         stopped.wait(max(0.0, self._last + PACE_SECONDS - time.monotonic()))

@@ -16,7 +16,7 @@ from sqlalchemy import text
 
 from app import jobs, ledger, relay
 from app.config import NO_LIMIT
-from app.drain import drain_batch
+from app.drain import BATCH_ORDERS, drain_batch
 from app.extensions import db, stock
 from app.stock import Keys, Unavailable
 
@@ -142,6 +142,18 @@ def test_rubbish_in_the_queues_registries(app):
         wait_until(lambda: _survive(step, stopped) or stored() == 10, STORED_WITHIN_SECONDS + 1)
         client.delete("rq:queue:orders")
         assert ledger.check(rows=True).ok
+
+
+def test_a_backlog_that_no_job_stores_is_stored_at_one_go(make_app):
+    """More than a batch: the relay does not wait anew for each one."""
+    app = make_app(purchase_user_limit=NO_LIMIT, purchase_address_limit=NO_LIMIT)
+    with app.app_context():
+        stock.move(stock.generation(), 999, 1, 2 * BATCH_ORDERS)
+        claim(1, 2 * BATCH_ORDERS + 1)
+        stopped = threading.Event()
+        step = relay.Relay()
+        wait_until(lambda: step.run_once(stopped) or stored(), relay.STUCK_SECONDS + 2)
+        assert stored() == 2 * BATCH_ORDERS + 1
 
 
 def _survive(step, stopped) -> None:
