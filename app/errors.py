@@ -3,7 +3,7 @@
 import logging
 
 import redis
-from flask import Flask, Response, jsonify, render_template, request
+from flask import Flask, Response, current_app, jsonify, request
 from flask_wtf.csrf import CSRFError
 from sqlalchemy.exc import (
     DatabaseError,
@@ -71,7 +71,9 @@ def show_error(status: int, message: str, code: str | None = None, **more: objec
     if request.headers.get("HX-Request"):
         # The page shows the words as a note; another whole page has no place inside it.
         return message, status, headers | {"Content-Type": "text/plain; charset=utf-8"}
-    return render_template("error.html", status=status, message=message), status, headers
+    # Past Flask's context processors: one of them asks PostgreSQL who is signed in.
+    page = current_app.jinja_env.get_template("error.html")
+    return page.render(status=status, message=message), status, headers
 
 
 def init_app(app: Flask) -> None:

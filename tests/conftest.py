@@ -3,15 +3,17 @@
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.parse
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import flask_migrate
 import people
@@ -189,7 +191,7 @@ class Server:
         self, method: str, path: str, body: object = None, **headers: str
     ) -> tuple[int, dict[str, str], bytes, float]:
         """Send a request; return status, headers by lower-case name, content, seconds."""
-        url = urlsplit(self.url)
+        url = urllib.parse.urlsplit(self.url)
         connection = http.client.HTTPConnection(url.hostname, url.port, timeout=30)
         started = time.monotonic()
         if body is not None:
@@ -203,6 +205,19 @@ class Server:
             connection.close()
         names = {name.lower(): value for name, value in response.getheaders()}
         return response.status, names, content, time.monotonic() - started
+
+    def sign_in(self) -> str:
+        """Sign the first admin in as a browser does; return the Cookie header."""
+        browser = urllib.request.build_opener(jar := urllib.request.HTTPCookieProcessor())
+        url = f"{self.url}/admin/sign-in"
+        page = browser.open(url, timeout=10).read().decode()
+        form = {
+            "csrf_token": re.search(r'name="csrf_token"[^>]*value="([^"]+)"', page)[1],
+            "email": "admin@example.com",
+            "password": self.admin_password,
+        }
+        browser.open(url, urllib.parse.urlencode(form).encode(), timeout=10)
+        return "; ".join(f"{cookie.name}={cookie.value}" for cookie in jar.cookiejar)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import psutil
 import psycopg2
 import pytest
 import redis
-from conftest import start_system, stop_system, wait_until
+from conftest import Server, start_system, stop_system, wait_until
 from sqlalchemy.exc import DatabaseError, OperationalError, PendingRollbackError
 
 from app import inventory
@@ -34,9 +34,11 @@ CLIENTS = 64
 class Rig:
     """The whole system, with servers that the test holds in its hands."""
 
-    system: object
+    system: Server
     redis: RedisServer
     postgres: PostgresServer
+    # Of a signed-in admin.
+    cookie: str
 
     def server(self, name):
         return {"redis": self.redis, "postgres": self.postgres}[name]
@@ -50,6 +52,12 @@ class Rig:
 
     def call(self, method, path, body=None, **headers) -> tuple[int, dict, bytes, float]:
         return self.system.call(method, path, body, **headers)
+
+    def ask(self, name) -> tuple[int, dict, bytes, float]:
+        """Call a route of the matrix, as somebody who may."""
+        if name in PAGES:
+            return self.call("GET", PAGES[name], Cookie=self.cookie, **POLLS.get(name, {}))
+        return self.call(*ROUTES[name], Authorization=f"Bearer {self.system.api_token}")
 
     def buy(self, user: int = 1) -> int:
         return self.call("POST", "/purchase", {"userId": user, "productId": 1})[0]
@@ -70,11 +78,14 @@ def rig(tmp_path_factory):
         PURCHASE_ADDRESS_LIMIT="off",
         WEB_WORKERS="2",
     )
-    rig = Rig(system, *servers)
+    rig = Rig(system, *servers, system.sign_in())
     rig.call(
         "POST", "/products/restock", {"productId": 1, "amount": 100_000},
         Authorization=f"Bearer {system.api_token}",
     )  # fmt: skip
+    # Order 1, for its page.
+    assert rig.buy() == 200
+    wait_until(lambda: b"CONFIRMED" in rig.call("GET", "/purchase/orders/1")[2], 10, "order 1")
     yield rig
     for server in servers:
         if server.process and server.process.poll() is None:
@@ -113,30 +124,61 @@ ROUTES = {
     "ready": ("GET", "/readyz", None),
     "description": ("GET", "/openapi.json", None),
 }
-# What is answered while a server is gone; every other route: 503.
+PAGES = {
+    "page: dashboard": "/admin/",
+    "page: dashboard, polled": "/admin/live",
+    "page: chart": "/admin/chart.json",
+    "page: products": "/admin/products/",
+    "page: products, polled": "/admin/products/live",
+    "page: product": "/admin/products/1",
+    "page: product, polled": "/admin/products/1/live",
+    "page: product's form": "/admin/products/1/edit",
+    "page: restock": "/admin/products/1/restock",
+    "page: orders": "/admin/orders/",
+    "page: order": "/admin/orders/1",
+    "page: order, polled": "/admin/orders/1/live",
+    "page: dead letters": "/admin/dead-letters/",
+    "page: ledger": "/admin/ledger/",
+    "page: ledger, polled": "/admin/ledger/live",
+    "page: staff": "/admin/staff/",
+    "page: audit": "/admin/audit/",
+    "page: password": "/admin/password",
+    "page: jobs": "/admin/rq/",
+    "page: jobs, polled": "/admin/rq/0/data/queues.json",
+}
+POLLS = {name: {"X-Poll": "1"} for name in PAGES if name.endswith("polled")}
+# What is answered while a server is gone; every other route: 503. Who is signed in stands in
+# PostgreSQL, so that no page can do without; without Redis a page shows what it knows.
 WITHOUT = {
-    "redis": {"alive": 200},
+    "redis": {
+        "alive": 200,
+        **dict.fromkeys(PAGES.keys() - {"page: chart", "page: jobs, polled"}, 200),
+    },
     "postgres": {"buy": 200, "metrics": 200, "alive": 200},
 }
-# Pages that need no server of their own are let through or refused, as the limiter can tell.
-EITHER = {"sign-in page": {200, 503}, "dashboard": {302, 503}, "description": {200, 503}}
+# Pages that need no server of their own are let through or refused, as the limiter can tell; and a
+# dashboard that polls may get the figures of a moment ago.
+EITHER = {
+    "sign-in page": {200, 503},
+    "dashboard": {302, 503},
+    "description": {200, 503},
+    "page: dashboard, polled": {200, 503},
+}
 
 
 def hammer(rig: Rig, seconds: float) -> dict[str, list[tuple[int, dict, float]]]:
     """Call every route from many clients at once; return status, headers, time of each."""
     answers = defaultdict(list)
     end = time.monotonic() + seconds
-    token = {"Authorization": f"Bearer {rig.system.api_token}"}
 
     def run(number):
-        names = list(ROUTES)
+        names = [*ROUTES, *PAGES]
         position = number
         while time.monotonic() < end:
             name = names[position % len(names)]
             position += 1
-            method, path, body = ROUTES[name]
             try:
-                status, headers, _, took = rig.call(method, path, body, **token)
+                status, headers, _, took = rig.ask(name)
             except OSError as error:
                 status, headers, took = repr(error), {}, 0.0
             answers[name].append((status, headers, took))
@@ -158,6 +200,7 @@ def test_without_a_server(healthy, server, how):
     if how == "killed":
         rig.server(server).process.wait()
     answers = hammer(rig, 2.5)
+    assert answers.keys() == ROUTES.keys() | PAGES.keys()
     for name, seen in answers.items():
         expected = {WITHOUT[server].get(name, 503)} | EITHER.get(name, set())
         assert {status for status, _, _ in seen} <= expected, name
@@ -170,10 +213,9 @@ def test_without_a_server(healthy, server, how):
     else:
         rig.server(server).start()
     back_at = time.monotonic()
-    token = {"Authorization": f"Bearer {rig.system.api_token}"}
-    for name, (method, path, body) in ROUTES.items():
+    for name in (*ROUTES, *PAGES):
         wait_until(
-            lambda call=(method, path, body): rig.call(*call, **token)[0] in (200, 201, 302),
+            lambda name=name: rig.ask(name)[0] in (200, 201, 302),
             BACK_WITHIN_SECONDS + LENIENCE_SECONDS - (time.monotonic() - back_at),
             f"{name} to work again",
         )
