@@ -58,6 +58,7 @@ POSTGRES_OPTIONS = {
     # still takes seconds to replay this much after a crash.
     "max_wal_size": "2GB",
     "checkpoint_timeout": "15min",
+    "log_min_error_statement": "panic",  # a failing batch holds shoppers' ids and keys
     "max_parallel_workers_per_gather": "0",  # a report must not take the cores a sale runs on
 }
 

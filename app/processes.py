@@ -120,6 +120,7 @@ class Kept:
     started_at: float = 0.0
     delay: float = FIRST_DELAY_SECONDS
     restart_at: float | None = None
+    longest: float | None = None
 
     def check(self, now: float) -> None:
         """Restart the program when it has died and its delay is over."""
@@ -130,7 +131,7 @@ class Kept:
                 self.delay = FIRST_DELAY_SECONDS
             say(f"{self.program.name} {end}; starting it again in {self.delay:g} s")
             self.restart_at = now + self.delay
-            self.delay = min(self.delay * 2, LAST_DELAY_SECONDS)
+            self.delay = min(self.delay * 2, self.longest or LAST_DELAY_SECONDS)
         if self.restart_at is not None and now >= self.restart_at:
             self.started_at, self.restart_at = now, None
             try:

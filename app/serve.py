@@ -2,8 +2,8 @@
 
 It owns the listening sockets, one for each of its processes (the kernel spreads connections over
 them), and keeps the processes running. A socket outlives its process, and with it the connections
-that wait to be accepted: who comes next answers them. SIGHUP renews the processes one after the
-other, SIGTERM lets requests in flight finish.
+that wait to be accepted: a neighbour answers them, or who comes next. SIGHUP renews the processes
+one after the other, SIGTERM lets requests in flight finish.
 """
 
 import os
@@ -22,9 +22,13 @@ from app.processes import STOP_SIGNALS, Kept, Program, Signals, StartError, Stop
 
 # One descriptor per open connection; the usual 1024 is too few, and all there are slows forks.
 OPEN_FILES = 65536
+# Connections that the kernel keeps until they are accepted, for each process.
+BACKLOG = 4096
 POLL_SECONDS = 0.05
 # Importing takes a second; on a busy machine more.
 START_SECONDS = 30
+# Of a restart, after several: less than a shopper's patience.
+LONGEST_DELAY_SECONDS = 1.0
 # What a process allows itself to finish its requests, and a little.
 STOP_SECONDS = 8
 # A killed run's processes take a moment to leave the port.
@@ -37,8 +41,9 @@ class WebProcess(Program):
 
     name = "web process"
 
-    def __init__(self, listener: socket.socket) -> None:
-        self.listener = listener
+    def __init__(self, listener: socket.socket, neighbour: socket.socket) -> None:
+        """`neighbour` is a socket whose process may die or hang: it is looked after meanwhile."""
+        self.listener, self.neighbour = listener, neighbour
         self._ready: int | None = None
 
     def launch(self) -> None:
@@ -53,9 +58,9 @@ class WebProcess(Program):
         self._ready, theirs = os.pipe()
         try:
             os.set_blocking(self._ready, False)
-            here = self.listener.fileno()
-            argv = [sys.executable, "-m", "app.web", str(here), str(theirs)]
-            self._spawn(argv, Path.cwd(), pass_fds=(here, theirs))
+            files = self.listener.fileno(), self.neighbour.fileno(), theirs
+            argv = [sys.executable, "-m", "app.web", *map(str, files)]
+            self._spawn(argv, Path.cwd(), pass_fds=files)
         finally:
             os.close(theirs)
 
@@ -82,9 +87,14 @@ class WebServer:
         """`address` is an IP address and PORT, which must be free."""
         self.signals = Signals()
         self.renewing = False
+        listeners = [_listener(address) for _ in range(settings.web_workers)]
         self.kept = [
-            Kept(WebProcess(_listener(address)), started_at=time.monotonic())
-            for _ in range(settings.web_workers)
+            Kept(
+                WebProcess(listener, listeners[number - 1]),
+                started_at=time.monotonic(),
+                longest=LONGEST_DELAY_SECONDS,
+            )
+            for number, listener in enumerate(listeners)
         ]
 
     def run(self) -> None:
@@ -104,7 +114,7 @@ class WebServer:
     def renew(self) -> None:
         """Let a successor take over from each process, or leave all as it is if one can't."""
         for kept in self.kept:
-            successor = WebProcess(kept.program.listener)
+            successor = WebProcess(kept.program.listener, kept.program.neighbour)
             try:
                 successor.launch()
                 if not self._await(successor.is_ready, START_SECONDS, successor.is_alive):
@@ -160,6 +170,7 @@ def _listener(address: tuple) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     listener.bind(address)
+    listener.listen(BACKLOG)
     return listener
 
 

@@ -14,6 +14,7 @@ import resource
 import socket
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 import uvicorn
 from a2wsgi import WSGIMiddleware
@@ -21,7 +22,7 @@ from flask import Flask
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from werkzeug.middleware.proxy_fix import ProxyFix
 
-from . import logs, polls
+from . import logs, polls, serve
 from .extensions import stock
 from .lane import JSON_TYPE, UNAVAILABLE, UNAVAILABLE_RETRY, PurchaseLane, error_body
 from .purchases import MAX_BODY_BYTES
@@ -49,10 +50,9 @@ MAX_CONNECTIONS = 20_000
 # Files that are no connections: listening socket, servers, logs, modules.
 SPARE_FILES = 200
 
-# Connections that the kernel keeps until they are accepted, for each process.
-BACKLOG = 4096
 # Of uvicorn's main loop.
 TICKS_PER_SECOND = 10
+HELPED_PER_TICK = 1000
 
 # What a request in flight may still take when its process is to end.
 STOP_SECONDS = 5
@@ -359,10 +359,16 @@ class Protocol(HttpToolsProtocol):
 class Server(uvicorn.Server):
     """Serves until SIGTERM, then finishes what is in flight."""
 
-    def __init__(self, config: uvicorn.Config, ready: int) -> None:
-        """`ready` is written to, and closed, when connections are accepted."""
+    def __init__(
+        self, config: uvicorn.Config, ready: int, neighbour: socket.socket | None = None
+    ) -> None:
+        """`ready` is written to, and closed, when connections are accepted.
+
+        What waits at the `neighbour`, a listening socket, is accepted too when its own process
+        does not do so.
+        """
         super().__init__(config)
-        self.ready = ready
+        self.ready, self.neighbour = ready, neighbour
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self.server_state.most_connections = min(MAX_CONNECTIONS, files - SPARE_FILES)
         self.server_state.ending = False
@@ -375,6 +381,7 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         ends = await super().on_tick(counter)
+        await self._help_neighbour()
         if counter % TICKS_PER_SECOND == 0:
             state, now = self.server_state, asyncio.get_running_loop().time()
             ((_, date),) = state.default_headers
@@ -382,6 +389,20 @@ class Server(uvicorn.Server):
             for connection in [each for each in state.connections if each.due < now]:
                 connection.expire()
         return ends
+
+    async def _help_neighbour(self) -> None:
+        # A process that is alive accepts at once: who still waits here, waits for a dead one.
+        loop = asyncio.get_running_loop()
+        for _ in range(HELPED_PER_TICK if self.neighbour else 0):
+            try:
+                connection, _ = self.neighbour.accept()
+            except OSError:
+                return
+            with suppress(OSError):
+                await loop.connect_accepted_socket(self._protocol, connection)
+
+    def _protocol(self) -> Protocol:
+        return Protocol(self.config, self.server_state, {}, asyncio.get_running_loop())
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.server_state.ending = True
@@ -402,13 +423,13 @@ def configured(app: Flask) -> uvicorn.Config:
         server_header=False,
         access_log=False,
         log_config=None,
-        backlog=BACKLOG,
+        backlog=serve.BACKLOG,
         timeout_graceful_shutdown=STOP_SECONDS,
     )
 
 
-def main(listener: int, ready: int) -> None:
-    """Serve the app at a listening socket; both arguments are file descriptors."""
+def main(listener: int, neighbour: int, ready: int) -> None:
+    """Serve the app at a listening socket; the arguments are file descriptors, see `Server`."""
     from wsgi import app
 
     # What was loaded so far lives as long as the process: no need to look it over again and again.
@@ -419,7 +440,10 @@ def main(listener: int, ready: int) -> None:
     gc.set_threshold(50_000)
     # Malformed requests are the clients' business.
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
-    Server(configured(app), ready).run([socket.socket(fileno=listener)])
+    beside = None if neighbour == listener else socket.socket(fileno=neighbour)
+    if beside:
+        beside.setblocking(False)
+    Server(configured(app), ready, beside).run([socket.socket(fileno=listener)])
 
 
 if __name__ == "__main__":

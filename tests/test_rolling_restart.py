@@ -171,3 +171,23 @@ def test_a_version_that_does_not_start_leaves_the_old_one(system):
         20,
         "new processes",
     )
+
+
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL], ids=["hangs", "dies"])
+def test_a_neighbour_takes_over_what_waits(system, number):
+    """Half of the connections are one process's; nobody of them waits for its successor."""
+    victim = processes(system.data_dir, "app.web")[0]
+    started = time.monotonic()
+    os.kill(victim, number)
+    try:
+        for user in range(40):
+            body = {"userId": 5_000_000 + user, "productId": 1}
+            begun = time.monotonic()
+            assert call(f"{system.url}/purchase", body).status == 200
+            assert time.monotonic() - begun < 0.8
+            if time.monotonic() - started > 1:
+                break
+    finally:
+        if number == signal.SIGSTOP:
+            os.kill(victim, signal.SIGCONT)
+    wait_until(lambda: len(processes(system.data_dir, "app.web")) == 2)
