@@ -148,7 +148,7 @@ def tables(rounds: list[dict], single: dict, growth: dict | None, seconds: float
             ]
             + [
                 [
-                    "from the end of a killed web server to its successor's first answer, s",
+                    "all web processes killed: until the first answer of their successors, s",
                     "",
                     f"{growth['start_seconds']:.2f}",
                     "",

@@ -64,9 +64,8 @@ local slot, this, last = 0, 0, 0
 if ADDRESS_LIMIT > 0 then
   slot = math.floor(now / ADDRESS_WINDOW)
   if known[3] then
-    local s, t, l = string.match(known[3], '^(%d+) (%d+) (%d+)$')
-    if tonumber(s) == slot then this, last = tonumber(t), tonumber(l)
-    elseif tonumber(s) == slot - 1 then last = tonumber(t) end
+    local s, t, l = struct.unpack('>ddd', known[3])
+    if s == slot then this, last = t, l elseif s == slot - 1 then last = t end
   end
   local elapsed = now - slot * ADDRESS_WINDOW
   if this + last * (1 - elapsed / ADDRESS_WINDOW) + 1 > ADDRESS_LIMIT then
@@ -83,7 +82,7 @@ end
 local function attempt()
   if USER_LIMIT > 0 then redis.call('SET', KEYS[2], attempts .. struct.pack('>d', now), 'PX', USER_WINDOW) end
   if ADDRESS_LIMIT > 0 then
-    redis.call('SET', KEYS[3], string.format('%d %d %d', slot, this + 1, last), 'PX', 2 * ADDRESS_WINDOW)
+    redis.call('SET', KEYS[3], struct.pack('>ddd', slot, this + 1, last), 'PX', 2 * ADDRESS_WINDOW)
   end
 end
 
