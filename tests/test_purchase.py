@@ -146,10 +146,16 @@ def test_a_clock_that_was_set_back_locks_nobody_out(buy):
     ahead = time.time() + 3600
     stamps = b"".join(struct.pack(">d", ahead * 1000 + number) for number in range(5))
     stock.raw_client.set(Keys.rate(1), stamps)
-    stock.client.set(Keys.address("127.0.0.1"), f"{int(ahead // 60)} 3000 3000")
+    stock.client.set(Keys.address("127.0.0.1"), struct.pack(">ddd", ahead // 60, 3000, 3000))
     answer = buy(1)
     assert answer.status_code == 200
     assert answer.headers["RateLimit"] == '"user";r=4;t=60'
+
+
+def test_an_address_counted_by_an_older_version_is_counted_anew(buy):
+    for written in (f"{int(time.time() // 60)} 3000 3000", "28999999 1000000 1000000", ""):
+        stock.client.set(Keys.address("127.0.0.1"), written)
+        assert buy(1).status_code == 200
 
 
 def test_limits_can_be_turned_off(make_app):

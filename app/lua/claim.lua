@@ -63,7 +63,8 @@ end
 local slot, this, last = 0, 0, 0
 if ADDRESS_LIMIT > 0 then
   slot = math.floor(now / ADDRESS_WINDOW)
-  if known[3] then
+  -- 24 bytes: what an earlier version wrote in another form is forgotten.
+  if known[3] and #known[3] == 24 then
     local s, t, l = struct.unpack('>ddd', known[3])
     if s == slot then this, last = t, l elseif s == slot - 1 then last = t end
   end
