@@ -168,6 +168,8 @@ EITHER = {
     "dashboard": {302, 503},
     "description": {200, 503},
     "page: dashboard, polled": {200, 503},
+    # The frame of RQ's figures: rq-dashboard may look into Redis for it, or not.
+    "page: jobs": {200, 503},
 }
 
 
