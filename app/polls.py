@@ -44,11 +44,11 @@ class Polls:
             return None
         return answer
 
-    def keep(self, path: str, cookie: bytes, group: str, answer: Answer) -> None:
-        """Remember what Flask answered to a session, and that it did."""
+    def keep(self, path: str, cookie: bytes, group: str, until: float, answer: Answer) -> None:
+        """Remember what Flask answered to a session, and until when that is believed."""
         if len(self._tickets) >= MOST_TICKETS:
             self._tickets.clear()
-        self._tickets[cookie] = group, answer.made_at + TICKET_SECONDS
+        self._tickets[cookie] = group, until
         self._answers[path, group] = answer
 
 
@@ -60,9 +60,12 @@ def cookie_of(scope: dict) -> bytes | None:
     return headers.get(b"cookie") if headers.get(b"x-poll") == b"1" else None
 
 
-def share(environ: dict, group: str) -> None:
-    """Let everybody of a group have the answer to this request; a view says so."""
-    environ.get("asgi.scope", {})["share"] = group
+def share(environ: dict, group: str, made_at: float) -> None:
+    """Let everybody of a group have the answer to this request; a view says so.
+
+    `made_at` is when its figures were read, monotonic.
+    """
+    environ.get("asgi.scope", {})["share"] = group, made_at
 
 
 async def serve(polls: Polls, scope: dict, cookie: bytes, flask: Callable, send: Callable) -> None:
@@ -74,7 +77,7 @@ async def serve(polls: Polls, scope: dict, cookie: bytes, flask: Callable, send:
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": answer.body})
         return
-    made_at, status, headers, body = time.monotonic(), 0, [], []
+    asked_at, status, headers, body = time.monotonic(), 0, [], []
 
     async def watch(event: dict) -> None:
         nonlocal status, headers
@@ -88,4 +91,6 @@ async def serve(polls: Polls, scope: dict, cookie: bytes, flask: Callable, send:
     if status == 200 and "share" in scope and b"set-cookie" not in dict(headers):
         own = (b"date", logs.HEADER.lower().encode())
         shared = [(name, value) for name, value in headers if name not in own]
-        polls.keep(path, cookie, scope["share"], Answer(made_at, shared, b"".join(body)))
+        group, made_at = scope["share"]
+        answer = Answer(made_at, shared, b"".join(body))
+        polls.keep(path, cookie, group, asked_at + TICKET_SECONDS, answer)

@@ -21,7 +21,7 @@ def show():
 
 
 # Twenty open dashboards cost what one does.
-_shared: dict[bool, tuple[float, str]] = {}
+_shared: dict[str, tuple[float, str]] = {}
 # In it, the rows that look as they did a moment ago: most of a big sale's products stand still.
 MOST_ROWS = 1000
 _rows: dict[tuple, Markup] = {}
@@ -32,19 +32,20 @@ def live():
     """What of the dashboard changes by the second."""
     if not is_poll():
         return render_template("admin/_dashboard.html", board=monitor.board())
-    share(request.environ, "admin" if current_user.is_admin else "support")
-    made_at, fragment = _shared.get(current_user.is_admin, (float("-inf"), ""))
+    role = current_user.role
+    made_at, fragment = _shared.get(role, (float("-inf"), ""))
     if time.monotonic() - made_at > FRESH_SECONDS:
+        made_at, board = time.monotonic(), monitor.board()
         # Without anybody's CSRF token: a page that polls sends its own in a header.
-        board = monitor.board()
         fragment = render_template("admin/_dashboard.html", board=board, row=_row, shared=True)
-        _shared[current_user.is_admin] = (time.monotonic(), fragment)
+        _shared[role] = made_at, fragment
+    share(request.environ, role, made_at)
     return fragment
 
 
 def _row(item: monitor.Item) -> Markup:
     """Return a product's row, rendered anew only when something in it has changed."""
-    key = (current_user.is_admin, item.product.id, item.product.version, *item.figures)
+    key = (current_user.role, item.product.id, item.product.version, *item.figures)
     row = _rows.get(key)
     if row is None:
         if len(_rows) >= MOST_ROWS:
