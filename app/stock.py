@@ -142,8 +142,8 @@ class Stock:
             for path in resources.files("app.lua").iterdir()
             if path.name.endswith(".lua")
         }
+        script = ClaimScript(scripts.pop("claim"), settings)
         self._scripts = {name: self.client.register_script(text) for name, text in scripts.items()}
-        script = ClaimScript(scripts["claim"], settings)
         self.thread_line = ThreadLine(url, script, on_record)
         self.loop_line = Doorkeeper(LoopLine(url, script, on_record), self.turn_away)
 

@@ -282,9 +282,11 @@ class Protocol(HttpToolsProtocol):
             lines.append("Connection: close\r\n")
         head = "".join(lines).encode("latin-1")
         self.transport.write(b"".join((head, self.server_state.date, b"\r\n", body)))
-        if not keep_alive and not self.in_message:
+        if keep_alive:
+            return
+        if not self.in_message:
             self.transport.close()
-        elif not keep_alive:
+        else:
             # To close on a client that still sends would reset the connection, and the answer with
             # it: read on for a while (RFC 9112, 9.6).
             self.deaf = self.ended = True
@@ -308,8 +310,7 @@ class Protocol(HttpToolsProtocol):
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        idle = self.cycle is None or self.cycle.response_complete
-        self.due = self.loop.time() + HEAD_SECONDS if idle else math.inf
+        self.due = self.loop.time() + HEAD_SECONDS if self._is_idle() else math.inf
 
     def refuse(self, status: str, body: bytes) -> None:
         """Answer what is no request that could be served, and close."""

@@ -11,7 +11,6 @@ docs/performance.md (--quick writes nothing).
 import argparse
 import json
 import os
-import re
 import shutil
 import signal
 import socket
@@ -20,7 +19,6 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.parse
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -31,7 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "stress")]
 
 import redis
 from bench_report import write_report
-from client import Server, fresh_addresses
+from client import Server, fresh_addresses, sign_in
 
 from app.embedded import PostgresServer, RedisServer
 
@@ -341,22 +339,6 @@ def round_of_peer(folder: Path, port: int, processes: int, users: Users, seconds
         return result | refuse(peer, 1, users, seconds / 2)
 
 
-def signed_in(system: Ours) -> str:
-    """Sign the first admin in; return the Cookie header."""
-    jar = urllib.request.HTTPCookieProcessor()
-    browser = urllib.request.build_opener(jar)
-    # The session belongs to one kind of browser.
-    browser.addheaders = [("User-Agent", "dashboards.lua")]
-    page = browser.open(f"{system.url}/admin/sign-in", timeout=10).read().decode()
-    form = {
-        "csrf_token": re.search(r'name="csrf_token"[^>]*value="([^"]+)"', page)[1],
-        "email": "admin@example.com",
-        "password": (system.folder / "admin_password").read_text().strip(),
-    }
-    browser.open(f"{system.url}/admin/sign-in", urllib.parse.urlencode(form).encode(), timeout=10)
-    return "; ".join(f"{cookie.name}={cookie.value}" for cookie in jar.cookiejar)
-
-
 def sell_beside(system: Ours, product: int, users: Users, dashboards: int, cookie: str) -> tuple:
     """Sell for 4 s with open dashboards, which poll once a second; return both loads' figures."""
     url, polled = f"{system.url}/admin/live", None
@@ -378,7 +360,9 @@ def dashboards_figures(system: Ours, product: int, users: Users) -> list[dict]:
     """Compare purchases without and with 20 open dashboards of 50 products, by turns."""
     while len(system.api.read("/products")) < 50:
         system.product(100)
-    cookie, pairs = signed_in(system), []
+    password = (system.folder / "admin_password").read_text().strip()
+    # The session belongs to one kind of browser.
+    cookie, pairs = sign_in(system.url, password, agent="dashboards.lua"), []
     for _ in range(5):
         alone, _ = sell_beside(system, product, users, 0, cookie)
         beside, polled = sell_beside(system, product, users, 20, cookie)

@@ -9,16 +9,18 @@ import http.client
 import json
 import os
 import random
+import re
 import sys
 import threading
 import time
+import urllib.parse
+import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from ipaddress import IPv4Address
 from pathlib import Path
-from urllib.parse import urlsplit
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -62,7 +64,7 @@ class Server:
     """The server under test."""
 
     def __init__(self, url: str, token: str):
-        self.url = urlsplit(url if "://" in url else f"http://{url}")
+        self.url = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
         self.token = token
         if self.url.scheme not in ("http", "https") or not self.url.hostname:
             raise CannotRun(f"not an http URL: {url}")
@@ -163,6 +165,21 @@ class Server:
 
 def _key_header(key: str | None) -> dict[str, str]:
     return {"Idempotency-Key": key} if key else {}
+
+
+def sign_in(url: str, password: str, agent: str = "stress") -> str:
+    """Sign the first admin in as a browser does, named `agent`; return the Cookie header."""
+    browser = urllib.request.build_opener(jar := urllib.request.HTTPCookieProcessor())
+    browser.addheaders = [("User-Agent", agent)]
+    page = browser.open(f"{url}/admin/sign-in", timeout=ANSWER_SECONDS).read().decode()
+    form = {
+        "csrf_token": re.search(r'name="csrf_token"[^>]*value="([^"]+)"', page)[1],
+        "email": "admin@example.com",
+        "password": password,
+    }
+    body = urllib.parse.urlencode(form).encode()
+    browser.open(f"{url}/admin/sign-in", body, timeout=ANSWER_SECONDS)
+    return "; ".join(f"{cookie.name}={cookie.value}" for cookie in jar.cookiejar)
 
 
 def fresh_user() -> int:

@@ -3,14 +3,12 @@
 import http.client
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +25,10 @@ from app.config import ROOT, Settings, load_settings
 from app.drain import drain_batch
 from app.embedded import PostgresServer, RedisServer
 from app.extensions import db, stock
+
+sys.path.insert(0, str(ROOT / "stress"))
+
+from client import sign_in
 
 API_TOKEN = "test-token-0123456789"
 ADMIN_PASSWORD = people.PASSWORD
@@ -208,16 +210,7 @@ class Server:
 
     def sign_in(self) -> str:
         """Sign the first admin in as a browser does; return the Cookie header."""
-        browser = urllib.request.build_opener(jar := urllib.request.HTTPCookieProcessor())
-        url = f"{self.url}/admin/sign-in"
-        page = browser.open(url, timeout=10).read().decode()
-        form = {
-            "csrf_token": re.search(r'name="csrf_token"[^>]*value="([^"]+)"', page)[1],
-            "email": "admin@example.com",
-            "password": self.admin_password,
-        }
-        browser.open(url, urllib.parse.urlencode(form).encode(), timeout=10)
-        return "; ".join(f"{cookie.name}={cookie.value}" for cookie in jar.cookiejar)
+        return sign_in(self.url, self.admin_password)
 
 
 @pytest.fixture(scope="session")

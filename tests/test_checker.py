@@ -5,11 +5,6 @@ import sys
 from dataclasses import replace
 
 import pytest
-
-from app.config import ROOT
-
-sys.path.insert(0, str(ROOT / "stress"))
-
 from checker import (
     OK,
     REFUSED,
@@ -24,6 +19,8 @@ from checker import (
     check,
     save,
 )
+
+from app.config import ROOT
 
 
 @pytest.fixture
