@@ -3,7 +3,7 @@ VENV = .venv/bin
 .PHONY: run test lint stress screenshots bench chaos fuzz
 
 run: .venv/installed
-	exec $(VENV)/python -m app.supervisor
+	exec $(VENV)/python -m app.run.supervisor
 
 test: .venv/installed-dev
 	$(VENV)/python -m pytest

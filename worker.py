@@ -18,10 +18,10 @@ from rq import SimpleWorker
 from rq.exceptions import StopRequested
 from rq.serializers import JSONSerializer
 
-from app.jobs import orders_queue
-from app.relay import Relay, Sweeper, run_forever
-from app.stock import Keys
-from app.telemetry import Meter
+from app.stock.keys import Keys
+from app.watch.telemetry import Meter
+from app.worker.jobs import orders_queue
+from app.worker.relay import Relay, Sweeper, run_forever
 from wsgi import app
 
 log = logging.getLogger(__name__)

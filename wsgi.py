@@ -10,7 +10,7 @@ import sys
 
 from app import create_app, logs
 from app.config import SettingsError, load_settings, with_secrets
-from app.embedded import EmbeddedError, servers
+from app.run.embedded import EmbeddedError, servers
 
 _open = contextlib.ExitStack()
 atexit.register(_open.close)

@@ -3,12 +3,14 @@
 from flask import Flask
 from werkzeug.middleware.proxy_fix import ProxyFix
 
-from . import admin, api, cli, database, errors, headers, logs, recovery
+from . import admin, cli, database, logs
+from .books import recovery
 from .config import ROOT, Settings, load_settings, with_secrets
 from .extensions import csrf, db, limiter, login, migrate, stock
-from .identity import Shoppers
-from .keys import cautious_options
-from .lane import PurchaseLane
+from .stock.keys import cautious_options
+from .web import api, errors, headers
+from .web.identity import Shoppers
+from .web.lane import PurchaseLane
 
 
 def create_app(settings: Settings | None = None) -> Flask:

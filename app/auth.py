@@ -13,11 +13,10 @@ from werkzeug.exceptions import Forbidden
 from werkzeug.security import check_password_hash, generate_password_hash
 
 from .audit import Actor, record
-from .errors import api_error
 from .extensions import db, login
-from .inventory import Conflict
 from .models import ApiToken, Staff
-from .purchases import InvalidRequest
+from .problems import Conflict, InvalidRequest
+from .web.errors import api_error
 
 # NIST SP 800-63B, 5.1.1.2: at least 8 characters; no rules of composition.
 MIN_PASSWORD = 8

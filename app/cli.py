@@ -6,14 +6,16 @@ from flask import Flask, current_app
 from flask.cli import AppGroup, with_appcontext
 from sqlalchemy import select, text
 
-from . import auth, deadletters, inventory, ledger, recovery
+from . import auth
 from .audit import CLI
+from .books import ledger, recovery
 from .config import was_generated
 from .extensions import db
-from .inventory import MAX_REASON, Conflict, UnknownProduct
 from .models import ApiToken, Staff
-from .purchases import InvalidRequest
-from .stock import Unavailable
+from .orders import deadletters
+from .problems import Conflict, InvalidRequest, Unavailable, UnknownProduct
+from .products import inventory
+from .reading import MAX_REASON
 
 # Two starts at once must not migrate at once.
 PREPARE_LOCK = 7_316_002

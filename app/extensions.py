@@ -10,7 +10,7 @@ from sqlalchemy import MetaData
 from sqlalchemy.orm import DeclarativeBase
 
 from .addresses import client_of
-from .stock import Stock
+from .stock.gateway import Stock
 
 
 class Base(DeclarativeBase):

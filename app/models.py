@@ -23,12 +23,7 @@ from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
 from sqlalchemy.orm import Mapped, mapped_column
 
 from .extensions import db
-
-# Ids and user ids travel through JSON and Lua, whose numbers are exact up to here (RFC 8259, 6).
-MAX_ID = 2**53 - 1
-MAX_STOCK = 10_000_000
-MAX_RESTOCK = 1_000_000
-MAX_QUANTITY = 1_000_000
+from .reading import MAX_QUANTITY
 
 Timestamp = TIMESTAMP(timezone=True)
 

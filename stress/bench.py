@@ -31,7 +31,7 @@ import redis
 from bench_report import write_report
 from client import Server, fresh_addresses, sign_in
 
-from app.embedded import PostgresServer, RedisServer
+from app.run.embedded import PostgresServer, RedisServer
 
 CONNECTIONS = 64
 STOCK = 10_000_000
@@ -39,8 +39,8 @@ PEER = ROOT / "stress" / "peer_express"
 TICKS = os.sysconf("SC_CLK_TCK")
 # The roles of processes, by a word of their command lines.
 ROLES = {
-    "app.serve": "web",
-    "app.web": "web",
+    "app.run.serve": "web",
+    "web.py": "web",
     "server.js": "web",
     "worker.py": "worker",
     "worker.js": "worker",
@@ -147,7 +147,7 @@ class Ours:
         log = self.folder / "bench.log"
         with log.open("w") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", "app.supervisor"],
+                [sys.executable, "-m", "app.run.supervisor"],
                 cwd=ROOT,
                 env=self.environ,
                 stdout=output,

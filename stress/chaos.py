@@ -47,11 +47,13 @@ from checker import (
     save,
 )
 
-from app import create_app, inventory, ledger, orders
+from app import create_app
 from app.audit import Actor
+from app.books import ledger
 from app.config import load_settings
-from app.embedded import PostgresServer, RedisServer
-from app.stock import Unavailable
+from app.orders import lookup as orders
+from app.problems import Conflict, Unavailable, UnknownOrder
+from app.run.embedded import PostgresServer, RedisServer
 
 TOKEN = "chaos-token-0123456789"
 SECRET = "chaos-secret-0123456789"
@@ -131,7 +133,7 @@ class System:
             )
         with (self.folder / "supervisor.log").open("ab") as log:
             self.supervisor = subprocess.Popen(
-                [sys.executable, *(("-c", QUICK) if self.quick else ("-m", "app.supervisor"))],
+                [sys.executable, *(("-c", QUICK) if self.quick else ("-m", "app.run.supervisor"))],
                 cwd=ROOT,
                 env=environ,
                 stdin=subprocess.DEVNULL,
@@ -160,7 +162,7 @@ class System:
                 return False
             words = process.cmdline() or [""]
             if kind == "web":
-                return "app.serve" in words or "app.web" in words
+                return "app.run.serve" in words or "web.py" in words
             if kind == "worker":
                 return words[-1] == "worker.py"
             if kind == "redis":
@@ -351,9 +353,9 @@ class Clients:
                     orders.cancel(order_id, "chaos", actor)
                 outcome = OK
                 done.add(order_id)
-            except orders.UnknownOrder:
+            except UnknownOrder:
                 outcome = REFUSED
-            except inventory.Conflict:
+            except Conflict:
                 done.add(order_id)
             except Exception as error:
                 if not isinstance(error, Unavailable) and "psycopg2" not in repr(error):

@@ -15,9 +15,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sqlalchemy import text
 
-from app import inventory, recovery
 from app.audit import Actor
+from app.books import recovery
 from app.extensions import db
+from app.products import inventory
 from wsgi import app
 
 ACTOR = Actor("stress/generate.py")

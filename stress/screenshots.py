@@ -31,8 +31,8 @@ from playwright.sync_api import Page, sync_playwright
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from app.config import load_settings, with_secrets
-from app.embedded import embedded_servers
-from app.stock import Keys
+from app.run.embedded import embedded_servers
+from app.stock.keys import Keys
 
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
 WIDTHS = {"wide": (1440, 900), "narrow": (360, 780)}
@@ -58,7 +58,7 @@ class Shop:
         self.log = folder / "system.log"
         with self.log.open("w") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "app.supervisor"],
+                [sys.executable, "-m", "app.run.supervisor"],
                 cwd=ROOT,
                 env=environ,
                 stdout=output,

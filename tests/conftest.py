@@ -19,12 +19,13 @@ import pytest
 import redis
 from documented import DocumentedClient
 
-from app import create_app, recovery
+from app import create_app
 from app.audit import CLI
+from app.books import recovery
 from app.config import ROOT, Settings, load_settings
-from app.drain import drain_batch
-from app.embedded import PostgresServer, RedisServer
 from app.extensions import db, stock
+from app.orders.drain import drain_batch
+from app.run.embedded import PostgresServer, RedisServer
 
 sys.path.insert(0, str(ROOT / "stress"))
 
@@ -233,7 +234,7 @@ def start_system(data_dir: Path, **environ: str) -> Server:
     log = data_dir / "supervisor.log"
     with log.open("w") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "app.supervisor"],
+            [sys.executable, "-m", "app.run.supervisor"],
             cwd=ROOT,
             env=clean | {"DATA_DIR": str(data_dir), "PORT": str(port), **environ},
             stdout=output,

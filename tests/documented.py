@@ -5,7 +5,7 @@ from functools import cache
 
 from flask.testing import FlaskClient
 
-from app.openapi import document
+from app.web.openapi import document
 
 # A method that a route does not know is answered alike everywhere; no operation describes it.
 NOT_OF_AN_OPERATION = {405}

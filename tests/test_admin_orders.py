@@ -9,9 +9,9 @@ import pytest
 from people import BROWSER, send
 from sqlalchemy import text
 
-from app import search
 from app.admin.orders import safe_cell
 from app.extensions import db, stock
+from app.orders import search
 
 RESULTS = BROWSER | {"HX-Target": "results"}
 

@@ -7,10 +7,11 @@ import time
 import pytest
 from people import BROWSER, csrf_token, send, sign_in
 
-from app import jobs, monitor
 from app.extensions import db, stock
 from app.models import AuditEntry, Staff
-from app.stock import Keys
+from app.stock.keys import Keys
+from app.watch import monitor
+from app.worker import jobs
 
 
 def secret_of(answer) -> str:

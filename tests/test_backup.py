@@ -10,7 +10,7 @@ import pytest
 from conftest import ADMIN_PASSWORD, API_TOKEN
 
 from app.config import ROOT
-from app.embedded import PostgresServer, RedisServer, _postgres
+from app.run.embedded import PostgresServer, RedisServer, _postgres
 
 COMMANDS = """
 from app import create_app, inventory, ledger, orders, recovery

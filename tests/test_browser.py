@@ -16,8 +16,8 @@ import pytest
 from web import call
 
 from app.config import load_settings
-from app.drain import DRAIN_LOCK
-from app.embedded import embedded_servers
+from app.orders.drain import DRAIN_LOCK
+from app.run.embedded import embedded_servers
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 EMAIL = "admin@example.com"

@@ -10,7 +10,7 @@ import pytest
 
 from app.config import ROOT
 
-PARTS = ("app", "migrations", "stress", "templates", "wsgi.py", "worker.py")
+PARTS = ("app", "migrations", "stress", "templates", "web.py", "wsgi.py", "worker.py")
 
 
 def run_chaos(*arguments: str, tree=ROOT) -> subprocess.CompletedProcess:
@@ -38,7 +38,7 @@ SABOTAGES = {
     "the order is queued before the claim is decided": (
         [
             (
-                "app/lua/claim.lua",
+                "app/stock/lua/claim.lua",
                 "if free <= 0 then return refuse('sold_out') end",
                 """local order_id = redis.call('INCR', KEYS[8])
 redis.call('XADD', KEYS[6], order_id .. '-0', 'order', table.concat(
@@ -46,12 +46,12 @@ redis.call('XADD', KEYS[6], order_id .. '-0', 'order', table.concat(
 if free <= 0 then return refuse('sold_out') end""",
             ),
             (
-                "app/lua/claim.lua",
+                "app/stock/lua/claim.lua",
                 "local order_id = redis.call('INCR', KEYS[8])\nlocal entry",
                 "local entry",
             ),
             (
-                "app/lua/claim.lua",
+                "app/stock/lua/claim.lua",
                 "redis.call('XADD', KEYS[6], order_id .. '-0', 'order', entry)",
                 "",
             ),
@@ -62,7 +62,7 @@ if free <= 0 then return refuse('sold_out') end""",
     "the outbox is trimmed before the commit": (
         [
             (
-                "app/drain.py",
+                "app/orders/drain.py",
                 "        connection.commit()\n",
                 "        import time\n"
                 "        _settle(generation, rows, dead)\n"
@@ -76,7 +76,7 @@ if free <= 0 then return refuse('sold_out') end""",
     "a claim without an answer is sent again": (
         [
             (
-                "app/claims.py",
+                "app/stock/lines.py",
                 "        answer = await channel.ask(command)\n",
                 """        try:
             answer = await channel.ask(command)

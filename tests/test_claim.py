@@ -10,7 +10,8 @@ from sqlalchemy import event, func, select
 
 from app.extensions import db, stock
 from app.models import Order
-from app.stock import Keys, Unavailable
+from app.problems import Unavailable
+from app.stock.keys import Keys
 
 THREADS = 100
 
@@ -69,8 +70,8 @@ def test_a_cap_holds_under_concurrency(app, admin_headers):
 
 
 def test_concurrent_restocks_and_claims_lose_no_unit(app):
-    from app import inventory
     from app.audit import CLI
+    from app.products import inventory
 
     def act(number):
         if number % 10:

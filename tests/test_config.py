@@ -4,14 +4,7 @@ import stat
 
 import pytest
 
-from app.config import (
-    RateLimit,
-    Settings,
-    SettingsError,
-    kept_secret,
-    load_settings,
-    with_secrets,
-)
+from app.config import RateLimit, Settings, SettingsError, kept_secret, load_settings, with_secrets
 
 
 def test_defaults():

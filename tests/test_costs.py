@@ -6,9 +6,9 @@ import pytest
 from sqlalchemy import event
 from test_claim import commandstats
 
-from app.drain import drain_batch
 from app.extensions import db, stock
-from app.keys import Keys
+from app.orders.drain import drain_batch
+from app.stock.keys import Keys
 
 
 @pytest.fixture

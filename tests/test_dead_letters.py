@@ -5,12 +5,15 @@ import threading
 import pytest
 from sqlalchemy import select, text
 
-from app import deadletters, inventory, ledger
 from app.audit import CLI
-from app.drain import drain_batch
+from app.books import ledger
 from app.extensions import db, stock
 from app.models import DeadLetter, Order, StockMovement
-from app.stock import Keys, Unavailable
+from app.orders import deadletters
+from app.orders.drain import drain_batch
+from app.problems import Unavailable
+from app.products import inventory
+from app.stock.keys import Keys
 
 
 def occupy(order_id: int, key: str | None = None, user: int = 99) -> None:

@@ -12,10 +12,10 @@ import pytest
 import yaml
 
 from app.config import ROOT, Settings
-from app.embedded import REDIS_OPTIONS
 from app.extensions import stock
-from app.keys import Keys
-from app.telemetry import Meter
+from app.run.embedded import REDIS_OPTIONS
+from app.stock.keys import Keys
+from app.watch.telemetry import Meter
 
 DEPLOY = ROOT / "deploy"
 SETTINGS = {entry.metadata["name"] for entry in fields(Settings)}
@@ -159,7 +159,7 @@ def test_the_image_holds_what_is_needed_and_no_more():
     copied = set(re.findall(r"^COPY (?!--from)(.+) \S+$", text, re.MULTILINE))
     names = {name for words in copied for name in words.split()}
     assert names == {
-        "requirements.txt", "app", "migrations", "static", "templates", "wsgi.py",
+        "requirements.txt", "app", "migrations", "static", "templates", "web.py", "wsgi.py",
         "worker.py", ".flaskenv",
     }  # fmt: skip
     for name in names:
@@ -190,8 +190,8 @@ def test_systemd_units(path):
     program = service["ExecStart"].split("/bin/", 1)[1].split()
     assert program[0] in ("python", "flask")
     if program[0] == "python":
-        assert program[1:] in (["-m", "app.serve"], ["worker.py"])
-        assert (ROOT / program[-1].replace("app.serve", "app/serve.py")).exists()
+        assert program[1:] in (["-m", "app.run.serve"], ["worker.py"])
+        assert (ROOT / program[-1].replace("app.run.serve", "app/run/serve.py")).exists()
         assert service["Restart"] == "always"
     assert service["User"] != "root"
     assert service["NoNewPrivileges"] == "yes"

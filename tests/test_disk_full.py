@@ -18,8 +18,8 @@ import redis
 from conftest import Server, start_system, stop_system, wait_until
 
 from app.config import ROOT
-from app.embedded import PostgresServer, RedisServer
-from app.stock import Keys
+from app.run.embedded import PostgresServer, RedisServer
+from app.stock.keys import Keys
 
 STOCK = 100_000
 SHOPPERS = 8

@@ -7,7 +7,7 @@ from test_claim import commandstats
 from wire import purchase, serving
 
 from app.extensions import stock
-from app.keys import Keys
+from app.stock.keys import Keys
 
 
 def limited_count(product=1) -> int:
@@ -121,7 +121,7 @@ def test_products_that_are_not_there_are_counted_together(app):
 
 
 def test_counts_wait_for_a_redis_that_is_away(app, monkeypatch):
-    from app.keys import Unavailable
+    from app.problems import Unavailable
 
     told = []
 

@@ -14,11 +14,13 @@ import redis
 from conftest import start_system, stop_system, wait_until
 from sqlalchemy import text
 
-from app import jobs, ledger, relay
+from app.books import ledger
 from app.config import NO_LIMIT
-from app.drain import BATCH_ORDERS, drain_batch
 from app.extensions import db, stock
-from app.stock import Keys, Unavailable
+from app.orders.drain import BATCH_ORDERS, drain_batch
+from app.problems import Unavailable
+from app.stock.keys import Keys
+from app.worker import jobs, relay
 
 STORED_WITHIN_SECONDS = 5
 

@@ -12,9 +12,9 @@ import psycopg2
 import pytest
 import redis
 
-from app import embedded
 from app.config import ROOT, Settings
-from app.embedded import EmbeddedError, PostgresServer, RedisServer, servers
+from app.run import embedded
+from app.run.embedded import EmbeddedError, PostgresServer, RedisServer, servers
 
 # Tests kill processes, not machines: what is in the page cache is safe enough here.
 QUICK = ["fsync=off"]

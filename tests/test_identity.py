@@ -14,9 +14,10 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
-from app import identity
 from app.config import SettingsError, load_settings, with_secrets
-from app.identity import LEEWAY_SECONDS, Shoppers, Unauthenticated
+from app.problems import Unauthenticated
+from app.web import identity
+from app.web.identity import LEEWAY_SECONDS, Shoppers
 
 SECRET = "a shared secret of more than thirty-two bytes"
 ISSUER, AUDIENCE = "https://shop.example", "flash-sale"

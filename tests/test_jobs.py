@@ -4,9 +4,10 @@ import psycopg2
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from app import jobs
 from app.extensions import stock
-from app.stock import Keys, Unavailable
+from app.problems import Unavailable
+from app.stock.keys import Keys
+from app.worker import jobs
 
 
 def test_a_job_tells_what_it_did_and_gives_the_lease_back(app, buy):

@@ -1,55 +1,87 @@
-"""Who may import whom: edges → use cases → stock | models → extensions."""
+"""Who may import whom: the rooms of docs/architecture.md, and every module stands in one."""
 
 import ast
 
+import pytest
+
 from app.config import ROOT
 
-EDGES = {"lane", "api", "admin", "cli", "jobs"}
-# These join edges to the world: the app's factory, the web server's way in, the worker's threads.
-JOINTS = {"__init__", "web", "relay"}
 APP = ROOT / "app"
+
+# Each room, and the rooms that it may import; its own is always allowed.
+GROUND = {"problems", "reading", "config", "times", "addresses", "breaker", "logs"}
+ROOMS = {
+    "problems": set(),
+    "times": set(),
+    "addresses": set(),
+    "breaker": set(),
+    "reading": {"problems"},
+    "config": set(),
+    "logs": {"config"},
+    "run": {"config"},
+    "stock": GROUND,
+    "extensions": {"addresses", "stock"},
+    "database": {"breaker"},
+    "models": {"extensions", "reading"},
+    "audit": {"extensions", "models"},
+    "watch": GROUND | {"extensions", "models", "stock"},
+    "products": GROUND | {"extensions", "models", "audit", "stock"},
+    "orders": GROUND | {"extensions", "models", "audit", "stock", "products"},
+    "books": GROUND | {"extensions", "database", "models", "audit", "stock", "products", "orders"},
+}
+USE_CASES = {"products", "orders", "books"}
+BELOW = set(ROOMS) - {"run"}
+ROOMS |= {
+    # To be parted: staff and tokens are a use case, who may ask belongs to the web.
+    "auth": BELOW | {"web"},
+    # The server's limits (backlog) are told by who owns its sockets.
+    "web": BELOW | {"auth", "run"},
+    # The pages show errors as the web does, and share their polls with it.
+    "admin": BELOW | {"auth", "web"},
+    "worker": BELOW,
+    "cli": BELOW | {"auth"},
+    "__init__": BELOW | {"admin", "cli", "web"},
+}
 
 
 def imports_of(path) -> set[str]:
-    """Return the top modules of the package that a file imports."""
+    """Return the rooms of the package that a file imports."""
     found = set()
-    depth = len(path.relative_to(APP).parts)
+    package = path.relative_to(ROOT).parts[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level == depth:
-            found |= {node.module.split(".")[0]} if node.module else {n.name for n in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("app."):
-            found.add(node.module.split(".")[1])
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        module = tuple(node.module.split(".")) if node.module else ()
+        if node.level:
+            module = package[: len(package) - node.level + 1] + module
+        if module[:1] == ("app",):
+            found |= {module[1]} if module[1:] else {alias.name for alias in node.names}
     return found
 
 
-def modules():
+def room_of(path) -> str:
+    return path.relative_to(APP).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", sorted(APP.rglob("*.py")), ids=lambda p: str(p.relative_to(APP)))
+def test_every_module_stands_in_a_room_and_reaches_only_below(path):
+    room = room_of(path)
+    assert room in ROOMS, f"{path.name} stands in no room"
+    assert imports_of(path) - {room} <= ROOMS[room]
+
+
+def test_no_room_of_the_table_is_empty():
+    assert {room_of(path) for path in APP.rglob("*.py")} == set(ROOMS)
+
+
+def test_the_package_never_imports_the_programs_that_load_it():
     for path in APP.rglob("*.py"):
-        yield path.relative_to(APP).parts[0].removesuffix(".py"), path
-
-
-def test_edges_never_import_each_other():
-    for module, path in modules():
-        if module in EDGES:
-            others = imports_of(path) & (EDGES - {module})
-            assert not others, f"{path.name} imports {others}"
-
-
-def test_use_cases_never_import_edges():
-    for module, path in modules():
-        # The relay is the worker's edge: it exists to enqueue jobs. The web server's process puts
-        # the lane before the app, as the factory does.
-        if module not in EDGES | {"__init__", "web", "relay"}:
-            edges = imports_of(path) & EDGES
-            assert not edges, f"{path.name} imports {edges}"
-
-
-def test_stock_and_models_know_nothing_of_each_other():
-    assert not imports_of(APP / "stock.py") & {"models", "extensions", "database"}
-    assert imports_of(APP / "models.py") == {"extensions"}
-    assert imports_of(APP / "extensions.py") <= {"stock", "addresses"}
+        text = path.read_text()
+        assert "from wsgi" not in text, path
+        assert "import wsgi" not in text, path
 
 
 def test_only_one_module_names_redis_keys():
     for path in APP.rglob("*"):
-        if path.suffix in (".py", ".lua") and path.name not in ("stock.py", "keys.py"):
+        if path.suffix in (".py", ".lua") and path.name != "keys.py":
             assert "sale:{" not in path.read_text(), path.name

@@ -7,11 +7,14 @@ import pytest
 from conftest import wait_until
 from sqlalchemy import text
 
-from app import inventory, ledger, orders
 from app.audit import CLI
-from app.drain import drain_batch
+from app.books import ledger
 from app.extensions import db, stock
-from app.stock import Keys, Unprepared
+from app.orders import lookup as orders
+from app.orders.drain import drain_batch
+from app.problems import Unprepared
+from app.products import inventory
+from app.stock.keys import Keys
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from collections import Counter
 
 import pytest
 
-from app.claims import ClaimScript, LoopLine
 from app.extensions import stock
-from app.keys import Unavailable
+from app.problems import Unavailable
+from app.stock.lines import ClaimScript, LoopLine
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ from dataclasses import fields
 from html.parser import HTMLParser
 
 from app.config import ROOT, RateLimit, Settings
-from app.errors import CODES
-from app.openapi import document
-from app.openapi.components import ERRORS, MAX_LISTED, SCHEMAS
-from app.orders import MAX_LISTED as MOST_ORDERS
+from app.orders.lookup import MAX_LISTED as MOST_ORDERS
+from app.web.errors import CODES
+from app.web.openapi import document
+from app.web.openapi.components import ERRORS, MAX_LISTED, SCHEMAS
 
 # Pages and their parts, which people use; static files.
 NOT_JSON = re.compile(r"/(admin|static|rq)(/|$)|/$|/favicon.ico$")

@@ -6,12 +6,12 @@ from datetime import UTC, datetime
 import pytest
 from test_claim import at_once
 
-from app import orders
 from app.audit import CLI
-from app.drain import drain_batch
 from app.extensions import db, stock
-from app.inventory import Conflict
 from app.models import Order
+from app.orders import lookup as orders
+from app.orders.drain import drain_batch
+from app.problems import Conflict
 
 
 def ids(answer):

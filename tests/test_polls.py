@@ -9,10 +9,12 @@ import pytest
 from flask import request
 from wire import serving
 
-from app import auth, monitor, polls
+from app import auth
 from app.admin import dashboard
 from app.extensions import db
 from app.models import Staff
+from app.watch import monitor
+from app.web import polls
 
 POLL = ("X-Poll: 1", "HX-Request: true")
 
@@ -126,7 +128,7 @@ def test_who_is_not_signed_in_gets_nothing(app, admin):
 
 
 def test_a_session_that_ended_is_noticed_soon(app, admin, monkeypatch):
-    monkeypatch.setattr("app.polls.TICKET_SECONDS", 0.5)
+    monkeypatch.setattr("app.web.polls.TICKET_SECONDS", 0.5)
     poll = get("/admin/live", *POLL, *session_of(admin))
 
     def deactivate():

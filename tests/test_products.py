@@ -113,7 +113,7 @@ def test_a_restock_with_a_key_happens_once(client, admin_headers):
 
 def test_what_a_crash_left_pending_is_finished_once(app):
     """The row exists, Redis was never told; and: Redis was told, the mark is missing."""
-    from app import inventory
+    from app.products import inventory
 
     with app.app_context():
         for told in (False, True):
@@ -128,8 +128,8 @@ def test_what_a_crash_left_pending_is_finished_once(app):
 
 
 def test_terms_that_never_reached_redis_are_published(app, buy):
-    from app import inventory
     from app.models import Product
+    from app.products import inventory
 
     with app.app_context():
         product = db.session.get(Product, 1)
@@ -152,8 +152,8 @@ def test_an_older_version_never_overwrites_a_newer_one(app):
 def test_a_correction_never_takes_more_than_is_free(app):
     import pytest
 
-    from app import inventory
     from app.audit import CLI
+    from app.products import inventory
 
     with app.app_context():
         assert inventory.correct(1, -40, "broken", CLI) == 60

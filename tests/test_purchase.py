@@ -8,7 +8,7 @@ import pytest
 
 from app.config import NO_LIMIT, RateLimit
 from app.extensions import stock
-from app.stock import Keys
+from app.stock.keys import Keys
 
 
 def change(client, headers, product_id=1, **terms):

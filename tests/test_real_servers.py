@@ -21,9 +21,9 @@ import pytest
 import redis
 from conftest import free_port, wait_until
 from test_deploy import make_certificate, nginx_config
-from web import call
 
 from app.config import ROOT, SettingsError, load_settings, with_secrets
+from web import call
 
 # Both have to be quoted in a URL.
 REDIS_PASSWORD, POSTGRES_PASSWORD = "re/dis:p@ss %41 word", "post/gres:p@ss %41 word"
@@ -199,7 +199,7 @@ def deployed(tmp_path_factory):
         )
         assert prepared.returncode == 0, prepared.stdout + prepared.stderr
         (folder / "prepare.log").write_text(prepared.stdout + prepared.stderr)
-        web = processes.start("web", sys.executable, "-m", "app.serve", **run)
+        web = processes.start("web", sys.executable, "-m", "app.run.serve", **run)
         processes.start("worker", sys.executable, "worker.py", **run)
         tls_port, plain_port = free_port(), free_port()
         (folder / "nginx.conf").write_text(nginx_config(folder, port, tls_port, plain_port))

@@ -6,12 +6,17 @@ import time
 import pytest
 from sqlalchemy import text
 
-from app import deadletters, inventory, ledger, orders, recovery, relay
 from app.audit import CLI
-from app.drain import drain_batch
+from app.books import ledger, recovery
 from app.extensions import db, stock
-from app.inventory import Conflict
-from app.stock import IDEMPOTENCY_TTL_MS, Keys, Unavailable, Unprepared
+from app.orders import deadletters
+from app.orders import lookup as orders
+from app.orders.drain import drain_batch
+from app.problems import Conflict, Unavailable, Unprepared
+from app.products import inventory
+from app.stock.keys import Keys
+from app.stock.lines import IDEMPOTENCY_TTL_MS
+from app.worker import relay
 
 
 @pytest.fixture

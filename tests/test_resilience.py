@@ -18,9 +18,9 @@ import redis
 from conftest import Server, start_system, stop_system, wait_until
 from sqlalchemy.exc import DatabaseError, OperationalError, PendingRollbackError
 
-from app import inventory
 from app.config import ROOT
-from app.embedded import PostgresServer, RedisServer
+from app.products import inventory
+from app.run.embedded import PostgresServer, RedisServer
 
 # A dead dependency may cost a client so much, and not more.
 LONGEST_SECONDS = 2.0

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from conftest import start_system, stop_system, wait_until
+
 from web import call
 
 BUYERS = 4
@@ -114,8 +115,8 @@ def test_everything_is_renewed_under_load(system):
     restock = {"productId": 1, "amount": STOCK}
     assert call(f"{system.url}/products/restock", restock, headers=bearer).status == 200
     before = call(f"{system.url}/purchase/metrics").json
-    (main,) = processes(system.data_dir, "app.serve")
-    web = processes(system.data_dir, "app.web")
+    (main,) = processes(system.data_dir, "app.run.serve")
+    web = processes(system.data_dir, "web.py")
     worker = processes(system.data_dir, "worker.py")
     fresh = Crowd(system.url, 10**9, keep_alive=False)
     kept = Crowd(system.url, 2 * 10**9, keep_alive=True)
@@ -124,9 +125,9 @@ def test_everything_is_renewed_under_load(system):
         system.process.send_signal(signal.SIGHUP)
         wait_until(
             lambda: (
-                len(now := processes(system.data_dir, "app.web")) == len(web)
+                len(now := processes(system.data_dir, "web.py")) == len(web)
                 and not set(now) & set(web)
-                and processes(system.data_dir, "app.serve") == [main]
+                and processes(system.data_dir, "app.run.serve") == [main]
                 and (new := processes(system.data_dir, "worker.py"))
                 and not set(new) & set(worker)
             ),
@@ -150,8 +151,8 @@ def test_what_was_done_is_told(system):
 
 def test_a_version_that_does_not_start_leaves_the_old_one(system):
     """Nothing is free for a new process: those that serve go on, and the next reload works."""
-    (main,) = processes(system.data_dir, "app.serve")
-    web = processes(system.data_dir, "app.web")
+    (main,) = processes(system.data_dir, "app.run.serve")
+    web = processes(system.data_dir, "web.py")
     soft, hard = resource.prlimit(main, resource.RLIMIT_NOFILE)
     resource.prlimit(main, resource.RLIMIT_NOFILE, (8, hard))
     try:
@@ -160,13 +161,12 @@ def test_a_version_that_does_not_start_leaves_the_old_one(system):
         wait_until(lambda: "those that serve go on" in log.read_text())
     finally:
         resource.prlimit(main, resource.RLIMIT_NOFILE, (soft, hard))
-    assert processes(system.data_dir, "app.web") == web
+    assert processes(system.data_dir, "web.py") == web
     assert call(f"{system.url}/purchase", {"userId": 77, "productId": 1}).status == 200
     os.kill(main, signal.SIGHUP)
     wait_until(
         lambda: (
-            len(now := processes(system.data_dir, "app.web")) == len(web)
-            and not set(now) & set(web)
+            len(now := processes(system.data_dir, "web.py")) == len(web) and not set(now) & set(web)
         ),
         20,
         "new processes",
@@ -176,7 +176,7 @@ def test_a_version_that_does_not_start_leaves_the_old_one(system):
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL], ids=["hangs", "dies"])
 def test_a_neighbour_takes_over_what_waits(system, number):
     """Half of the connections are one process's; nobody of them waits for its successor."""
-    victim = processes(system.data_dir, "app.web")[0]
+    victim = processes(system.data_dir, "web.py")[0]
     started = time.monotonic()
     os.kill(victim, number)
     try:
@@ -190,4 +190,4 @@ def test_a_neighbour_takes_over_what_waits(system, number):
     finally:
         if number == signal.SIGSTOP:
             os.kill(victim, signal.SIGCONT)
-    wait_until(lambda: len(processes(system.data_dir, "app.web")) == 2)
+    wait_until(lambda: len(processes(system.data_dir, "web.py")) == 2)

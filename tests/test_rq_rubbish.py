@@ -12,17 +12,17 @@ import redis
 from conftest import wait_until
 from sqlalchemy import text
 
-from app import ledger
+from app.books import ledger
 from app.config import ROOT
 from app.extensions import db, stock
-from app.stock import Keys
+from app.stock.keys import Keys
 
 STORED_WITHIN_SECONDS = 5
 QUEUE = "rq:queue:orders"
 REGISTRIES = ("wip", "finished", "failed", "deferred", "scheduled", "canceled", "ready")
 NO_TEXT = b"\xff\xfe\x80"
 GOOD_JOB = {
-    "data": json.dumps(["app.jobs.persist_orders", None, [], {}]),
+    "data": json.dumps(["app.worker.jobs.persist_orders", None, [], {}]),
     "created_at": "2026-11-22T10:15:28.391000Z",
     "origin": "orders",
     "status": "queued",
@@ -38,9 +38,11 @@ def a_job(client: redis.Redis, name: str, **fields: str | bytes | None) -> None:
 
 
 def no_such_function(client: redis.Redis) -> None:
-    a_job(client, "a", data=json.dumps(["app.jobs.no_such_function", None, [], {}]))
+    a_job(client, "a", data=json.dumps(["app.worker.jobs.no_such_function", None, [], {}]))
     a_job(client, "b", data=json.dumps(["no.such.module", None, [], {}]))
-    a_job(client, "c", data=json.dumps(["app.jobs.persist_orders", None, ["one", "two"], {}]))
+    a_job(
+        client, "c", data=json.dumps(["app.worker.jobs.persist_orders", None, ["one", "two"], {}])
+    )
 
 
 def broken_data(client: redis.Redis) -> None:

@@ -17,13 +17,13 @@ from urllib.parse import urlsplit
 
 import pytest
 from people import sign_in_once
-from web import call
 
 from app import auth
 from app.config import ROOT, SettingsError, load_settings, with_secrets
-from app.embedded import EmbeddedError, embedded_servers
 from app.extensions import db, stock
 from app.models import ApiToken
+from app.run.embedded import EmbeddedError, embedded_servers
+from web import call
 
 STRONG = "0123456789abcdef0123456789abcdef"
 PRODUCTION = {
@@ -269,7 +269,7 @@ def test_nothing_in_redis_is_unpickled(app, buy, client):
         assert not names & {"pickle", "marshal", "shelve", "dill"}, path.name
     buy(1)
     client.get("/products")
-    from app.jobs import enqueue_drain
+    from app.worker.jobs import enqueue_drain
 
     with app.app_context():
         job = enqueue_drain()
@@ -360,7 +360,7 @@ def test_a_failed_request_tells_nothing_of_the_inside(app, client, monkeypatch):
     def fail(*_):
         raise RuntimeError("/home/sale/app.py line 7: password=hunter2")
 
-    monkeypatch.setattr("app.inventory.products_with_stock", fail)
+    monkeypatch.setattr("app.products.inventory.products_with_stock", fail)
     monkeypatch.setattr(stock, "claim", fail)
     for answer in (
         client.get("/products"),

@@ -19,12 +19,16 @@ from hypothesis.stateful import (
 )
 from sqlalchemy import text
 
-from app import deadletters, inventory, ledger, orders, recovery
 from app.audit import CLI
+from app.books import ledger, recovery
 from app.config import NO_LIMIT
-from app.drain import drain_batch
 from app.extensions import db, stock
-from app.stock import Keys, Unavailable
+from app.orders import deadletters
+from app.orders import lookup as orders
+from app.orders.drain import drain_batch
+from app.problems import Conflict, Unavailable
+from app.products import inventory
+from app.stock.keys import Keys
 
 STOCK = 12
 CAP = 9
@@ -169,7 +173,7 @@ class Sale(RuleBasedStateMachine):
     def take_away(self, units):
         try:
             inventory.correct(1, -units, "test", CLI)
-        except inventory.Conflict:
+        except Conflict:
             assert units > self.free()
         else:
             self.put_in -= units
@@ -188,7 +192,7 @@ class Sale(RuleBasedStateMachine):
                 orders.cancel(order, "test", CLI)
         else:
             orders.cancel(order, "test", CLI)
-        with pytest.raises(inventory.Conflict):
+        with pytest.raises(Conflict):
             orders.cancel(order, "again", CLI)
         self.give_back(order, told=told or not crash)
 

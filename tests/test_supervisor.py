@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,8 +16,8 @@ import pytest
 import redis
 
 from app.config import ROOT
-from app.embedded import EmbeddedError, PostgresServer, RedisServer
-from app.processes import Kept, Program
+from app.run.embedded import EmbeddedError, PostgresServer, RedisServer
+from app.run.processes import Kept, Program
 
 WSGI = """
 import os
@@ -75,8 +76,10 @@ class Run:
         (tree / "app").unlink(missing_ok=True)
         (tree / "wsgi.py").write_text(WSGI)
         (tree / "app").symlink_to(ROOT / "app")
+        # A copy: Python looks for modules where a script really lies.
+        shutil.copy(ROOT / "web.py", tree)
         (tree / "worker.py").write_text(WORKER)
-        main = "import sys, pathlib; from app.supervisor import main; "
+        main = "import sys, pathlib; from app.run.supervisor import main; "
         main += "sys.exit(main(pathlib.Path(sys.argv[1])))"
         settings = {"DATA_DIR": self.data_dir, "PORT": self.port, "WEB_WORKERS": 1, "HOST": ""}
         settings |= {"REDIS_URL": "", "DATABASE_URL": "", "SECRET_KEY": "", "APP_ENV": ""}
@@ -155,7 +158,7 @@ def test_a_run_from_start_to_end(run):
 
     for name, words in {
         "worker": ["worker.py"],
-        "web": ["app.serve"],
+        "web": ["app.run.serve"],
         "Redis": ["valkey-server"],
         "Postgres": ["bin/postgres"],
     }.items():
@@ -177,12 +180,12 @@ def test_a_run_from_start_to_end(run):
 def test_sighup_renews_the_web_processes_and_the_worker(run):
     it = run()
     it.says("Ready")
-    (main,), workers = it.processes("app.serve"), it.processes("app.web")
+    (main,), workers = it.processes("app.run.serve"), it.processes("web.py")
     worker = it.processes("worker.py")
     it.process.send_signal(signal.SIGHUP)
     until(lambda: (now := it.processes("worker.py")) and not set(worker) & set(now))
-    until(lambda: (now := it.processes("app.web")) and not set(workers) & set(now))
-    assert it.processes("app.serve") == [main]
+    until(lambda: (now := it.processes("web.py")) and not set(workers) & set(now))
+    assert it.processes("app.run.serve") == [main]
 
 
 def test_a_killed_run_takes_all_with_it_and_can_be_repeated_at_once(run):
@@ -201,7 +204,7 @@ def test_a_second_ctrl_c_hurries(run):
     it.says("Ready")
     it.says("worker ")
     it.process.send_signal(signal.SIGINT)
-    until(lambda: not it.processes("app.serve"))  # the worker's turn, which ignores it
+    until(lambda: not it.processes("app.run.serve"))  # the worker's turn, which ignores it
     it.process.send_signal(signal.SIGINT)
     asked_at = time.monotonic()
     assert it.ends() == 0

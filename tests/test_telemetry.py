@@ -10,11 +10,12 @@ from conftest import wait_until
 from prometheus_client.parser import text_string_to_metric_families
 from web import call
 
-from app import inventory, telemetry
 from app.audit import CLI
 from app.extensions import stock
-from app.keys import Keys
-from app.telemetry import DURATION_BOUNDS, Meter
+from app.products import inventory
+from app.stock.keys import Keys
+from app.watch import telemetry
+from app.watch.telemetry import DURATION_BOUNDS, Meter
 
 
 def read(client, headers) -> dict:

@@ -8,7 +8,7 @@ import pytest
 from wire import post, purchase, serving
 
 from app.extensions import stock
-from app.keys import Keys
+from app.stock.keys import Keys
 
 JSON = "Content-Type: application/json"
 

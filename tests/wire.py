@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import NamedTuple
 
-from app.claims import LoopLine
-from app.doorkeeper import Doorkeeper
 from app.extensions import stock
-from app.web import Server, configured
+from app.stock.doorkeeper import Doorkeeper
+from app.stock.lines import LoopLine
+from app.web.server import Server, configured
 
 
 class Reply(NamedTuple):

@@ -6,10 +6,10 @@ from flask import Blueprint, jsonify, render_template, request
 from flask_login import current_user
 from markupsafe import Markup
 
-from .. import monitor
-from ..errors import api_error
-from ..polls import FRESH_SECONDS, share
-from ..stock import Unavailable
+from ..problems import Unavailable
+from ..watch import monitor
+from ..web.errors import api_error
+from ..web.polls import FRESH_SECONDS, share
 from .guard import is_poll
 
 bp = Blueprint("dashboard", __name__, url_prefix="/admin")

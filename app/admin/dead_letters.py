@@ -2,10 +2,12 @@
 
 from flask import Blueprint, flash, redirect, render_template, request, url_for
 
-from .. import auth, deadletters, inventory
+from .. import auth
 from ..extensions import limiter
-from ..models import MAX_ID
-from ..purchases import InvalidRequest
+from ..orders import deadletters
+from ..problems import InvalidRequest
+from ..products import inventory
+from ..reading import MAX_ID, MAX_REASON, read_text
 from . import forms
 
 bp = Blueprint("dead_letters", __name__, url_prefix="/admin/dead-letters")
@@ -88,7 +90,7 @@ def decide(decision: str):
     if decision not in DECISIONS:
         raise InvalidRequest("There is no such decision", "decision")
     try:
-        reason = inventory.read_text(request.form, "reason", inventory.MAX_REASON)
+        reason = read_text(request.form, "reason", MAX_REASON)
     except InvalidRequest as error:
         errors = {"reason": str(error).replace("reason", "The reason", 1)}
         return show_review(ids, errors, 422)

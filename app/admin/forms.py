@@ -7,7 +7,7 @@ from datetime import datetime
 
 from flask import Response, flash, make_response, redirect, render_template, request
 
-from ..purchases import InvalidRequest
+from ..problems import InvalidRequest
 
 LOCAL_TIME = re.compile(r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}(:\d{2})?").fullmatch
 OFFSET = re.compile(r"[+-]\d{2}:\d{2}").fullmatch

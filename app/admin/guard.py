@@ -8,7 +8,7 @@ from flask.sessions import SecureCookieSessionInterface
 from flask_login import current_user
 from werkzeug.routing import IntegerConverter
 
-from ..models import MAX_ID
+from ..reading import MAX_ID
 
 # Everything below /admin needs a person, but for the page where one becomes known.
 OPEN_ENDPOINTS = {"session.sign_in"}
@@ -111,7 +111,7 @@ def safe_target(target: str | None) -> str | None:
 
 
 def add_headers(response: Response) -> Response:
-    """Set what app/headers.py leaves to the pages, and let browsers keep files with a version."""
+    """Set what web/headers.py leaves to the pages, and let browsers keep files with a version."""
     if below_admin():
         rq_dashboard = request.blueprint == "rq_dashboard"
         policy = RQ_DASHBOARD_POLICY if rq_dashboard else CONTENT_SECURITY_POLICY

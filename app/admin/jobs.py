@@ -7,8 +7,8 @@ from rq.exceptions import InvalidJobOperation, NoSuchJobError
 from rq.serializers import JSONSerializer
 from rq_dashboard import web
 
-from ..errors import show_error
 from ..extensions import stock
+from ..web.errors import show_error
 
 REGISTRIES = {"queued", "scheduled", "deferred", "started", "finished", "failed", "canceled"}
 MOST_PER_PAGE = 200

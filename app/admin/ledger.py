@@ -4,11 +4,13 @@ import threading
 
 from flask import Blueprint, current_app, render_template, request, url_for
 
-from .. import auth, inventory, monitor, recovery
+from .. import auth
 from ..audit import Actor
+from ..books import recovery
 from ..extensions import limiter
-from ..inventory import Conflict
-from ..stock import Unavailable
+from ..problems import Conflict, Unavailable
+from ..products import inventory
+from ..watch import monitor
 from . import forms
 
 bp = Blueprint("ledger", __name__, url_prefix="/admin/ledger")

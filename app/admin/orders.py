@@ -16,12 +16,13 @@ from flask import (
     url_for,
 )
 
-from .. import auth, inventory, orders, search
+from .. import auth
 from ..extensions import limiter
-from ..inventory import Conflict
-from ..models import MAX_ID
-from ..purchases import InvalidRequest
-from ..stock import Unavailable
+from ..orders import lookup as orders
+from ..orders import search
+from ..problems import Conflict, InvalidRequest, Unavailable, UnknownOrder
+from ..products import inventory
+from ..reading import MAX_ID, MAX_REASON, read_text
 from ..times import utc_text
 from . import forms
 
@@ -75,7 +76,7 @@ def find() -> dict:
         # The number may be an order's as well.
         try:
             hit = search.story(wanted.user_id).order
-        except (orders.UnknownOrder, Unavailable):
+        except (UnknownOrder, Unavailable):
             hit = None
     page = search.Page([])
     if not errors and not only_order:
@@ -180,7 +181,7 @@ def cancel(order_id: int):
     """Cancel an order; its units go back on sale exactly once."""
     page = url_for("orders.show", order_id=order_id)
     try:
-        reason = inventory.read_text(request.form, "reason", inventory.MAX_REASON)
+        reason = read_text(request.form, "reason", MAX_REASON)
     except InvalidRequest as error:
         story = search.story(order_id)
         product = inventory.names().get(story.order.product_id)

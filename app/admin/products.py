@@ -4,10 +4,13 @@ from datetime import UTC, datetime
 
 from flask import Blueprint, make_response, render_template, request, url_for
 
-from .. import auth, inventory, monitor, search
+from .. import auth
 from ..extensions import limiter
-from ..purchases import VALID_KEY, InvalidRequest, read_integer
-from ..stock import Unavailable
+from ..orders import search
+from ..problems import InvalidRequest, Unavailable
+from ..products import inventory
+from ..reading import MAX_REASON, MAX_RESTOCK, MAX_STOCK, VALID_KEY, read_integer
+from ..watch import monitor
 from . import forms
 
 bp = Blueprint("products", __name__, url_prefix="/admin/products")
@@ -88,7 +91,7 @@ def new():
     terms, errors = read_terms(request.form)
     stock = forms.whole_number(request.form.get("stock", ""))
     try:
-        read_integer({"stock": stock}, "stock", 0, inventory.MAX_STOCK)
+        read_integer({"stock": stock}, "stock", 0, MAX_STOCK)
     except InvalidRequest as error:
         errors["stock"] = in_words(error)
     if not errors:
@@ -246,11 +249,11 @@ def restock(product_id: int):
     units = forms.whole_number(request.form.get("amount", ""))
     errors = {}
     try:
-        units = read_integer({"amount": units}, "amount", 1, inventory.MAX_RESTOCK)
+        units = read_integer({"amount": units}, "amount", 1, MAX_RESTOCK)
     except InvalidRequest as error:
         errors["amount"] = str(error).replace("amount", "The amount", 1)
-    if len(reason) > inventory.MAX_REASON:
-        errors["reason"] = f"At most {inventory.MAX_REASON} characters"
+    if len(reason) > MAX_REASON:
+        errors["reason"] = f"At most {MAX_REASON} characters"
     if not VALID_KEY(key):
         errors["amount"] = "This form is out of date: reload the page"
     if errors:

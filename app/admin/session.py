@@ -7,7 +7,7 @@ from flask_login import current_user, login_user, logout_user
 
 from .. import auth
 from ..extensions import limiter
-from ..purchases import InvalidRequest
+from ..problems import InvalidRequest
 from .guard import safe_target
 
 bp = Blueprint("session", __name__, url_prefix="/admin")

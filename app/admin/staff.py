@@ -9,9 +9,8 @@ from werkzeug.exceptions import NotFound
 
 from .. import auth
 from ..extensions import db, limiter
-from ..inventory import Conflict
 from ..models import ApiToken, Staff
-from ..purchases import InvalidRequest
+from ..problems import Conflict, InvalidRequest
 from . import forms
 
 bp = Blueprint("staff", __name__, url_prefix="/admin/staff")

@@ -1,0 +1,1 @@
+"""The books: the proof of every unit, its repair, and the sale made anew."""

@@ -1,0 +1,434 @@
+"""The ledger's proof: what Redis sells, PostgreSQL stores, and was ever put on sale, to the unit.
+
+    put on sale − stored orders − orders that wait = free stock
+
+holds for each product at every instant. Redis is read at one instant, between two readings of
+PostgreSQL; when these two agree, nothing was stored meanwhile and the three are one view. So the
+check never locks a busy sale, and never cries wolf.
+"""
+
+import json
+import time
+from dataclasses import asdict, dataclass, field
+
+from sqlalchemy import text
+
+from ..audit import Actor, record
+from ..extensions import db, stock
+from ..orders.drain import DRAIN_LOCK
+from ..problems import Conflict, Unprepared
+from ..stock.gateway import Account, Accounts
+from ..stock.keys import Keys
+
+# Under load a batch is stored every 200 ms and a reading takes a few: the first mostly succeeds.
+READINGS = 20
+# Entry by entry the outbox is counted up to here, at about 1 µs each during which claims wait.
+COUNTED_ORDERS = 1000
+COUNTED_ORDERS_BY_HAND = 100_000
+CHECK_SECONDS = 5
+# A drill-down is for people: past so many ids nobody reads on.
+MOST_IDS = 1000
+# Two repairs at once would take the same units twice.
+REPAIR_LOCK = 7_316_005
+
+STORED = """
+SELECT (SELECT generation FROM sale),
+       -- A batch that was read again, and cut shorter, ends below the one before it.
+       coalesce((SELECT max(last_order_id)
+                 FROM (SELECT last_order_id FROM batches ORDER BY id DESC LIMIT 50) newest), 0),
+       (SELECT json_agg(json_build_array(product_id, moved_units,
+               confirmed_units + cancelled_units + dead_units + abandoned_units,
+               confirmed_orders + cancelled_orders) ORDER BY product_id) FROM product_totals),
+       (SELECT json_agg(json_build_array(id, product_id, units) ORDER BY id)
+        FROM stock_movements WHERE applied_at IS NULL)
+"""
+# Nobody writes while these are held. The drain takes tables in another order, hence its own lock.
+STANDSTILL = f"""
+SET LOCAL lock_timeout = '3s';
+SELECT pg_advisory_xact_lock({DRAIN_LOCK});
+LOCK TABLE dead_letters, orders, stock_movements IN SHARE MODE
+"""
+# The totals are kept by triggers; this counts the rows themselves.
+ROWS = """
+SELECT t.product_id, t.moved_units, t.confirmed_units, t.cancelled_units, t.dead_units,
+       t.abandoned_units, coalesce(m.units, 0), coalesce(o.confirmed, 0),
+       coalesce(o.cancelled, 0), coalesce(d.dead, 0), coalesce(d.abandoned, 0)
+FROM product_totals t
+LEFT JOIN (SELECT product_id, sum(units) AS units FROM stock_movements GROUP BY 1) m
+  USING (product_id)
+LEFT JOIN (SELECT product_id, sum(quantity) FILTER (WHERE status = 'CONFIRMED') AS confirmed,
+                  sum(quantity) FILTER (WHERE status = 'CANCELLED') AS cancelled
+           FROM orders GROUP BY 1) o USING (product_id)
+LEFT JOIN (SELECT product_id, sum(quantity) FILTER (WHERE resolution IS NULL) AS dead,
+                  sum(quantity) FILTER (WHERE resolution = 'abandoned') AS abandoned
+           FROM dead_letters GROUP BY 1) d USING (product_id)
+"""
+
+
+class Unquiet(Exception):
+    """No consistent view was found in time; another try will do."""
+
+
+@dataclass(frozen=True)
+class ProductCheck:
+    """One product's ledger. A `difference` above 0: so many units could oversell."""
+
+    product_id: int
+    moved: int  # put on sale, as far as Redis has been told
+    stored: int  # units of orders and dead letters in PostgreSQL, cancelled and abandoned included
+    queued: int  # units of orders that wait and are not stored
+    free: int
+    expected_free: int
+    pending: int  # units of movements that Redis is still to be told
+    problems: list[str] = field(default_factory=list)
+    # What a repair would add to each counter of Redis.
+    amounts: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def difference(self) -> int:
+        return self.free - self.expected_free
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+
+@dataclass(frozen=True)
+class Check:
+    """The ledger of every product at one instant, and problems that belong to none."""
+
+    at: float
+    generation: str
+    products: dict[int, ProductCheck]
+    problems: list[str]
+    # Redis' counter of stored orders minus what PostgreSQL has; a display figure, mended as found.
+    uncounted: dict[int, int]
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems and all(product.ok for product in self.products.values())
+
+    def as_json(self) -> str:
+        """Return the check in the form that the dashboard reads from Keys.ledger."""
+        products = {
+            product.product_id: {
+                **{k: v for k, v in asdict(product).items() if k not in ("product_id", "amounts")},
+                "ok": product.ok,
+                "difference": product.difference,
+            }
+            for product in self.products.values()
+        }
+        return json.dumps(
+            {"at": self.at, "ok": self.ok, "problems": self.problems, "products": products}
+        )
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The PostgreSQL half of the ledger; equal readings mean that nothing happened in between."""
+
+    generation: str | None
+    last_order_id: int
+    totals: dict[int, tuple[int, int, int]]  # moved units, units out, orders stored
+    pending: dict[int, tuple[int, int]]  # movement: product, units
+
+
+def _read_stored() -> Stored:
+    generation, last, totals, pending = db.session.execute(text(STORED)).one()
+    return Stored(
+        generation,
+        last,
+        {product: tuple(sums) for product, *sums in totals or ()},
+        {movement: (product, units) for movement, product, units in pending or ()},
+    )
+
+
+def check(count_up_to: int = COUNTED_ORDERS_BY_HAND, rows: bool = False) -> Check:
+    """Prove the ledger of every product, while selling goes on.
+
+    An outbox of up to `count_up_to` orders is counted entry by entry; beyond it Redis' counters are
+    believed. With `rows` the totals in PostgreSQL are compared with the rows themselves, which
+    takes about half a second for a million orders.
+
+    Raises stock.Unavailable, stock.Unprepared when Redis holds no sale or another one, and Unquiet.
+    """
+    result = _compare(*_consistent_view(count_up_to))
+    if rows:
+        _compare_rows(result)
+    return result
+
+
+def _consistent_view(count_up_to: int) -> tuple[Stored, Accounts]:
+    try:
+        before = _read_stored()
+        for reading in range(READINGS):
+            if reading == READINGS // 2:
+                db.session.execute(text(STANDSTILL))
+                before = _read_stored()
+            accounts = stock.accounts(
+                sorted({*before.totals, *stock.product_ids()}),
+                before.last_order_id,
+                list(before.pending),
+                count_up_to,
+            )
+            after = _read_stored()
+            if after == before:
+                if not accounts.generation or accounts.generation != after.generation:
+                    raise Unprepared("Redis does not hold this sale")
+                return after, accounts
+            before = after
+    finally:
+        db.session.rollback()
+    raise Unquiet("the ledger found no quiet moment; try again")
+
+
+def _compare(stored: Stored, accounts: Accounts) -> Check:
+    result = Check(time.time(), accounts.generation, {}, [], {})
+    for product_id, account in accounts.products.items():
+        moved, out, orders = stored.totals.get(product_id, (0, 0, 0))
+        unapplied = sum(
+            units
+            for movement, (product, units) in stored.pending.items()
+            if product == product_id and movement not in accounts.applied_movements
+        )
+        result.products[product_id] = _compare_product(
+            product_id,
+            account,
+            accounts.counted,
+            moved=moved - unapplied,
+            out=out,
+            pending=unapplied,
+        )
+        # Where stored orders still wait it can't be told which of them are dead letters.
+        if account.on_sale and not account.overlap and account.persisted != orders:
+            result.uncounted[product_id] = account.persisted - orders
+    counted = sum(account.accepted - account.settled for account in accounts.products.values())
+    if counted != accounts.waiting:
+        result.problems.append(
+            f"{accounts.waiting} orders wait in the outbox, the counters say {counted}"
+        )
+    if accounts.last_order_id < stored.last_order_id:
+        result.problems.append(
+            f"Redis counts orders up to {accounts.last_order_id},"
+            f" but order {stored.last_order_id} is stored: it has gone back in time"
+        )
+    return result
+
+
+def _compare_product(
+    product_id: int, account: Account, counted: bool, *, moved: int, out: int, pending: int
+) -> ProductCheck:
+    """Compare each counter with its source; the sources alone say what should be free."""
+    settled = out - account.overlap_units
+    waiting = account.waiting_units if counted else account.claimed - account.settled_units
+    queued = waiting - account.overlap_units
+    result = ProductCheck(
+        product_id=product_id,
+        moved=moved,
+        stored=out,
+        queued=queued,
+        free=account.free,
+        expected_free=moved - out - queued,
+        pending=pending,
+    )
+    wanted = {"moved": moved, "settled_units": settled, "claimed": settled + waiting}
+    for name, value in wanted.items():
+        if amount := value - getattr(account, name):
+            result.amounts[name] = amount
+    if account.moved != moved:
+        result.problems.append(f"{moved} units were put on sale, Redis says {account.moved}")
+    if account.settled_units != settled:
+        result.problems.append(
+            f"{settled} units are stored, Redis has taken {account.settled_units} out of the outbox"
+        )
+    if account.claimed - account.settled_units != waiting:
+        result.problems.append(
+            f"{waiting} units wait in the outbox,"
+            f" the counters say {account.claimed - account.settled_units}"
+        )
+    if counted and account.accepted - account.settled != account.waiting:
+        result.problems.append(
+            f"{account.waiting} orders wait in the outbox,"
+            f" the counters say {account.accepted - account.settled}"
+        )
+        result.amounts["accepted"] = account.waiting - (account.accepted - account.settled)
+    if account.free != account.moved - account.claimed:
+        result.problems.append(
+            f"{account.free} units are free,"
+            f" {account.moved} put on sale and {account.claimed} claimed leave"
+            f" {account.moved - account.claimed}"
+        )
+    if result.difference:
+        result.problems.append(
+            f"{abs(result.difference)} units {'too many' if result.difference > 0 else 'too few'}"
+            " are free"
+        )
+    return result
+
+
+def _compare_rows(result: Check) -> None:
+    names = ("moved", "confirmed", "cancelled", "dead-lettered", "abandoned")
+    for product_id, *figures in db.session.execute(text(ROWS)):
+        for name, total, counted in zip(names, figures[:5], figures[5:], strict=True):
+            if total != counted:
+                result.products[product_id].problems.append(
+                    f"the total of {name} units is {total}, its rows sum up to {counted}"
+                )
+    db.session.rollback()
+
+
+def check_in_turn() -> None:
+    """Keep the newest check for the dashboard, every few seconds, whichever worker comes first."""
+    if not stock.client.set(Keys.ledger_turn, "1", nx=True, ex=CHECK_SECONDS):
+        return
+    try:
+        result = check(COUNTED_ORDERS)
+    except Unquiet:
+        return
+    except Unprepared as error:
+        broken = {"at": time.time(), "ok": False, "problems": [str(error)], "products": {}}
+        stock.client.set(Keys.ledger, json.dumps(broken))
+        return
+    stock.client.set(Keys.ledger, result.as_json())
+    count_persisted(result)
+
+
+def count_persisted(result: Check) -> None:
+    """Correct the figure of stored orders, which a replay changes in PostgreSQL alone.
+
+    It decides nothing, so that being late or wrong by a few for some seconds does no harm.
+    """
+    for product_id, excess in result.uncounted.items():
+        stock.mend(result.generation, product_id, 0, {"persisted": -excess})
+
+
+@dataclass(frozen=True)
+class Differences:
+    """Where to look: what one side of the ledger has and the other has not."""
+
+    # Order ids that were issued and are nowhere: first and last of each gap.
+    missing_orders: list[tuple[int, int]]
+    # Orders stored, of this product, that Redis has never issued.
+    unknown_orders: list[int]
+    # Movements marked as applied that Redis has not applied.
+    unapplied_movements: list[int]
+    # Orders listed as waiting that are not in the outbox.
+    not_waiting: list[int]
+
+    def __bool__(self) -> bool:
+        return any(asdict(self).values())
+
+
+def differences(product_id: int) -> Differences:
+    """Find the ids behind a difference; gaps in the order ids can't be told apart by product.
+
+    Reads every id of the sale: seconds for millions of orders. Raises stock.Unavailable.
+    """
+    # In this order an order that is being stored is seen at least once.
+    issued = stock.view([]).last_order_id
+    waiting = stock.outbox_ids()
+    queued = stock.queued_ids()
+    for order_id in waiting:
+        queued.discard(order_id)
+    # An order that was settled between the two readings waits in neither.
+    queued -= set(stock.outbox_ids())
+    still_queued = queued & stock.queued_ids()
+    gaps = db.session.execute(
+        text(
+            """
+            WITH jumps AS (
+              SELECT (after ->> 'last_known_order_id')::bigint AS last,
+                     (after ->> 'first_order_id')::bigint AS first
+              FROM audit_log WHERE action = 'sale.rebuild'
+                AND id > coalesce((SELECT max(id) FROM audit_log WHERE action = 'sale.reset'), 0)
+            ), ids AS (
+              SELECT id FROM orders
+              UNION SELECT order_id FROM dead_letters WHERE order_id IS NOT NULL
+              UNION SELECT split_part(stream_id, '-', 1)::bigint FROM dead_letters
+              UNION SELECT unnest(CAST(:waiting AS bigint[]))
+              UNION SELECT generate_series(last + 1, last + 1) FROM jumps WHERE first > last + 1
+              UNION SELECT generate_series(first - 1, first - 1) FROM jumps WHERE first > last + 1
+              UNION SELECT 0 UNION SELECT CAST(:issued AS bigint) + 1
+            ), gaps AS (
+              SELECT id + 1 AS first, lead(id) OVER (ORDER BY id) - 1 AS last FROM ids
+            )
+            SELECT first, last FROM gaps
+            WHERE last >= first AND last <= :issued
+              AND NOT EXISTS (SELECT FROM jumps j WHERE gaps.first = j.last + 2
+                                                    AND gaps.last = j.first - 2)
+            ORDER BY first LIMIT :most
+            """
+        ),
+        {"waiting": waiting, "issued": issued, "most": MOST_IDS},
+    ).all()
+    unknown = db.session.scalars(
+        text("SELECT id FROM orders WHERE product_id = :product AND id > :issued LIMIT :most"),
+        {"product": product_id, "issued": max(issued, stock.view([]).last_order_id),
+         "most": MOST_IDS},
+    ).all()  # fmt: skip
+    applied = db.session.scalars(
+        text(
+            "SELECT id FROM stock_movements WHERE product_id = :product AND applied_at IS NOT NULL"
+        ),
+        {"product": product_id},
+    ).all()
+    db.session.rollback()
+    return Differences(
+        missing_orders=[(first, last) for first, last in gaps],
+        unknown_orders=list(unknown),
+        unapplied_movements=stock.unapplied_movements(list(applied))[:MOST_IDS],
+        not_waiting=sorted(still_queued)[:MOST_IDS],
+    )
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What a repair does to one product: units taken out of free stock, counters set right."""
+
+    product_id: int
+    take: int
+    amounts: dict[str, int]
+    # Units that should be free and are not. Giving them back could oversell; a rebuild may.
+    held_back: int
+
+
+def plan_repair(result: Check) -> list[Repair]:
+    """Return what `repair` would do, product by product; nothing for a product in order."""
+    return [
+        Repair(
+            product.product_id,
+            take=max(product.difference, 0),
+            amounts=product.amounts,
+            held_back=max(-product.difference, 0),
+        )
+        for product in result.products.values()
+        if product.difference or product.amounts
+    ]
+
+
+def repair(actor: Actor) -> list[Repair]:
+    """Bring Redis' counters in line with PostgreSQL and the outbox; free stock is only lowered.
+
+    Returns what was done. Raises like `check`, and Conflict while another repair is at work.
+    """
+    with db.engine.connect() as connection:
+        if not connection.scalar(text(f"SELECT pg_try_advisory_xact_lock({REPAIR_LOCK})")):
+            raise Conflict("Another repair is at work", "repair_running")
+        result = check()
+        done = []
+        for planned in plan_repair(result):
+            taken = stock.mend(result.generation, planned.product_id, planned.take, planned.amounts)
+            if taken < 0:
+                continue
+            carried_out = Repair(planned.product_id, taken, planned.amounts, planned.held_back)
+            before = result.products[planned.product_id]
+            record(
+                actor,
+                "ledger.repair",
+                f"product {planned.product_id}",
+                before={"free": before.free, "problems": before.problems},
+                after=asdict(carried_out),
+            )
+            done.append(carried_out)
+        db.session.commit()
+    return done

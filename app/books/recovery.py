@@ -1,0 +1,433 @@
+"""Starting a sale in Redis: the first time, after a reset, and after Redis lost everything."""
+
+import logging
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import datetime
+
+import psycopg2
+from flask import Flask
+from sqlalchemy import text
+from sqlalchemy.exc import SQLAlchemyError
+
+from ..audit import Actor, record
+from ..database import waiting_at_most
+from ..extensions import db, stock
+from ..models import Sale
+from ..orders.drain import BATCH_ORDERS, DRAIN_LOCK, Row, store
+from ..problems import Conflict
+from ..products import inventory
+from ..products.inventory import SALE_LOCK
+from ..stock.gateway import Entry
+from ..stock.keys import USERS_PER_BUCKET
+from ..stock.lines import IDEMPOTENCY_TTL_MS
+
+log = logging.getLogger(__name__)
+
+SEED_PRODUCT = {
+    "name": "Flash-sale item",
+    "priceCents": 99_999,
+    "currency": "USD",
+    "stock": 100,
+}
+REBUILD_LOCK = 7_316_004
+# How many ids a lost Redis may have issued since it was last sampled, a second ago or an hour:
+# far more than any sale sells, and still nothing beside 2^53.
+UNKNOWN_IDS = 1_000_000
+ROWS_AT_ONCE = 10_000
+# A claim waits for this, and may have waited for Redis.
+RECORD_WAIT_SECONDS = 0.4
+
+
+def database_is_empty() -> bool:
+    """Return whether nothing was ever sold or put on sale here."""
+    return not db.session.execute(
+        text("SELECT EXISTS (SELECT FROM products) OR EXISTS (SELECT FROM sale)")
+    ).scalar()
+
+
+def reset(actor: Actor) -> int:
+    """Delete every product, order and movement, here and in Redis; return the new product's id.
+
+    Staff, tokens and the audit stay. Ids start from 1 again. Raises stock.Unavailable before
+    anything is deleted when Redis can't be reached.
+    """
+    # A drain under way finishes first, and so does a movement; the next ones find nothing.
+    db.session.execute(text(f"SELECT pg_advisory_xact_lock({REBUILD_LOCK})"))
+    db.session.execute(text(f"SELECT pg_advisory_xact_lock({DRAIN_LOCK})"))
+    db.session.execute(text(f"SELECT pg_advisory_xact_lock({SALE_LOCK})"))
+    stock.clear()
+    db.session.execute(
+        text(
+            "TRUNCATE orders, dead_letters, batches, stock_movements, product_totals, products,"
+            " sale RESTART IDENTITY"
+        )
+    )
+    generation = secrets.token_hex(8)
+    db.session.add(Sale(generation=generation))
+    record(actor, "sale.reset", "sale", after=SEED_PRODUCT)
+    db.session.commit()
+    stock.open(generation, first_order_id=1)
+    product, _ = inventory.create_product(SEED_PRODUCT, actor)
+    return product.id
+
+
+class ForeignSale(Conflict):
+    """Redis holds a sale that is not this database's: somebody has to say that it may go."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "Redis holds another sale than PostgreSQL; replacing it deletes that sale",
+            "foreign_sale",
+        )
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What was gone when a rebuild began, as far as it can be known."""
+
+    # Redis held this sale, so nothing was lost.
+    intact: bool
+    # Where order ids go on; the highest known to have been issued; the highest that is stored.
+    first_order_id: int
+    last_known_order_id: int
+    last_stored_order_id: int
+    # When the counter of ids was last seen: what was issued after that is unknown.
+    sampled_at: str | None
+    # Orders answered 200, as far as their ids were seen, that are nowhere; and their most units.
+    lost_orders_at_most: int
+    lost_units_at_most: int
+    # Waiting orders that were found in Redis and stored.
+    rescued: int
+
+    def __str__(self) -> str:
+        rescued = f"{self.rescued} waiting orders were found and stored."
+        if self.intact:
+            return f"Redis was intact, nothing was lost; {rescued}"
+        return (
+            f"At most {self.lost_orders_at_most} orders up to number {self.last_known_order_id} "
+            f"({self.lost_units_at_most} units) were only in Redis and are lost; what was claimed "
+            f"after {self.sampled_at or 'the start'} can't be known. {rescued}"
+        )
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """What a rebuild made."""
+
+    loss: Loss
+    generation: str
+    products: int
+    free_units: int
+    orders: int
+    dead_letters: int
+    idempotency_keys: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.products} products with {self.free_units} free units are on sale, after "
+            f"{self.orders} stored orders and {self.dead_letters} dead letters; "
+            f"{self.idempotency_keys} idempotency keys are known. It took {self.seconds:.1f} s, "
+            f"and the next order is number {self.loss.first_order_id}. {self.loss}"
+        )
+
+
+def rebuild(actor: Actor, replace: bool = False) -> Rebuilt:
+    """Make the sale in Redis anew out of PostgreSQL.
+
+    Nothing is sold meanwhile. What still waits in Redis is stored first, so a rebuild at the wrong
+    time costs seconds of selling and no order. Safe to repeat when it was interrupted.
+
+    Raises Conflict while another rebuild is at work, ForeignSale unless `replace` says that the
+    other sale may be deleted, and stock.Unavailable; Redis then stays closed until a rebuild ends.
+    """
+    started = time.monotonic()
+    db.session.rollback()
+    with _alone() as connection:
+        found = stock.view([])
+        generation, last_sampled, first_of_sale, sampled_at = _read_sale(connection)
+        if found.generation and found.generation != generation and not replace:
+            raise ForeignSale
+        # A counter below what was seen before means an old copy of this very sale.
+        intact = found.generation == generation and found.last_order_id >= last_sampled
+        if found.generation:
+            stock.close(found.generation)
+        rescued = _store_waiting(connection)
+        issued = found.last_order_id if found.generation in ("", generation) else 0
+        if intact:
+            issued = stock.view([]).last_order_id
+        last_stored = _last_stored(connection)
+        last_known = max(issued, last_sampled, last_stored)
+        lost = 0 if intact else max(0, last_known - max(last_stored, first_of_sale - 1))
+        loss = Loss(
+            intact=intact,
+            first_order_id=last_known + 1 + (0 if intact else UNKNOWN_IDS),
+            last_known_order_id=last_known,
+            last_stored_order_id=last_stored,
+            sampled_at=sampled_at and sampled_at.isoformat(timespec="seconds"),
+            lost_orders_at_most=lost,
+            lost_units_at_most=lost * _max_quantity(connection),
+            rescued=rescued,
+        )
+        generation = secrets.token_hex(8)
+        _take_over(generation, loss, actor)
+        products = _snapshot(connection)
+        stock.clear_sale()
+        stock.put_accounts(products)
+        _put_movements(connection)
+        _put_bought(connection)
+        keys = _put_keys(connection)
+        stock.open(generation, first_order_id=loss.first_order_id)
+    inventory.publish_stale()
+    inventory.finish_pending()
+    totals = inventory.totals().values()
+    report = Rebuilt(
+        loss=loss,
+        generation=generation,
+        products=len(products),
+        free_units=sum(free for _, free in inventory.products_with_stock()),
+        orders=sum(total.confirmed_orders + total.cancelled_orders for total in totals),
+        dead_letters=sum(total.dead_orders for total in totals),
+        idempotency_keys=keys,
+        seconds=time.monotonic() - started,
+    )
+    db.session.rollback()
+    log.warning("the sale was rebuilt: %s", report)
+    return report
+
+
+@contextmanager
+def _alone() -> Iterator:
+    """Yield a connection that holds off drains and other rebuilds for as long as it lives.
+
+    The locks are the session's, since every batch that is rescued is a transaction of its own; they
+    end with the connection, however this process dies.
+    """
+    connection = db.engine.raw_connection()
+    try:
+        with connection.cursor() as cursor:
+            cursor.execute(f"SELECT pg_try_advisory_lock({REBUILD_LOCK})")
+            if not cursor.fetchone()[0]:
+                raise Conflict("A rebuild is at work already", "rebuild_running")
+            cursor.execute(f"SELECT pg_advisory_lock({DRAIN_LOCK})")
+        connection.commit()
+        yield connection
+    finally:
+        # PostgreSQL takes a moment to notice a closed session; the next rebuild may come sooner.
+        with suppress(psycopg2.Error), connection.cursor() as cursor:
+            connection.rollback()
+            cursor.execute("SELECT pg_advisory_unlock_all()")
+        # Not back to the pool, where a session that failed to unlock would keep its locks.
+        connection.invalidate()
+
+
+def _read_sale(connection) -> tuple[str | None, int, int, datetime | None]:
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT generation, last_order_id, first_order_id, sampled_at FROM sale")
+        return cursor.fetchone() or (None, 0, 1, None)
+
+
+def _max_quantity(connection) -> int:
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT coalesce(max(max_quantity), 0) FROM products")
+        return cursor.fetchone()[0]
+
+
+def _last_stored(connection) -> int:
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT greatest((SELECT max(id) FROM orders),"
+            " (SELECT max(order_id) FROM dead_letters),"
+            " (SELECT max(last_order_id) FROM batches), 0)"
+        )
+        return cursor.fetchone()[0]
+
+
+def _store_waiting(connection) -> int:
+    """Store what waits in the outbox; it stays there until the outbox itself is replaced."""
+    stored = 0
+    after = None
+    while entries := stock.read_outbox(BATCH_ORDERS, after):
+        rows = [Row(stream_id, fields) for stream_id, fields in entries]
+        with connection.cursor() as cursor:
+            _, drained = store(cursor, rows, "rebuild", "")
+        connection.commit()
+        stored += drained.persisted + drained.dead_letters
+        after = entries[-1][0].decode()
+    return stored
+
+
+def _take_over(generation: str, loss: Loss, actor: Actor) -> None:
+    """Name the new sale in PostgreSQL; from now on movements of the old one are not marked applied.
+
+    The lock waits for those that are being carried out, and Redis, closed, lets no new one begin.
+    """
+    db.session.execute(text(f"SELECT pg_advisory_xact_lock({SALE_LOCK})"))
+    db.session.execute(
+        text(
+            "INSERT INTO sale (id, generation, first_order_id, last_order_id, sampled_at)"
+            " VALUES (1, :generation, :first, :first - 1, now())"
+            " ON CONFLICT (id) DO UPDATE SET generation = excluded.generation,"
+            " first_order_id = excluded.first_order_id, last_order_id = excluded.last_order_id,"
+            " sampled_at = excluded.sampled_at"
+        ),
+        {"generation": generation, "first": loss.first_order_id},
+    )
+    record(actor, "sale.rebuild", "sale", after=asdict(loss) | {"generation": generation})
+    db.session.commit()
+
+
+def _snapshot(connection) -> dict[int, dict[str, int]]:
+    """Begin a snapshot on the connection; return the counters that each product starts with.
+
+    Movements that are not marked as applied stay out: they are carried out afterwards, as ever.
+    """
+    connection.commit()
+    with connection.cursor() as cursor:
+        cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+        cursor.execute(
+            """
+            SELECT t.product_id,
+              t.moved_units - coalesce((SELECT sum(units) FROM stock_movements m
+                                        WHERE m.product_id = t.product_id
+                                          AND m.applied_at IS NULL), 0),
+              t.confirmed_units + t.cancelled_units + t.dead_units + t.abandoned_units,
+              t.confirmed_orders + t.cancelled_orders,
+              coalesce(letters, 0)
+            FROM product_totals t
+            LEFT JOIN (SELECT product_id, count(*) AS letters FROM dead_letters
+                       WHERE resolution IS DISTINCT FROM 'replayed' GROUP BY 1) d
+              USING (product_id)
+            """
+        )
+        return {
+            product_id: {
+                "free": int(moved) - out,
+                "moved": int(moved),
+                "accepted": orders + letters,
+                "claimed": out,
+                "settled": orders + letters,
+                "settled_units": out,
+                "persisted": orders,
+            }
+            for product_id, moved, out, orders, letters in cursor
+        }
+
+
+def _put_movements(connection) -> None:
+    """Set the bit of each movement that the counters contain."""
+    bits = bytearray()
+    for rows in _pages(connection, "SELECT id FROM stock_movements WHERE applied_at IS NOT NULL"):
+        for (movement_id,) in rows:
+            position, bit = divmod(movement_id, 8)
+            if position >= len(bits):
+                bits.extend(bytes(position + 1 - len(bits)))
+            bits[position] |= 128 >> bit
+    stock.put_movements(bytes(bits))
+
+
+def _put_bought(connection) -> None:
+    """Count what each user has bought, whether or not the product has a cap: it may get one."""
+    query = """
+        SELECT product_id, user_id / %(users)s,
+               array_agg(user_id %% %(users)s), array_agg(units::bigint)
+        FROM (SELECT product_id, user_id, sum(units) AS units FROM (
+                SELECT product_id, user_id, quantity AS units FROM orders
+                UNION ALL
+                SELECT product_id, user_id, quantity FROM dead_letters
+                WHERE product_id IS NOT NULL AND resolution IS DISTINCT FROM 'replayed'
+                UNION ALL
+                SELECT product_id, user_id, -units FROM stock_movements
+                WHERE user_id IS NOT NULL AND applied_at IS NOT NULL
+              ) flows GROUP BY 1, 2 HAVING sum(units) > 0) bought
+        GROUP BY 1, 2
+    """
+    for rows in _pages(connection, query, {"users": USERS_PER_BUCKET}):
+        stock.put_bought(rows)
+
+
+def _put_keys(connection) -> int:
+    """Remember the Idempotency-Keys of the last 24 hours, for what is left of their time."""
+    count = 0
+    since = {"life": IDEMPOTENCY_TTL_MS}
+    letters = """
+        SELECT payload, order_id FROM dead_letters
+        WHERE order_id IS NOT NULL AND created_at > now() - %(life)s * interval '1 ms'
+          AND resolution IS DISTINCT FROM 'replayed' ORDER BY id
+    """
+    for rows in _pages(connection, letters, since):
+        parsed = [(Entry.parse(payload), order_id) for payload, order_id in rows]
+        count += stock.put_keys(
+            (e.user_id, e.idempotency_key, order_id, e.product_id, e.quantity, e.claimed_ms)
+            for e, order_id in parsed
+            if e.idempotency_key
+        )
+    # After the letters: where both have a key, the order is the one that exists.
+    orders = """
+        SELECT user_id, idempotency_key, id, product_id, quantity,
+               (extract(epoch FROM claimed_at) * 1000)::bigint
+        FROM orders
+        WHERE idempotency_key IS NOT NULL AND claimed_at > now() - %(life)s * interval '1 ms'
+    """
+    for rows in _pages(connection, orders, since):
+        count += stock.put_keys(rows)
+    return count
+
+
+def _pages(connection, query: str, values: dict | None = None) -> Iterator[list[tuple]]:
+    """Yield a query's rows some at a time: a server-side cursor, so that memory stays flat."""
+    with connection.cursor(name=f"rebuild_{secrets.token_hex(4)}") as cursor:
+        cursor.execute(query, values)
+        while rows := cursor.fetchmany(ROWS_AT_ONCE):
+            yield rows
+
+
+def _on_record() -> tuple[str, int]:
+    """Return the sale's name, and the highest order id that is known to have been issued."""
+    found = db.session.execute(
+        text(
+            "SELECT generation, greatest(last_order_id, (SELECT last_order_id FROM batches"
+            " ORDER BY id DESC LIMIT 1)) FROM sale"
+        )
+    ).one_or_none()
+    db.session.rollback()
+    return tuple(found) if found else ("", 0)
+
+
+def sale_on_record(app: Flask) -> tuple[str, int] | None:
+    """Return what a Redis that is fit for claims must hold; None when PostgreSQL can't tell.
+
+    Asked for whenever claims connect to Redis, so that one which was exchanged is noticed before
+    anything is sold from it. With PostgreSQL down, selling goes on unchecked.
+    """
+    try:
+        with app.app_context(), waiting_at_most(RECORD_WAIT_SECONDS):
+            return _on_record()
+    except SQLAlchemyError as error:
+        log.warning("Redis was not checked: %s", str(error).partition("\n")[0])
+        return None
+
+
+def close_when_stale() -> bool:
+    """Close a Redis that has gone back in time (an old copy restored); tell whether it was one.
+
+    Reads PostgreSQL first: what it knows was issued before Redis is asked.
+    """
+    generation, last_order_id = _on_record()
+    if last_order_id and stock.close(generation, issued=last_order_id):
+        log.error(
+            "Redis has forgotten orders up to %s: the sale is closed; run `flask rebuild`",
+            last_order_id,
+        )
+        return True
+    return False
+
+
+def is_prepared() -> bool:
+    """Return whether Redis holds the sale that PostgreSQL knows. Raises stock.Unavailable."""
+    held = stock.generation()
+    return held is not None and held == inventory.expected_generation()

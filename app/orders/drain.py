@@ -1,0 +1,233 @@
+"""The drain: from the outbox into PostgreSQL, a batch at a time, each order exactly once.
+
+Read, INSERT … ON CONFLICT DO NOTHING, COMMIT, and only then trim. Killed at any point it leaves
+either nothing stored, or orders stored that are still in the outbox and are recognised next time.
+"""
+
+import logging
+from collections import defaultdict
+from dataclasses import dataclass, replace
+
+import psycopg2
+from psycopg2 import errors
+
+from ..extensions import db, stock
+from ..stock.gateway import ENTRY
+
+log = logging.getLogger(__name__)
+
+# Large enough that RQ's own cost per job (7 ms) hardly counts, small enough that a batch is stored
+# and trimmed in well under 100 ms, so that claims never wait for it.
+BATCH_ORDERS = 2000
+# Any number will do as long as nothing else in this database uses it.
+DRAIN_LOCK = 7_316_001
+# One drainer at a time. The lock ends with the transaction, and PostgreSQL ends a transaction whose
+# worker hangs, so that the next worker can go on.
+BEGIN = f"""
+    SET LOCAL idle_in_transaction_session_timeout = '2s';
+    SET LOCAL statement_timeout = '10s';
+    SELECT pg_try_advisory_xact_lock({DRAIN_LOCK}), (SELECT generation FROM sale)
+"""  # noqa: S608
+INSERT_BATCH = """
+    INSERT INTO batches (job_id, worker, first_order_id, last_order_id, orders, dead_letters)
+    VALUES (%s, %s, %s, %s, %s, 0) RETURNING id
+"""
+INSERT_ORDERS = """
+    INSERT INTO orders (id, user_id, product_id, quantity, unit_price_cents, currency,
+                        claimed_at, idempotency_key, batch_id)
+    SELECT id, user_id, product_id, quantity, cents, currency,
+           'epoch'::timestamptz + claimed_ms * interval '1 ms', nullif(key, ''), %s
+    FROM unnest(%s::bigint[], %s::bigint[], %s::bigint[], %s::int[], %s::bigint[], %s::text[],
+                %s::bigint[], %s::text[])
+         AS entry (id, user_id, product_id, quantity, cents, currency, claimed_ms, key)
+    -- A dead letter read again (the trim failed) stays one: somebody may have abandoned it since.
+    WHERE NOT EXISTS (SELECT FROM dead_letters WHERE stream_id = entry.id || '-0')
+    ON CONFLICT DO NOTHING
+"""
+SELECT_STORED = """
+    SELECT id, user_id, product_id, quantity,
+           (extract(epoch FROM claimed_at) * 1000)::bigint, coalesce(idempotency_key, '')
+    FROM orders WHERE id = ANY(%s)
+"""
+INSERT_DEAD_LETTER = """
+    INSERT INTO dead_letters (stream_id, payload, error, order_id, user_id, product_id, quantity)
+    VALUES (%s, %s, %s, %s, %s, %s, %s) ON CONFLICT DO NOTHING
+"""
+UPDATE_BATCH = "UPDATE batches SET orders = %s, dead_letters = %s WHERE id = %s"
+
+
+@dataclass(frozen=True)
+class Drained:
+    """What one run did. `more` says that a full batch was read, so that more is likely waiting."""
+
+    persisted: int = 0
+    duplicates: int = 0
+    dead_letters: int = 0
+    more: bool = False
+    busy: bool = False
+
+    def __str__(self) -> str:
+        if self.busy:
+            return "another drain is at work"
+        text = f"persisted {self.persisted} order{'' if self.persisted == 1 else 's'}"
+        if self.duplicates:
+            text += f", {self.duplicates} were stored already"
+        if self.dead_letters:
+            text += f", {self.dead_letters} to the dead letters"
+        return text
+
+
+class Row:
+    """An entry of the outbox on its way into a table, as text: PostgreSQL reads the numbers."""
+
+    __slots__ = ("order_id", "parts", "payload", "stream_id")
+
+    def __init__(self, stream_id: bytes, fields: dict[bytes, bytes]) -> None:
+        self.stream_id = stream_id.decode()
+        self.order_id = int(self.stream_id.partition("-")[0])
+        self.payload = fields.get(b"order", repr(fields).encode()).decode("utf-8", "replace")
+        match = ENTRY(self.payload)
+        # user, product, quantity, cents, currency, claimed, key; or nothing, if it is no order.
+        self.parts = match.groups() if match else ()
+
+
+def drain_batch(job_id: str, worker: str, most: int = BATCH_ORDERS) -> Drained:
+    """Store the oldest waiting orders, `most` of them at a time, and take them out of the outbox.
+
+    Raises stock.Unavailable and psycopg2.Error when a server fails; then nothing is lost.
+    """
+    connection = db.engine.raw_connection()
+    try:
+        with connection.cursor() as cursor:
+            cursor.execute(BEGIN)
+            locked, generation = cursor.fetchone()
+            if not locked:
+                return Drained(busy=True)
+            if stock.generation() != generation:
+                # Another sale's orders, or a rebuild at work, which stores what waits by itself.
+                return Drained()
+            entries = stock.read_outbox(most)
+            if not entries:
+                return Drained()
+            rows = [Row(stream_id, fields) for stream_id, fields in entries]
+            dead, drained = store(cursor, rows, job_id, worker)
+        connection.commit()
+    finally:
+        # Back to the pool, which rolls back what was not committed.
+        connection.close()
+    _settle(generation, rows, dead)
+    return replace(drained, more=len(rows) == most)
+
+
+def store(cursor, rows: list[Row], job_id: str, worker: str) -> tuple[set[str], Drained]:
+    """Store a batch in the current transaction; return the stream ids of its dead letters too."""
+    cursor.execute(INSERT_BATCH, (job_id, worker, rows[0].order_id, rows[-1].order_id, len(rows)))
+    batch_id = cursor.fetchone()[0]
+    dead, inserted = _insert_all(cursor, batch_id, rows)
+    if inserted != len(rows):
+        cursor.execute(UPDATE_BATCH, (inserted, len(dead), batch_id))
+    return dead, Drained(inserted, len(rows) - inserted - len(dead), len(dead))
+
+
+def _insert_all(cursor, batch_id: int, rows: list[Row]) -> tuple[set[str], int]:
+    """Insert the rows; return the stream ids of the dead letters and the number inserted."""
+    orders = [row for row in rows if row.parts]
+    dead = {row.stream_id: "not an order" for row in rows if not row.parts}
+    refused: dict[str, str] = {}
+    inserted = _insert(cursor, batch_id, orders, refused)
+    if inserted != len(orders):
+        dead |= _tell_conflicts(cursor, orders, refused)
+    for row in rows:
+        if row.stream_id in dead:
+            log.error("order %s is a dead letter: %s", row.stream_id, dead[row.stream_id])
+            user, product, quantity = row.parts[:3] or (None, None, None)
+            cursor.execute(
+                INSERT_DEAD_LETTER,
+                (
+                    row.stream_id,
+                    row.payload.replace("\0", "\\0"),
+                    dead[row.stream_id],
+                    row.order_id if row.parts else None,
+                    user,
+                    product,
+                    quantity,
+                ),
+            )
+    return set(dead), inserted
+
+
+def _insert(cursor, batch_id: int, rows: list[Row], refused: dict[str, str]) -> int:
+    """Insert what can be; halve a refused batch until the rows at fault stand alone."""
+    if not rows:
+        return 0
+    cursor.execute("SAVEPOINT batch")
+    try:
+        ids = _array(str(row.order_id) for row in rows)
+        users, products, quantities, cents, currencies, claimed, keys = zip(
+            *(row.parts for row in rows), strict=True
+        )
+        cursor.execute(
+            INSERT_ORDERS,
+            (
+                batch_id,
+                ids,
+                _array(users),
+                _array(products),
+                _array(quantities),
+                _array(cents),
+                list(currencies),
+                _array(claimed),
+                list(keys),
+            ),
+        )
+    except (psycopg2.IntegrityError, psycopg2.DataError, errors.RaiseException) as error:
+        cursor.execute("ROLLBACK TO SAVEPOINT batch")
+        if len(rows) == 1:
+            refused[rows[0].stream_id] = str(error).strip().partition("\n")[0]
+            return 0
+        middle = len(rows) // 2
+        return _insert(cursor, batch_id, rows[:middle], refused) + _insert(
+            cursor, batch_id, rows[middle:], refused
+        )
+    return cursor.rowcount
+
+
+def _array(numbers) -> str:
+    """Return a PostgreSQL array literal; a value that is no number makes the statement fail."""
+    return "{" + ",".join(numbers) + "}"
+
+
+def _tell_conflicts(cursor, rows: list[Row], refused: dict[str, str]) -> dict[str, str]:
+    """Return what is wrong with the rows that are not stored, neither now nor by an earlier run.
+
+    An order that is stored is none of them, even when PostgreSQL would refuse it today.
+    """
+    dead = {}
+    cursor.execute(SELECT_STORED, ([row.order_id for row in rows],))
+    stored = {found[0]: found[1:] for found in cursor.fetchall()}
+    for row in rows:
+        user, product, quantity, _, _, claimed, key = row.parts
+        found = stored.get(row.order_id)
+        if found is None:
+            dead[row.stream_id] = refused.get(
+                row.stream_id, "the user has another order under this Idempotency-Key"
+            )
+        elif found != (int(user), int(product), int(quantity), int(claimed), key):
+            dead[row.stream_id] = f"order id {row.order_id} belongs to another order"
+    return dead
+
+
+def _settle(generation: str | None, rows: list[Row], dead: set[str]) -> None:
+    figures: dict[int, list[int]] = defaultdict(lambda: [0, 0, 0])
+    for row in rows:
+        if row.parts:
+            of_product = figures[int(row.parts[1])]
+            of_product[0] += 1
+            of_product[1] += int(row.parts[2])
+            of_product[2] += row.stream_id not in dead
+    stock.settle(
+        generation,
+        [row.stream_id for row in rows],
+        [row.order_id for row in rows],
+        figures,
+    )

@@ -1,0 +1,113 @@
+"""Orders: a shopper's list, one order's story, and cancelling."""
+
+from datetime import UTC, datetime
+
+from sqlalchemy import select, update
+
+from ..audit import Actor, record
+from ..extensions import db, stock
+from ..models import DeadLetter, Order, StockMovement
+from ..problems import Conflict, UnknownOrder
+from ..products.inventory import apply_movement
+from ..times import from_ms, utc_text
+
+MAX_LISTED = 500
+
+
+def _listed(order_id: int, status: str, quantity: int, product_id: int, at: datetime) -> dict:
+    return {
+        "id": order_id,
+        "status": status,
+        "quantity": quantity,
+        "productId": product_id,
+        "createdAt": utc_text(at),
+    }
+
+
+def queued_orders_of(user_id: int, limit: int, before: int | None = None) -> list[dict]:
+    """Return the user's orders that wait in Redis, newest first. Raises stock.Unavailable."""
+    return [
+        _listed(
+            order_id,
+            "QUEUED",
+            entry.quantity,
+            entry.product_id,
+            from_ms(entry.claimed_ms),
+        )
+        for order_id, entry in stock.queued_orders(user_id, MAX_LISTED)
+        if before is None or order_id < before
+    ][:limit]
+
+
+def orders_of(
+    queued: list[dict], user_id: int, limit: int, before: int | None = None
+) -> list[dict]:
+    """Return the user's orders, newest first, given those that Redis held a moment *earlier*.
+
+    The order of the two reads is what makes the list complete: an order leaves Redis only after the
+    commit that stored it, so what Redis no longer had is found here. What both have counts once.
+    """
+    stored = select(Order).where(Order.user_id == user_id).order_by(Order.id.desc()).limit(limit)
+    dead = (
+        select(DeadLetter)
+        .where(DeadLetter.user_id == user_id, DeadLetter.resolution.is_(None))
+        .order_by(DeadLetter.order_id.desc())
+        .limit(limit)
+    )
+    if before is not None:
+        stored = stored.where(Order.id < before)
+        dead = dead.where(DeadLetter.order_id < before)
+    found = {order["id"]: order for order in queued}
+    for letter in db.session.scalars(dead):
+        found[letter.order_id] = _listed(
+            letter.order_id, "FAILED", letter.quantity, letter.product_id, letter.created_at
+        )
+    for order in db.session.scalars(stored):
+        found[order.id] = _listed(
+            order.id, order.status, order.quantity, order.product_id, order.claimed_at
+        )
+    return [found[order_id] for order_id in sorted(found, reverse=True)[:limit]]
+
+
+def cancel(order_id: int, reason: str, actor: Actor) -> Order:
+    """Cancel a persisted order; its units go back to free stock exactly once.
+
+    Raises UnknownOrder (also while it still waits to be persisted), Conflict when it is cancelled
+    already, and stock.Unavailable: recorded then, and the units follow when Redis is back.
+    """
+    order = db.session.get(Order, order_id, with_for_update=True)
+    if order is None:
+        raise UnknownOrder(order_id)
+    if order.status == "CANCELLED":
+        db.session.rollback()
+        raise Conflict("This order is cancelled already", "already_cancelled")
+    db.session.execute(
+        update(Order)
+        .where(Order.id == order_id)
+        .values(
+            status="CANCELLED",
+            cancelled_at=datetime.now(UTC),
+            cancelled_by=actor.name,
+            cancel_reason=reason,
+        )
+    )
+    movement = StockMovement(
+        product_id=order.product_id,
+        kind="return",
+        units=order.quantity,
+        reason=reason,
+        actor=actor.name,
+        user_id=order.user_id,
+        order_id=order_id,
+    )
+    db.session.add(movement)
+    record(
+        actor,
+        "order.cancel",
+        f"order {order_id}",
+        before={"status": "CONFIRMED"},
+        after={"status": "CANCELLED", "reason": reason, "units": order.quantity},
+    )
+    db.session.commit()
+    apply_movement(movement)
+    return db.session.get(Order, order_id)

@@ -1,0 +1,271 @@
+"""The support desk's search: orders by user, id, product, status and time, newest first.
+
+Every filter becomes a range of one index, and pages follow the last id seen, so that a page costs
+the same at a million orders as at a hundred.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import datetime
+
+from sqlalchemy import Select, select
+
+from ..extensions import db, stock
+from ..models import Batch, DeadLetter, Order, StockMovement
+from ..problems import Unavailable, UnknownOrder
+from ..stock.gateway import Entry
+from ..times import from_ms
+from .lookup import MAX_LISTED
+
+STATUSES = ("QUEUED", "CONFIRMED", "CANCELLED", "FAILED")
+PAGE_ORDERS = 50
+# An export's step: few statements, and little memory however long the export.
+EXPORT_ORDERS = 2000
+# Ids are given in the order of the claims, so a time is an id. This many more are looked at on
+# either side, and judged by their own time, in case the clock was set back a little.
+ID_MARGIN = 2000
+
+
+@dataclass(frozen=True)
+class Filter:
+    """What is looked for; None where everything will do. Times are claim times."""
+
+    user_id: int | None = None
+    product_id: int | None = None
+    status: str | None = None
+    since: datetime | None = None
+    until: datetime | None = None
+
+    def admits(self, product_id: int, claimed_at: datetime) -> bool:
+        return (
+            (self.product_id is None or product_id == self.product_id)
+            and (self.since is None or claimed_at >= self.since)
+            and (self.until is None or claimed_at < self.until)
+        )
+
+
+@dataclass(frozen=True)
+class Found:
+    """An order as a list shows it, wherever it is stored."""
+
+    id: int
+    status: str
+    user_id: int
+    product_id: int
+    quantity: int
+    unit_price_cents: int
+    currency: str
+    claimed_at: datetime
+    persisted_at: datetime | None = None
+    cancelled_at: datetime | None = None
+    cancelled_by: str | None = None
+    cancel_reason: str | None = None
+    idempotency_key: str | None = None
+
+    @property
+    def total_cents(self) -> int:
+        return self.quantity * self.unit_price_cents
+
+
+@dataclass(frozen=True)
+class Page:
+    """`before` continues the list; it is None on the last page. `incomplete`: Redis was away."""
+
+    orders: list[Found]
+    before: int | None = None
+    incomplete: bool = False
+
+
+COLUMNS = (
+    Order.id,
+    Order.status,
+    Order.user_id,
+    Order.product_id,
+    Order.quantity,
+    Order.unit_price_cents,
+    Order.currency,
+    Order.claimed_at,
+    Order.persisted_at,
+    Order.cancelled_at,
+    Order.cancelled_by,
+    Order.cancel_reason,
+    Order.idempotency_key,
+)
+
+
+def search(wanted: Filter, before: int | None = None, limit: int = PAGE_ORDERS) -> Page:
+    """Return a page of orders: those that wait in Redis, the dead letters, and the stored ones.
+
+    Redis is read first: an order leaves it only after it was stored, so none is missed between.
+    """
+    found: dict[int, Found] = {}
+    incomplete = False
+    if wanted.status in (None, "QUEUED"):
+        try:
+            found |= {order.id: order for order in _waiting(wanted, before, limit + 1)}
+        except Unavailable:
+            incomplete = True
+    if wanted.status in (None, "FAILED"):
+        found |= {order.id: order for order in _failed(wanted, before, limit + 1)}
+    stored = list(_stored(wanted, before, limit + 1))
+    found |= {order.id: order for order in stored}
+    if wanted.status == "QUEUED":
+        # What was stored since Redis was read is no longer queued.
+        for order_id in db.session.scalars(select(Order.id).where(Order.id.in_(found))):
+            found.pop(order_id)
+    orders = [found[order_id] for order_id in sorted(found, reverse=True)[: limit + 1]]
+    more = len(orders) > limit
+    orders = orders[:limit]
+    return Page(orders, orders[-1].id if more else None, incomplete)
+
+
+def _waiting(wanted: Filter, before: int | None, limit: int) -> Iterator[Found]:
+    if wanted.user_id is not None:
+        entries = stock.queued_orders(wanted.user_id, MAX_LISTED)
+    else:
+        entries = stock.newest_waiting(limit, before)
+    for order_id, entry in entries:
+        order = from_entry(order_id, entry)
+        if (before is None or order_id < before) and wanted.admits(
+            order.product_id, order.claimed_at
+        ):
+            yield order
+
+
+def from_entry(order_id: int, entry: Entry) -> Found:
+    """Return an order of the outbox."""
+    return Found(
+        id=order_id,
+        status="QUEUED",
+        user_id=entry.user_id,
+        product_id=entry.product_id,
+        quantity=entry.quantity,
+        unit_price_cents=entry.unit_price_cents,
+        currency=entry.currency,
+        claimed_at=from_ms(entry.claimed_ms),
+        idempotency_key=entry.idempotency_key,
+    )
+
+
+def _failed(wanted: Filter, before: int | None, limit: int) -> Iterator[Found]:
+    query = select(DeadLetter).where(
+        DeadLetter.resolution.is_(None), DeadLetter.order_id.is_not(None)
+    )
+    if before is not None:
+        query = query.where(DeadLetter.order_id < before)
+    if wanted.user_id is not None:
+        query = query.where(DeadLetter.user_id == wanted.user_id)
+    if wanted.product_id is not None:
+        query = query.where(DeadLetter.product_id == wanted.product_id)
+    for letter in db.session.scalars(query.order_by(DeadLetter.order_id.desc()).limit(limit)):
+        order = replace(
+            from_entry(letter.order_id, Entry.parse(letter.payload)),
+            status="FAILED",
+            persisted_at=None,
+        )
+        if wanted.admits(order.product_id, order.claimed_at):
+            yield order
+
+
+def _stored(wanted: Filter, before: int | None, limit: int) -> Iterator[Found]:
+    query = stored_query(wanted, before, limit)
+    if query is not None:
+        for row in db.session.execute(query):
+            yield Found(*row)
+
+
+def stored_query(wanted: Filter, before: int | None, limit: int) -> Select | None:
+    """Return the statement that finds stored orders; None when there can be none."""
+    if wanted.status in ("QUEUED", "FAILED"):
+        return None
+    query = select(*COLUMNS).order_by(Order.id.desc()).limit(limit)
+    if before is not None:
+        query = query.where(Order.id < before)
+    if wanted.user_id is not None:
+        query = query.where(Order.user_id == wanted.user_id)
+    if wanted.product_id is not None:
+        query = query.where(Order.product_id == wanted.product_id)
+    if wanted.status is not None:
+        query = query.where(Order.status == wanted.status)
+    if wanted.since is not None:
+        first = _id_at(wanted.since)
+        if first is None:
+            return None
+        query = query.where(Order.id >= first - ID_MARGIN, Order.claimed_at >= wanted.since)
+    if wanted.until is not None:
+        last = _id_at(wanted.until)
+        if last is not None:
+            query = query.where(Order.id < last + ID_MARGIN)
+        query = query.where(Order.claimed_at < wanted.until)
+    return query
+
+
+def _id_at(moment: datetime) -> int | None:
+    """Return the id of the first order claimed at or after a moment; None when there is none."""
+    return db.session.scalar(
+        select(Order.id)
+        .where(Order.claimed_at >= moment)
+        .order_by(Order.claimed_at, Order.id)
+        .limit(1)
+    )
+
+
+def export(wanted: Filter) -> Iterator[Found]:
+    """Return every order of the filter, newest first, holding one step of them at a time."""
+    before = None
+    while True:
+        page = search(wanted, before, EXPORT_ORDERS)
+        # A slow reader must not hold a connection, nor a transaction open.
+        db.session.remove()
+        yield from page.orders
+        if page.before is None:
+            return
+        before = page.before
+
+
+@dataclass(frozen=True)
+class Story:
+    """All that is known of one order."""
+
+    order: Found
+    batch: Batch | None = None
+    returned: StockMovement | None = None
+    letter: DeadLetter | None = None
+
+
+def story(order_id: int) -> Story:
+    """Return one order with what happened to it. Raises UnknownOrder.
+
+    Redis, too, is asked, and before PostgreSQL, as in `search`; it may be away for a stored order.
+    """
+    unavailable = entry = None
+    try:
+        entry = stock.waiting_order(order_id)
+    except Unavailable as error:
+        unavailable = error
+    row = db.session.execute(
+        select(*COLUMNS, Order.batch_id).where(Order.id == order_id)
+    ).one_or_none()
+    letter = db.session.scalar(
+        select(DeadLetter)
+        .where(DeadLetter.order_id == order_id)
+        .order_by(DeadLetter.id.desc())
+        .limit(1)
+    )
+    if row is not None:
+        order = Found(*row[:-1])
+        return Story(
+            order,
+            batch=db.session.get(Batch, row.batch_id) if row.batch_id else None,
+            returned=db.session.scalar(
+                select(StockMovement).where(StockMovement.order_id == order_id)
+            ),
+        )
+    if letter is not None:
+        order = from_entry(order_id, Entry.parse(letter.payload))
+        return Story(replace(order, status="FAILED"), letter=letter)
+    if entry is not None:
+        return Story(from_entry(order_id, entry))
+    if unavailable:
+        raise unavailable
+    raise UnknownOrder(order_id)

@@ -1,0 +1,1 @@
+"""What is sold: terms of sale, restocks, and every movement of stock."""

@@ -1,0 +1,196 @@
+"""What `make run` ends in: starts the servers, the web and the worker, and keeps them running.
+
+Everything happens in `run_once`, woken by signals (a child's death is one), in a single thread.
+"""
+
+import fcntl
+import http.client
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+
+from app.config import ROOT, Settings, SettingsError, load_settings, with_secrets
+from app.run import serve
+from app.run.embedded import EmbeddedError, embedded_servers
+from app.run.processes import (
+    STOP_SIGNALS,
+    Command,
+    Kept,
+    Program,
+    Signals,
+    StartError,
+    Stopped,
+    how_it_ended,
+    say,
+)
+
+TICK_SECONDS = 1.0
+PROBE_SECONDS = 0.2
+READY_WITHIN_SECONDS = 30
+STOP_SECONDS = 10
+# Replaying the log of a big sale takes minutes; to give up would only begin it again.
+SERVER_START_SECONDS = 600
+
+
+class Supervisor:
+    """One run of the whole system on one DATA_DIR."""
+
+    def __init__(self, settings: Settings, tree: Path = ROOT):
+        """`tree` holds wsgi.py and worker.py."""
+        self.settings, self.tree = settings, tree
+        self.signals = Signals()
+        self.kept: list[Kept] = []
+        self.web: Program | None = None
+        self.worker: Program | None = None
+        self.started_at = time.monotonic()
+        self.ready = self.warned = False
+
+    def run(self) -> None:
+        """Start everything, keep it running, and stop it when a signal says so."""
+        with _only_run(self.settings.data_dir) as unclean, suppress(Stopped):
+            grace = serve.PORT_GRACE_SECONDS if unclean else 0
+            self.address = serve.free_address(self.settings, grace, self._pause)
+            try:
+                self.start()
+                while self.run_once():
+                    pass
+            finally:
+                self.stop()
+
+    def start(self) -> None:
+        """Start the servers, prepare the data, then launch web and worker."""
+        serve.allow_open_files()
+        settings = with_secrets(self.settings)
+        for name, server in embedded_servers(settings).items():
+            self._keep(server)
+            server.start(SERVER_START_SECONDS, wait=self._pause)
+            settings = replace(settings, **{name: server.url})
+        environ = {
+            **os.environ,
+            "PYTHONUNBUFFERED": "1",
+            "REDIS_URL": settings.redis_url,
+            "DATABASE_URL": settings.database_url,
+            "SECRET_KEY": settings.secret_key,
+        }
+        flask = [sys.executable, "-m", "flask", "--app", "wsgi"]
+        self._run_to_end(Command("prepare", [*flask, "prepare"], environ, self.tree))
+        self.web = Command("web", [sys.executable, "-m", "app.run.serve"], environ, self.tree)
+        self.worker = Command("worker", [sys.executable, "worker.py"], environ, self.tree)
+        for program in (self.worker, self.web):
+            self._keep(program)
+            program.launch()
+
+    def run_once(self) -> bool:
+        """Wait for a signal or something that is due and act on it; False when it is to stop."""
+        now = time.monotonic()
+        due = [kept.restart_at - now for kept in self.kept if kept.restart_at is not None]
+        came = self.signals.wait(min([TICK_SECONDS if self.ready else PROBE_SECONDS, *due]))
+        # At a terminal, SIGHUP says that its window was closed.
+        if came & STOP_SIGNALS or (signal.SIGHUP in came and sys.stdin and sys.stdin.isatty()):
+            return False
+        if signal.SIGHUP in came and self.web.is_alive():
+            say("web and worker: new processes take over")
+            self.web.process.send_signal(signal.SIGHUP)
+            self.worker.terminate()  # ends its batch first, and is started again as if it had died
+        for kept in self.kept:
+            kept.check(time.monotonic())
+        if not self.ready:
+            self._look_whether_ready()
+        return True
+
+    def stop(self) -> None:
+        """Stop all in the reverse order of their start; a second Ctrl-C leaves 1 s to each."""
+        patience = STOP_SECONDS
+        for kept in reversed(self.kept):
+            asked_at = time.monotonic()
+            kept.program.terminate()
+            # An adopted server has no process here, and isn't ours to stop.
+            while (
+                kept.program.process
+                and kept.program.is_alive()
+                and (left := asked_at + patience - time.monotonic()) > 0
+            ):
+                if self.signals.wait(left) & STOP_SIGNALS:
+                    patience = 1
+            kept.program.kill()
+
+    def _keep(self, program: Program) -> None:
+        self.kept.append(Kept(program, started_at=time.monotonic()))
+
+    def _pause(self, seconds: float) -> None:
+        if self.signals.wait(seconds) & STOP_SIGNALS:
+            raise Stopped
+
+    def _run_to_end(self, program: Program) -> None:
+        program.launch()
+        try:
+            while program.is_alive():
+                self._pause(TICK_SECONDS)
+            if program.process.returncode != 0:
+                raise StartError(f"{program.name} {how_it_ended(program)}: not started")
+        finally:
+            program.stop()
+
+    def _look_whether_ready(self) -> None:
+        host, port = self.address[:2]
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
+        connection = http.client.HTTPConnection(host, port, timeout=2)
+        try:
+            connection.request("GET", "/readyz")
+            response = connection.getresponse()
+            self.ready = response.status == 200
+            answer = f"{response.status} {response.read(300).decode(errors='replace').strip()}"
+        except (OSError, http.client.HTTPException) as error:
+            answer = f"the web server doesn't answer ({error})"
+        finally:
+            connection.close()
+        if self.ready:
+            say(f"Ready: http://{f'[{host}]' if ':' in host else host}:{port}")
+        elif not self.warned and time.monotonic() - self.started_at > READY_WITHIN_SECONDS:
+            self.warned = True
+            say(f"Not ready after {READY_WITHIN_SECONDS} s, still trying: {answer}")
+
+
+@contextmanager
+def _only_run(data_dir: Path) -> Iterator[bool]:
+    """Hold DATA_DIR for this run; yield whether the run before was killed."""
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        file = (data_dir / "run.lock").open("a+")
+    except OSError as error:
+        raise StartError(f"can't use DATA_DIR {data_dir}: {error.strerror}") from None
+    with file:
+        file.seek(0)
+        former = file.read().strip()
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StartError(f"already running on {data_dir} (process {former})") from None
+        try:
+            file.truncate(0)
+            print(os.getpid(), file=file, flush=True)
+            yield bool(former)
+        finally:
+            file.truncate(0)
+
+
+def main(tree: Path = ROOT) -> int:
+    """Run until told to stop; return the exit code."""
+    try:
+        Supervisor(load_settings(), tree).run()
+    except SettingsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (StartError, EmbeddedError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The Redis side of the sale: keys, connections, claims, scripts."""

@@ -1,0 +1,551 @@
+"""The Redis side of the sale: its scripts and their typed results. The only caller of the scripts.
+
+Claims go by the hot roads of claims.py; everything else goes through an ordinary client here.
+"""
+
+import contextlib
+import itertools
+import json
+import logging
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import resources
+
+import hiredis
+import redis
+
+from ..config import Settings
+from ..problems import Unavailable, Unprepared
+from .doorkeeper import Doorkeeper
+from .keys import Keys, cautious_options
+from .lines import IDEMPOTENCY_TTL_MS, Claim, ClaimScript, LoopLine, ThreadLine
+
+log = logging.getLogger(__name__)
+
+# What claims are refused for, or answered with again: counted in the product's hash, or in one for
+# all where the product is unknown.
+REFUSALS = (
+    "sold_out", "insufficient", "capped", "not_open", "paused", "ended", "too_many",
+    "replayed", "mismatched", "limited", "limited_address", "overloaded", "unknown",
+)  # fmt: skip
+
+# The dashboard's chart: one sample a second, 15 minutes.
+HISTORY_SAMPLES = 900
+
+
+# An order in the outbox, as claim.lua writes it: user, product, quantity, price in cents, currency,
+# time of the claim in ms since 1970, Idempotency-Key or nothing.
+ENTRY = re.compile(
+    r"(\d{1,16}) (\d{1,16}) (\d{1,9}) (\d{1,16}) ([A-Z]{3}) (\d{1,15}) ([\x21-\x7e]{0,255})",
+    re.ASCII,
+).fullmatch
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One order as the outbox holds it."""
+
+    user_id: int
+    product_id: int
+    quantity: int
+    unit_price_cents: int
+    currency: str
+    claimed_ms: int
+    idempotency_key: str | None
+
+    @classmethod
+    def parse(cls, text: str) -> "Entry":
+        """Raises ValueError when the text is not an order."""
+        match = ENTRY(text)
+        if match is None:
+            raise ValueError("not an order")
+        user, product, quantity, cents, currency, claimed, key = match.groups()
+        return cls(
+            int(user), int(product), int(quantity), int(cents), currency, int(claimed), key or None
+        )
+
+
+@dataclass(frozen=True)
+class View:
+    """What Redis holds of the sale at one instant, by product id."""
+
+    generation: str
+    last_order_id: int
+    waiting: int
+    oldest_claimed_ms: int | None
+    applied_movements: frozenset[int]
+    overlap: list[Entry]
+    products: dict[int, dict[str, int]]
+
+
+@dataclass(frozen=True)
+class Account:
+    """One product's counters in Redis, and its share of the outbox, for the ledger."""
+
+    on_sale: bool
+    free: int
+    moved: int
+    accepted: int
+    claimed: int
+    settled: int
+    settled_units: int
+    persisted: int
+    # In the outbox: already stored in PostgreSQL; and all together (only where counted).
+    overlap: int
+    overlap_units: int
+    waiting: int
+    waiting_units: int
+
+
+@dataclass(frozen=True)
+class Accounts:
+    """The Redis half of the ledger at one instant."""
+
+    generation: str
+    last_order_id: int
+    waiting: int
+    counted: bool
+    applied_movements: frozenset[int]
+    products: dict[int, Account]
+
+
+class Stock:
+    """The sale in Redis. One for each app; safe to use from several threads."""
+
+    def init_app(
+        self, settings: Settings, on_record: Callable[[], tuple[str, int] | None] = lambda: None
+    ) -> None:
+        """Prepare the clients; nothing is connected before the first use.
+
+        `on_record` tells the sale's name and an order id that it has issued: see claims.py.
+        """
+        url = settings.redis_url
+        self.client = redis.Redis.from_url(url, **cautious_options(url, decode=True))
+        # RQ, and the drain's batches, want answers undecoded.
+        self.raw_client = redis.Redis.from_url(url, **cautious_options(url, decode=False))
+        scripts = {
+            path.name.removesuffix(".lua"): path.read_text()
+            for path in resources.files("app.stock.lua").iterdir()
+            if path.name.endswith(".lua")
+        }
+        script = ClaimScript(scripts.pop("claim"), settings)
+        self._scripts = {name: self.client.register_script(text) for name, text in scripts.items()}
+        self.thread_line = ThreadLine(url, script, on_record)
+        self.loop_line = Doorkeeper(LoopLine(url, script, on_record), self.turn_away)
+
+    def claim(
+        self, user_id: int, product_id: int, quantity: int, key: str | None, address: str
+    ) -> Claim:
+        """Decide one purchase in one round trip.
+
+        Raises Unavailable when Redis gave no answer: the order may or may not exist.
+        """
+        return self.thread_line.claim(user_id, product_id, quantity, key, address)
+
+    def _run(self, name: str, keys: list, args: list):
+        try:
+            return self._scripts[name](keys=keys, args=args)
+        except redis.RedisError as error:
+            raise Unavailable(str(error)) from error
+
+    def put_product(self, product_id: int, version: int, terms: dict[str, object]) -> bool:
+        """Publish the terms of sale; False when this or a later version is in force already.
+
+        `terms` holds opens and closes (ms since 1970 or None), pause, cap, max and price.
+        """
+        values = [
+            "" if terms[name] is None else terms[name]
+            for name in ("opens", "closes", "pause", "cap", "max", "price")
+        ]
+        outcome = self._run(
+            "put_product",
+            [Keys.generation, Keys.products, Keys.product(product_id)],
+            [product_id, version, *values],
+        )
+        if outcome == "unprepared":
+            raise Unprepared("the sale is not in Redis")
+        return outcome == "published"
+
+    def move(
+        self,
+        generation: str | None,
+        movement_id: int,
+        product_id: int,
+        units: int,
+        user_id: int | None = None,
+    ) -> tuple[str, int]:
+        """Apply a stock movement at most once: (applied | repeated | short | unknown, free stock).
+
+        With `user_id` the units also go back to what this user may still buy. Raises Unprepared
+        when Redis holds another sale than `generation`.
+        """
+        keys = [Keys.generation, Keys.movements, Keys.product(product_id)]
+        args = [movement_id, units, generation or ""]
+        if user_id is not None:
+            bucket, field = Keys.bought(product_id, user_id)
+            keys.append(bucket)
+            args.append(field)
+        outcome, free = self._run("move", keys, args)
+        if outcome == "unprepared":
+            raise Unprepared("the sale is not in Redis")
+        return outcome, free
+
+    def queued_orders(self, user_id: int, most: int) -> list[tuple[int, Entry]]:
+        """Return the user's orders that wait to be persisted, newest first."""
+        found = self._run("queued", [Keys.queued, Keys.outbox], [user_id, most])
+        return [(int(order_id), Entry.parse(text)) for order_id, text in found]
+
+    def read_outbox(
+        self, count: int, after: str | None = None
+    ) -> list[tuple[bytes, dict[bytes, bytes]]]:
+        """Return the oldest waiting entries, or those after a stream id, as (stream id, fields)."""
+        try:
+            return self.raw_client.xrange(Keys.outbox, f"({after}" if after else "-", count=count)
+        except redis.RedisError as error:
+            raise Unavailable(str(error)) from error
+
+    def settle(
+        self,
+        generation: str | None,
+        stream_ids: list[str],
+        order_ids: list[int],
+        products: dict[int, tuple[int, int, int]],
+    ) -> bool:
+        """Take a stored batch out of the outbox; False when somebody did it already.
+
+        `generation` is the sale that the batch was read from: a reset in between starts ids anew.
+        `products` maps a product id to (orders, units, orders persisted) of the batch.
+        """
+        args = [stream_ids[0], stream_ids[-1], generation or "", len(order_ids), *order_ids]
+        for figures in products.values():
+            args.extend(figures)
+        keys = [
+            Keys.outbox,
+            Keys.queued,
+            Keys.generation,
+            *(Keys.product(product) for product in products),
+        ]
+        return bool(self._run("settle", keys, args))
+
+    def view(
+        self,
+        product_ids: list[int],
+        stored_through: int | None = None,
+        movement_ids: list[int] | tuple[int, ...] = (),
+    ) -> View:
+        """Return what Redis holds, read at one instant.
+
+        `stored_through` asks for the entries up to this id that are still in the outbox,
+        `movement_ids` which of these movements are applied. Unknown products are left out.
+        """
+        keys = [Keys.generation, Keys.movements, Keys.outbox, Keys.order_ids]
+        keys += [Keys.product(product_id) for product_id in product_ids]
+        through = "" if stored_through is None else stored_through
+        generation, last, waiting, head, applied, overlap, hashes = self._run(
+            "view", keys, [through, *movement_ids]
+        )
+        products = {}
+        for product_id, flat in zip(product_ids, hashes, strict=True):
+            if flat:
+                fields = dict(zip(flat[::2], flat[1::2], strict=True))
+                fields.pop("price")
+                products[product_id] = {
+                    name: int(value) for name, value in fields.items() if value != ""
+                }
+        oldest = None
+        with contextlib.suppress(ValueError):
+            oldest = Entry.parse(head).claimed_ms
+        return View(
+            generation=generation,
+            last_order_id=int(last),
+            waiting=waiting,
+            oldest_claimed_ms=oldest,
+            applied_movements=frozenset(map(int, applied)),
+            overlap=[Entry.parse(text) for text in overlap],
+            products=products,
+        )
+
+    def accounts(
+        self,
+        product_ids: list[int],
+        stored_through: int,
+        movement_ids: list[int],
+        count_up_to: int,
+    ) -> Accounts:
+        """Return the Redis half of the ledger, read at one instant.
+
+        `stored_through` is the last order id known to be stored. An outbox of at most `count_up_to`
+        orders is counted entry by entry, which takes about 1 µs each and delays claims meanwhile.
+        """
+        keys = [Keys.generation, Keys.movements, Keys.outbox, Keys.order_ids]
+        keys += [Keys.product(product_id) for product_id in product_ids]
+        generation, last, waiting, counted, applied, accounts = self._run(
+            "account",
+            keys,
+            [stored_through, count_up_to, len(product_ids), *product_ids, *movement_ids],
+        )
+        return Accounts(
+            generation=generation,
+            last_order_id=int(last),
+            waiting=waiting,
+            counted=bool(counted),
+            applied_movements=frozenset(map(int, applied)),
+            products={
+                product_id: Account(bool(account[0]), *account[1:])
+                for product_id, account in zip(product_ids, accounts, strict=True)
+            },
+        )
+
+    def outbox_ids(self) -> list[int]:
+        """Return the ids of the orders that wait, ascending, read in pages."""
+        ids: list[int] = []
+        while True:
+            start = f"({ids[-1]}-0" if ids else "-"
+            try:
+                page = self.raw_client.xrange(Keys.outbox, start, "+", count=10_000)
+            except redis.RedisError as error:
+                raise Unavailable(str(error)) from error
+            if not page:
+                return ids
+            ids += [int(stream_id.partition(b"-")[0]) for stream_id, _ in page]
+
+    def queued_ids(self) -> set[int]:
+        """Return the ids of the orders that a shopper is shown as waiting."""
+        try:
+            return set(map(int, self.client.zrange(Keys.queued, 0, -1)))
+        except redis.RedisError as error:
+            raise Unavailable(str(error)) from error
+
+    def unapplied_movements(self, movement_ids: list[int]) -> list[int]:
+        """Return those of the movements that Redis has not applied."""
+        unapplied = []
+        try:
+            for start in range(0, len(movement_ids), 10_000):
+                page = movement_ids[start : start + 10_000]
+                with self.client.pipeline(transaction=False) as pipe:
+                    for movement_id in page:
+                        pipe.getbit(Keys.movements, movement_id)
+                    bits = pipe.execute()
+                unapplied += [m for m, bit in zip(page, bits, strict=True) if not bit]
+        except redis.RedisError as error:
+            raise Unavailable(str(error)) from error
+        return unapplied
+
+    def mend(self, generation: str, product_id: int, take: int, amounts: dict[str, int]) -> int:
+        """Lower a product's free stock, add to its counters; return the units taken, or -1."""
+        args = [generation, take, *(word for pair in amounts.items() for word in pair)]
+        return self._run("mend", [Keys.generation, Keys.product(product_id)], args)
+
+    def keep_counts(self, product_ids: list[int]) -> None:
+        """Write these products' counts of refusals, as they stand, to Redis's log."""
+        keys = [Keys.refused, *map(Keys.product, product_ids)]
+        self._run("keep", keys, list(REFUSALS))
+
+    def turn_away(self, refusals: dict[int, int]) -> None:
+        """Count refusals for the user's limit that Redis was not asked about, by product id."""
+        keys = [Keys.refused, *map(Keys.product, refusals)]
+        self._run("turn_away", keys, list(refusals.values()))
+
+    def close(self, generation: str, issued: int = 0) -> bool:
+        """Refuse every claim and movement from now on; tell whether this call did it.
+
+        With `issued`, an order id surely given out, only if Redis has forgotten it.
+        """
+        return bool(self._run("close", [Keys.generation, Keys.order_ids], [generation, issued]))
+
+    def product_ids(self) -> list[int]:
+        """Return the ids of the products on sale in Redis, ascending."""
+        try:
+            return sorted(map(int, self.client.smembers(Keys.products)))
+        except redis.RedisError as error:
+            raise Unavailable(str(error)) from error
+
+    def waiting(self) -> int:
+        """Return the number of orders claimed and not yet taken out of the outbox."""
+        try:
+            return self.client.xlen(Keys.outbox)
+        except redis.RedisError as error:
+            raise Unavailable(str(error)) from error
+
+    def generation(self) -> str | None:
+        """Return the name of the sale that Redis holds, None when it holds none."""
+        try:
+            return self.client.get(Keys.generation)
+        except redis.RedisError as error:
+            raise Unavailable(str(error)) from error
+
+    def newest_waiting(self, most: int, before: int | None = None) -> list[tuple[int, Entry]]:
+        """Return the orders that entered the outbox last (before an id), newest first."""
+        newest = "+" if before is None else f"({before}-0"
+        return self._entries(max=newest, min="-", count=most)
+
+    def waiting_order(self, order_id: int) -> Entry | None:
+        """Return an order that waits in the outbox, None when it does not."""
+        found = self._entries(max=f"{order_id}-0", min=f"{order_id}-0", count=1)
+        return found[0][1] if found else None
+
+    def _entries(self, **bounds: object) -> list[tuple[int, Entry]]:
+        try:
+            found = self.client.xrevrange(Keys.outbox, **bounds)
+        except redis.RedisError as error:
+            raise Unavailable(str(error)) from error
+        entries = []
+        for stream_id, fields in found:
+            # What is no order at all becomes a dead letter, and is shown there.
+            with contextlib.suppress(ValueError):
+                entry = Entry.parse(fields.get("order", ""))
+                entries.append((int(stream_id.partition("-")[0]), entry))
+        return entries
+
+    def history(self, since: int, most: int = HISTORY_SAMPLES) -> list[tuple[int, dict]]:
+        """Return the newest `most` samples from the second `since` on, oldest first."""
+        try:
+            found = self.client.xrevrange(Keys.history, min=f"{since}-0", count=most)
+        except redis.RedisError as error:
+            raise Unavailable(str(error)) from error
+        return [
+            (int(stream_id.partition("-")[0]), json.loads(fields["sample"]))
+            for stream_id, fields in reversed(found)
+        ]
+
+    def clock(self) -> datetime:
+        """Return the time by which claims are judged, in whole milliseconds, rounded down."""
+        try:
+            seconds, microseconds = self.client.time()
+        except redis.RedisError as error:
+            raise Unavailable(str(error)) from error
+        whole = datetime.fromtimestamp(seconds, UTC)
+        return whole.replace(microsecond=microseconds // 1000 * 1000)
+
+    def clear(self) -> None:
+        """Delete every key of the sale; the generation first, which stops all claims."""
+        try:
+            self.client.delete(Keys.generation)
+            self._unlink(Keys.prefix)
+        except redis.RedisError as error:
+            raise Unavailable(str(error)) from error
+
+    def _unlink(self, prefix: str) -> None:
+        """Delete every key that begins so, in pages: there may be millions."""
+        cursor = 0
+        while True:
+            cursor, found = self.client.scan(
+                cursor, match=prefix.replace("{", "\\{") + "*", count=5000
+            )
+            if found:
+                self.client.unlink(*found)
+            if not cursor:
+                return
+
+    def clear_sale(self) -> None:
+        """Delete what a rebuild makes anew; rates, samples and counts of refusals stay."""
+        accounting = ("version", "free", "moved", "accepted", "claimed", "settled",
+                      "settled_units", "persisted")  # fmt: skip
+        try:
+            self.client.unlink(Keys.generation, Keys.outbox, Keys.queued, Keys.movements)
+            self._unlink(Keys.bought_prefix)
+            self._unlink(Keys.idempotency_prefix)
+            for product_id in self.product_ids():
+                self.client.hdel(Keys.product(product_id), *accounting)
+            self.client.unlink(Keys.products, Keys.order_ids)
+        except redis.RedisError as error:
+            raise Unavailable(str(error)) from error
+
+    def put_accounts(self, accounts: dict[int, dict[str, int]]) -> None:
+        """Write the counters of products that are not on sale yet."""
+        try:
+            with self.client.pipeline() as pipe:
+                for product_id, account in accounts.items():
+                    # Version 0: the terms of sale are yet to be published.
+                    pipe.hset(
+                        Keys.product(product_id),
+                        mapping={**account, "version": 0, "max": 0, "price": "0 XXX"},
+                    )
+                    pipe.sadd(Keys.products, product_id)
+                pipe.execute()
+        except redis.RedisError as error:
+            raise Unavailable(str(error)) from error
+
+    def put_movements(self, bits: bytes) -> None:
+        """Write which movements are applied, the first bit being that of movement 0."""
+        try:
+            self.raw_client.set(Keys.movements, bits)
+        except redis.RedisError as error:
+            raise Unavailable(str(error)) from error
+
+    def put_bought(self, buckets: Iterable[tuple[int, int, list[int], list[int]]]) -> None:
+        """Write what users have bought: (product id, bucket, fields, units) each."""
+        self._write(
+            (
+                "HSET",
+                Keys.bucket(product_id, bucket),
+                *itertools.chain(*zip(fields, units, strict=True)),
+            )
+            for product_id, bucket, fields, units in buckets
+        )
+
+    def put_keys(self, keys: Iterable[tuple[int, str, int, int, int, int]]) -> int:
+        """Write Idempotency-Keys: (user, key, order id, product id, quantity, claimed ms) each."""
+        return self._write(
+            (
+                "SET",
+                Keys.idempotency(user_id, key),
+                f"{order_id} {product_id} {quantity}",
+                "PXAT",
+                int(claimed_ms) + IDEMPOTENCY_TTL_MS,
+            )
+            for user_id, key, order_id, product_id, quantity, claimed_ms in keys
+        )
+
+    def _write(self, commands: Iterable[tuple]) -> int:
+        """Send many commands at once, packed by hand: a pipeline takes 5 times as long."""
+        packed = [hiredis.pack_command(tuple(map(str, command))) for command in commands]
+        if not packed:
+            return 0
+        try:
+            connection = self.raw_client.connection_pool.get_connection()
+            try:
+                connection.send_packed_command([b"".join(packed)])
+                for _ in packed:
+                    connection.read_response()
+            except BaseException:
+                connection.disconnect()
+                raise
+            finally:
+                self.raw_client.connection_pool.release(connection)
+        except redis.RedisError as error:
+            raise Unavailable(str(error)) from error
+        return len(packed)
+
+    def new_order_id(self) -> int:
+        """Issue an order id. Raises Unavailable; Unprepared when the counter can't be trusted."""
+        try:
+            with self.client.pipeline() as pipe:
+                pipe.get(Keys.generation)
+                pipe.incr(Keys.order_ids)
+                generation, order_id = pipe.execute()
+        except redis.RedisError as error:
+            raise Unavailable(str(error)) from error
+        if generation is None:
+            raise Unprepared("the sale is not in Redis")
+        return order_id
+
+    def rename_order(self, entry: Entry, former: int, order_id: int) -> None:
+        """Let a replay of the purchase tell the order's new id, if its key is still remembered."""
+        key = Keys.idempotency(entry.user_id, entry.idempotency_key)
+        request = f"{entry.product_id} {entry.quantity}"
+        with contextlib.suppress(redis.RedisError):
+            if self.client.get(key) == f"{former} {request}":
+                self.client.set(key, f"{order_id} {request}", xx=True, keepttl=True)
+
+    def open(self, generation: str, first_order_id: int) -> None:
+        """Let claims in: from here on order ids start at `first_order_id`."""
+        try:
+            with self.client.pipeline() as pipe:
+                pipe.set(Keys.order_ids, first_order_id - 1)
+                pipe.set(Keys.generation, generation)
+                pipe.execute()
+        except redis.RedisError as error:
+            raise Unavailable(str(error)) from error

@@ -1,0 +1,106 @@
+"""What all of the Redis side shares: names of keys, errors, and how connections behave."""
+
+import redis
+from redis.backoff import NoBackoff
+from redis.connection import parse_url
+from redis.retry import Retry
+
+from ..breaker import Breaker
+
+# A shopper gets an answer within 2 s even from a dead Redis; a healthy one needs about 1 ms.
+CONNECT_TIMEOUT_SECONDS = 0.5
+COMMAND_TIMEOUT_SECONDS = 1.0
+# So many users share one small hash of bought units: about 8 bytes each instead of 100.
+USERS_PER_BUCKET = 128
+
+
+class Keys:
+    """Every Redis key of the sale. The tag {0} names the shard; a shopper's keys all share one."""
+
+    prefix = "sale:{0}:"
+    generation = "sale:{0}:generation"
+    outbox = "sale:{0}:outbox"
+    queued = "sale:{0}:queued"
+    order_ids = "sale:{0}:order-ids"
+    movements = "sale:{0}:movements"
+    products = "sale:{0}:products"
+    refused = "sale:{0}:refused"
+    history = "sale:{0}:history"
+    drain_lease = "sale:{0}:drain-lease"
+    # The newest ledger check, as JSON; and whose turn the next one is.
+    ledger = "sale:{0}:ledger"
+    ledger_turn = "sale:{0}:ledger-turn"
+    telemetry = "sale:{0}:telemetry"
+    processes = "sale:{0}:processes"
+    workers = "sale:{0}:workers"
+    bought_prefix = "sale:{0}:bought:"
+    idempotency_prefix = "sale:{0}:key:"
+
+    @staticmethod
+    def product(product_id: int) -> str:
+        return f"sale:{{0}}:product:{product_id}"
+
+    @staticmethod
+    def rate(user_id: int) -> str:
+        return f"sale:{{0}}:rate:{user_id}"
+
+    @staticmethod
+    def address(address: str) -> str:
+        return f"sale:{{0}}:address:{address}"
+
+    @staticmethod
+    def bought(product_id: int, user_id: int) -> tuple[str, int]:
+        """Return the hash and the field that count the units a user bought of a product."""
+        bucket, field = divmod(user_id, USERS_PER_BUCKET)
+        return Keys.bucket(product_id, bucket), field
+
+    @staticmethod
+    def bucket(product_id: int, bucket: int) -> str:
+        return f"sale:{{0}}:bought:{product_id}:{bucket}"
+
+    @staticmethod
+    def idempotency(user_id: int, key: str) -> str:
+        return f"sale:{{0}}:key:{user_id}:{key}"
+
+
+class _Cautious:
+    """A connection that asks nothing of a Redis which let somebody wait in vain a moment ago."""
+
+    breaker = Breaker(COMMAND_TIMEOUT_SECONDS)
+
+    def send_packed_command(self, command, check_health=True):
+        if not self.breaker.admits():
+            raise redis.ConnectionError("Redis did not answer a moment ago")
+        super().send_packed_command(command, check_health)
+
+    def read_response(self, *arguments, **options):
+        try:
+            response = super().read_response(*arguments, **options)
+        except redis.TimeoutError:
+            self.breaker.waited_in_vain()
+            raise
+        self.breaker.answered()
+        return response
+
+
+CAUTIOUS = {
+    kind: type(f"Cautious{kind.__name__}", (_Cautious, kind), {})
+    for kind in (redis.Connection, redis.SSLConnection, redis.UnixDomainSocketConnection)
+}
+
+
+def cautious_options(url: str, decode: bool) -> dict:
+    """Options of the connections that requests share their threads for."""
+    kind = parse_url(url).get("connection_class", redis.Connection)
+    return {**connection_options(decode), "connection_class": CAUTIOUS[kind]}
+
+
+def connection_options(decode: bool) -> dict:
+    """Options of every connection: bounded waits, and no silent second try of a command."""
+    return {
+        "socket_connect_timeout": CONNECT_TIMEOUT_SECONDS,
+        "socket_timeout": COMMAND_TIMEOUT_SECONDS,
+        "retry": Retry(NoBackoff(), 0),
+        "decode_responses": decode,
+        "protocol": 2,
+    }

@@ -1,0 +1,368 @@
+"""The hot roads to Redis: one packed EVALSHA for each claim, and never a second one by itself.
+
+`ThreadLine` blocks, with a connection for each thread: any WSGI server, commands, tests. `LoopLine`
+belongs to an event loop and sends the claims of all requests in flight down one connection: one
+write, one fsync in Redis and one read serve dozens of them. An ordinary client would cost several
+times the CPU, and might send a claim again.
+
+Both check every new connection: a Redis that was exchanged (restored from an old copy, or another
+system's) cuts connections, and nothing must be sold from it.
+"""
+
+import asyncio
+import hashlib
+import ssl
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple
+
+import hiredis
+import redis
+
+from ..config import Settings
+from ..problems import Unavailable, Unprepared
+from .keys import COMMAND_TIMEOUT_SECONDS, CONNECT_TIMEOUT_SECONDS, Keys, connection_options
+
+# After a failure requests are refused at once for so long, then one of them tries again.
+RETRY_AFTER_FAILURE_SECONDS = 0.25
+# A process that nobody asks for a purchase looks for Redis by itself, less often.
+RECONNECT_SECONDS = 1.0
+# So many commands go out at once, though the turn may have more: Redis can begin.
+WRITE_COMMANDS = 16
+# How often a connection that owes answers is looked at.
+WATCH_SECONDS = 0.1
+IDEMPOTENCY_TTL_MS = 24 * 60 * 60 * 1000
+
+# Tells the sale's name and an order id that it has issued; None when nothing is on record.
+OnRecord = Callable[[], tuple[str, int] | None]
+
+
+class Claim(NamedTuple):
+    """What the claim script decided; see claim.lua for the outcomes."""
+
+    outcome: bytes
+    detail: int
+    attempts_left: int
+    reset_ms: int
+
+
+class ClaimScript:
+    """Builds the command of a claim: claim.lua, its keys, and its arguments."""
+
+    def __init__(self, script: str, settings: Settings) -> None:
+        user, address = settings.purchase_user_limit, settings.purchase_address_limit
+        constants = {
+            "USER_LIMIT": user.count,
+            "USER_WINDOW": user.window_ms,
+            "ADDRESS_LIMIT": address.count,
+            "ADDRESS_WINDOW": address.window_ms,
+            "MOST_WAITING": settings.outbox_limit,
+            "KEY_LIFE": IDEMPOTENCY_TTL_MS,
+        }
+        names, values = ", ".join(constants), ", ".join(map(str, constants.values()))
+        # As a part of the script they cost nothing; as arguments 5 % of what a claim costs Redis.
+        script = f"local {names} = {values}\n{script}"
+        self._sha = hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest()
+        self.load = hiredis.pack_command(("SCRIPT", "LOAD", script))
+
+    def command(
+        self, user_id: int, product_id: int, quantity: int, key: str | None, address: str
+    ) -> bytes:
+        bucket, field = Keys.bought(product_id, user_id)
+        words = (
+            "EVALSHA",
+            self._sha,
+            "9" if key is None else "10",
+            Keys.generation,
+            Keys.rate(user_id),
+            Keys.address(address),
+            Keys.product(product_id),
+            bucket,
+            Keys.outbox,
+            Keys.queued,
+            Keys.order_ids,
+            Keys.refused,
+        )
+        args = (str(user_id), str(product_id), str(quantity), str(field))
+        if key is None:
+            return hiredis.pack_command((*words, *args))
+        return hiredis.pack_command((*words, Keys.idempotency(user_id, key), *args, key))
+
+
+ASK_SALE = hiredis.pack_command(("MGET", Keys.generation, Keys.order_ids))
+
+
+def _check_sale(record: tuple[str, int] | None, held: bytes | None, last: bytes | None) -> None:
+    """Raise Unprepared when Redis holds another sale than the one on record, or an old copy."""
+    if record is None or held is None:
+        return
+    name, issued = record
+    if held.decode() != name or int(last or 0) < issued:
+        raise Unprepared(f"Redis does not hold the sale {name} as it was at order {issued}")
+
+
+class ThreadLine:
+    """Claims that block their thread. Safe to use from any number of threads."""
+
+    def __init__(self, url: str, script: ClaimScript, on_record: OnRecord) -> None:
+        self._script = script
+        self._on_record = on_record
+        self._record: tuple[str, int] | None = None
+        self._recorded_at = 0.0
+        self._record_lock = threading.Lock()
+        # Only a factory here (it knows URLs, TLS, passwords): each thread keeps its connection.
+        self._pool = redis.ConnectionPool.from_url(
+            url, max_connections=2**31, **connection_options(decode=False)
+        )
+        self._local = threading.local()
+        # A failure anywhere makes every thread's connection suspect: they connect anew.
+        self._failures = 0
+        self._closed_until = 0.0
+
+    def claim(self, *request: object) -> Claim:
+        """Decide one purchase. Raises Unavailable when Redis gave no answer."""
+        failures = self._failures
+        if self._closed_until and time.monotonic() < self._closed_until:
+            raise Unavailable("Redis was unreachable a moment ago")
+        if self._closed_until:
+            # This request is the one that tries; the others go on being refused meanwhile.
+            self._closed_until = time.monotonic() + COMMAND_TIMEOUT_SECONDS
+        command = self._script.command(*request)
+        try:
+            connection = self._connection(failures)
+            try:
+                answer = self._exchange(connection, command)
+            except redis.exceptions.NoScriptError:
+                # Nothing ran, so this is the one case where sending again is safe.
+                self._exchange(connection, self._script.load)
+                answer = self._exchange(connection, command)
+        except Unprepared:
+            self._closed_until = time.monotonic() + RETRY_AFTER_FAILURE_SECONDS
+            raise
+        except redis.ResponseError as error:
+            # Redis itself refused (out of memory, read only, loading): nothing was written.
+            self._closed_until = 0.0
+            raise Unavailable(str(error)) from error
+        except (redis.RedisError, OSError) as error:
+            self._failures += 1
+            self._closed_until = time.monotonic() + RETRY_AFTER_FAILURE_SECONDS
+            raise Unavailable(str(error)) from error
+        self._closed_until = 0.0
+        return Claim._make(answer)
+
+    @staticmethod
+    def _exchange(connection, command: bytes):
+        connection.send_packed_command((command,))
+        return connection.read_response()
+
+    def _connection(self, failures: int):
+        local = self._local
+        if getattr(local, "failures", None) != failures:
+            if not hasattr(local, "connection"):
+                local.connection = self._pool.make_connection()
+            local.connection.disconnect()
+            local.connection.connect()
+            self._exchange(local.connection, self._script.load)
+            # First PostgreSQL, then Redis: the ids on record were issued before Redis is asked.
+            record = self._sale_on_record()
+            _check_sale(record, *self._exchange(local.connection, ASK_SALE))
+            local.failures = failures
+        return local.connection
+
+    def _sale_on_record(self) -> tuple[str, int] | None:
+        now = time.monotonic()
+        with self._record_lock:
+            # Threads that connect together ask once: what was asked since they came will do.
+            if self._recorded_at < now:
+                self._recorded_at = time.monotonic()
+                self._record = self._on_record()
+            return self._record
+
+
+class LoopLine:
+    """Claims of one event loop, over one connection, as many at a time as there are requests."""
+
+    def __init__(self, url: str, script: ClaimScript, on_record: OnRecord) -> None:
+        self._options = redis.connection.parse_url(url)
+        self._script = script
+        self._on_record = on_record
+        self._channel: Channel | None = None
+        self._opening: asyncio.Task | None = None
+        self._closed_until = 0.0
+        self._reconnects: asyncio.TimerHandle | None = None
+
+    async def claim(self, *request: object) -> Claim:
+        """Decide one purchase. Raises Unavailable when Redis gave no answer."""
+        channel = self._channel
+        if channel is None or channel.lost:
+            channel = await self._reach()
+        command = self._script.command(*request)
+        answer = await channel.ask(command)
+        if isinstance(answer, hiredis.ReplyError):
+            if not str(answer).startswith("NOSCRIPT"):
+                # Redis itself refused (out of memory, read only, loading): nothing was written.
+                raise Unavailable(str(answer))
+            # Nothing ran, so this is the one case where sending again is safe.
+            await channel.ask_well(self._script.load)
+            answer = await channel.ask_well(command)
+        return Claim._make(answer)
+
+    async def _reach(self) -> "Channel":
+        """Connect, once for all who wait. Raises Unavailable, for a while at once."""
+        if time.monotonic() < self._closed_until:
+            raise Unavailable("Redis was unreachable a moment ago")
+        if self._opening is None:
+            self._opening = asyncio.create_task(self._open())
+        return await asyncio.shield(self._opening)
+
+    async def _open(self) -> "Channel":
+        loop = asyncio.get_running_loop()
+        channel = None
+        try:
+            async with asyncio.timeout(COMMAND_TIMEOUT_SECONDS):
+                channel = await self._connect()
+                await channel.ask_well(self._script.load)
+                # First PostgreSQL, then Redis: the ids on record were issued before Redis is asked.
+                record = await loop.run_in_executor(None, self._on_record)
+                _check_sale(record, *await channel.ask_well(ASK_SALE))
+        except (Unavailable, OSError, TimeoutError) as error:
+            self._closed_until = time.monotonic() + RETRY_AFTER_FAILURE_SECONDS
+            if channel:
+                channel.abort()
+            self._reconnect_later()
+            if isinstance(error, Unavailable):
+                raise
+            raise Unavailable(f"Redis can't be reached: {error}") from error
+        finally:
+            self._opening = None
+        self._channel = channel
+        channel.on_lost = self._reconnect_later
+        return channel
+
+    def _reconnect_later(self) -> None:
+        """Don't leave it to a shopper to find Redis again."""
+        if self._reconnects is None:
+            loop = asyncio.get_running_loop()
+            self._reconnects = loop.call_later(RECONNECT_SECONDS, self._reconnect)
+
+    def _reconnect(self) -> None:
+        self._reconnects = None
+        if self._opening is None and (self._channel is None or self._channel.lost):
+            self._opening = asyncio.create_task(self._open())
+            # Nobody may be waiting to be told.
+            self._opening.add_done_callback(lambda opening: opening.exception())
+
+    async def _connect(self) -> "Channel":
+        loop, options = asyncio.get_running_loop(), self._options
+        async with asyncio.timeout(CONNECT_TIMEOUT_SECONDS):
+            if path := options.get("path"):
+                _, channel = await loop.create_unix_connection(Channel, path)
+            else:
+                host, port = options.get("host", "localhost"), options.get("port", 6379)
+                tls = _tls(options)
+                _, channel = await loop.create_connection(Channel, host, port, ssl=tls)
+        if password := options.get("password"):
+            user = options.get("username") or "default"
+            await channel.ask_well(hiredis.pack_command(("AUTH", user, password)))
+        if database := options.get("db"):
+            await channel.ask_well(hiredis.pack_command(("SELECT", str(database))))
+        return channel
+
+
+def _tls(options: dict) -> ssl.SSLContext | None:
+    """Return the TLS settings of a rediss:// URL, by redis-py's names for them."""
+    if not issubclass(options.get("connection_class", object), redis.SSLConnection):
+        return None
+    context = ssl.create_default_context(
+        cafile=options.get("ssl_ca_certs"), capath=options.get("ssl_ca_path")
+    )
+    if options.get("ssl_check_hostname") is False or options.get("ssl_cert_reqs") == "none":
+        context.check_hostname = False
+    if options.get("ssl_cert_reqs") == "none":
+        context.verify_mode = ssl.CERT_NONE
+    if options.get("ssl_certfile"):
+        context.load_cert_chain(options["ssl_certfile"], options.get("ssl_keyfile"))
+    return context
+
+
+class Channel(asyncio.Protocol):
+    """A connection to Redis that answers in the order in which it was asked."""
+
+    def __init__(self) -> None:
+        self.lost = False
+        self.on_lost: Callable[[], None] = lambda: None
+        self._loop = asyncio.get_running_loop()
+        self._reader = hiredis.Reader()
+        self._waiting: deque[asyncio.Future] = deque()
+        self._unsent: list[bytes] = []
+        # When Redis last answered, or was asked after a pause.
+        self._heard_at = 0.0
+        self._watched = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+
+    def ask(self, command: bytes) -> asyncio.Future:
+        """Send a command; the result may be a hiredis.ReplyError, or Unavailable is raised."""
+        if self.lost:
+            raise Unavailable("the connection to Redis was lost")
+        if not self._unsent:
+            # What else is asked in this turn of the loop goes out in the same write.
+            self._loop.call_soon(self._flush)
+        self._unsent.append(command)
+        if len(self._unsent) == WRITE_COMMANDS:
+            self._flush()
+        if not self._watched:
+            self._watched = True
+            self._heard_at = self._loop.time()
+            self._loop.call_later(WATCH_SECONDS, self._watch)
+        future = self._loop.create_future()
+        self._waiting.append(future)
+        return future
+
+    async def ask_well(self, command: bytes):
+        """Send a command that Redis does not refuse. Raises Unavailable when it does."""
+        answer = await self.ask(command)
+        if isinstance(answer, hiredis.ReplyError):
+            raise Unavailable(str(answer))
+        return answer
+
+    def _flush(self) -> None:
+        if self._unsent and not self.lost:
+            self._transport.write(b"".join(self._unsent))
+        self._unsent.clear()
+
+    def data_received(self, data: bytes) -> None:
+        self._heard_at = self._loop.time()
+        reader, waiting = self._reader, self._waiting
+        reader.feed(data)
+        while (answer := reader.gets()) is not False:
+            future = waiting.popleft()
+            # Who gave up waiting is not told any more.
+            if not future.done():
+                future.set_result(answer)
+
+    def _watch(self) -> None:
+        """Give up on a Redis that owes answers and has been silent for too long."""
+        self._watched = bool(self._waiting) and not self.lost
+        if not self._watched:
+            return
+        if self._loop.time() - self._heard_at > COMMAND_TIMEOUT_SECONDS:
+            self.abort()
+        else:
+            self._loop.call_later(WATCH_SECONDS, self._watch)
+
+    def abort(self) -> None:
+        self._transport.abort()
+        self.connection_lost(None)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if not self.lost:
+            self.lost = True
+            self.on_lost()
+        while self._waiting:
+            future = self._waiting.popleft()
+            if not future.done():
+                future.set_exception(Unavailable("Redis did not answer"))

@@ -1,0 +1,1 @@
+"""The sale as people and Prometheus watch it: figures, meters, health."""

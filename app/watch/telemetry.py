@@ -1,0 +1,295 @@
+"""The figures for Prometheus: the same from whichever process is asked, as they are kept in Redis.
+
+The sale's own figures are read from Redis and PostgreSQL when asked for. What only a process knows
+(how long its answers took, its memory) it adds to one hash in Redis, once a second.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+
+import redis
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from sqlalchemy import text
+from sqlalchemy.exc import SQLAlchemyError
+
+from ..extensions import db, stock
+from ..problems import Unavailable
+from ..stock.gateway import REFUSALS, View
+from ..stock.keys import Keys
+from . import health
+
+log = logging.getLogger(__name__)
+
+FLUSH_SECONDS = 1.0
+# The state of a process is written less often: every write ends up in Redis's log on disk.
+STATE_SECONDS = 5.0
+STATE_LASTS_SECONDS = 15.0
+# A healthy answer takes 1 to 20 ms; one without Redis up to 2 s.
+DURATION_BOUNDS = (
+    0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0,
+)  # fmt: skip
+BATCH_BOUNDS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
+# Each product is some 20 series. Those with the lowest ids are told apart, the rest are one.
+MOST_PRODUCTS = 200
+OUTCOMES = ("accepted", *REFUSALS)
+
+
+class Meter:
+    """What this process did: how long its purchases took, by status, and what it uses.
+
+    `observe` costs well under a microsecond. Its two additions are not interrupted by another
+    thread: CPython 3.11 and later yields only at calls and at the ends of loops.
+    """
+
+    def __init__(self, role: str) -> None:
+        self.role = role
+        self._name = f"{role}:{socket.gethostname()}:{os.getpid()}"
+        self._rows: dict[str, list] = {}
+        self._sent: dict[str, list] = {}
+        self._sent_cpu = 0.0
+        self._state_at = 0.0
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def observe(self, status: str, seconds: float) -> None:
+        """Count one answer; `status` is the status line."""
+        row = self._rows.get(status) or self._new_row(status)
+        bucket = bisect_left(DURATION_BOUNDS, seconds)
+        row[bucket] += 1
+        row[-1] += seconds
+
+    def _new_row(self, status: str) -> list:
+        self.start()
+        return self._rows.setdefault(status, [0] * (len(DURATION_BOUNDS) + 1) + [0.0])
+
+    def start(self) -> None:
+        """Begin to report; only where something is counted, never in a command or after a fork."""
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="telemetry", daemon=True)
+                self._thread.start()
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(FLUSH_SECONDS)
+            try:
+                self.flush()
+            except redis.RedisError:
+                continue  # kept, and added when Redis is back
+            except Exception:
+                log.exception("the figures of this process can't be reported")
+
+    def flush(self) -> None:
+        """Add what was counted since the last time. Raises redis.RedisError."""
+        with self._lock, stock.client.pipeline() as pipe:
+            rows = {status: list(row) for status, row in list(self._rows.items())}
+            for status, row in rows.items():
+                sent = self._sent.get(status) or [0] * len(row)
+                for bucket, (now, before) in enumerate(zip(row[:-1], sent[:-1], strict=True)):
+                    if now != before:
+                        field = f"duration:{status[:3]}:{bucket}"
+                        pipe.hincrby(Keys.telemetry, field, now - before)
+                if row[-1] != sent[-1]:
+                    field = f"duration:{status[:3]}:sum"
+                    pipe.hincrbyfloat(Keys.telemetry, field, row[-1] - sent[-1])
+            cpu, moment = time.process_time(), time.monotonic()
+            state = moment - self._state_at >= STATE_SECONDS
+            if state:
+                pipe.hset(Keys.processes, self._name, json.dumps(_state()))
+                pipe.hincrbyfloat(Keys.telemetry, f"cpu:{self.role}", cpu - self._sent_cpu)
+            if pipe.command_stack:
+                pipe.execute()
+            self._sent = rows
+            if state:
+                self._state_at, self._sent_cpu = moment, cpu
+
+
+def _state() -> dict[str, float]:
+    """Return what this process uses; where the system doesn't tell, nothing but the time."""
+    state = {"at": time.time()}
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        with open("/proc/self/statm") as file:
+            state["memory"] = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        state["files"] = len(os.listdir("/proc/self/fd"))
+    return state
+
+
+def count_batch(orders: int) -> None:
+    """Count a batch that was stored. A Redis that fails costs the figure, not the batch."""
+    with contextlib.suppress(redis.RedisError), stock.client.pipeline() as pipe:
+        pipe.hincrby(Keys.telemetry, f"batch:{bisect_left(BATCH_BOUNDS, orders)}", 1)
+        pipe.hincrby(Keys.telemetry, "batch:sum", orders)
+        pipe.execute()
+
+
+def exposition() -> bytes:
+    """Return every figure in Prometheus's text format, or those that servers still tell."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Collector())
+    return generate_latest(registry)
+
+
+class _Collector:
+    def collect(self) -> Iterator[Metric]:
+        up = GaugeMetricFamily("flashsale_up", "Whether the server answers.", labels=["server"])
+        for server, figures in (("redis", _of_redis), ("postgres", _of_postgres)):
+            try:
+                found = list(figures())
+            except (Unavailable, redis.RedisError, SQLAlchemyError):
+                db.session.rollback()
+                up.add_metric([server], 0)
+                continue
+            up.add_metric([server], 1)
+            yield from found
+        yield up
+
+
+def _gauge(name: str, meaning: str, value: float) -> GaugeMetricFamily:
+    return GaugeMetricFamily(name, meaning, value=value)
+
+
+def _of_redis() -> Iterator[Metric]:
+    view = stock.view(stock.product_ids())
+    with stock.client.pipeline(transaction=False) as pipe:
+        pipe.hgetall(Keys.refused)
+        pipe.hgetall(Keys.telemetry)
+        pipe.hgetall(Keys.processes)
+        pipe.get(Keys.ledger)
+        refused, counted, processes, ledger = pipe.execute()
+    yield _gauge("flashsale_sale_prepared", "Whether Redis holds the sale.", bool(view.generation))
+    yield from _of_products(view, refused)
+    yield _gauge("flashsale_orders_waiting", "Orders claimed, not yet persisted.", view.waiting)
+    oldest = view.oldest_claimed_ms
+    age = max(0.0, time.time() - oldest / 1000) if oldest else 0
+    yield _gauge("flashsale_oldest_order_age_seconds", "Age of the oldest waiting order.", age)
+    yield _durations(counted)
+    yield _batches(counted)
+    yield _gauge("flashsale_workers", "Worker processes seen lately.", health.workers_alive())
+    weak = health.weak_durability()
+    yield _gauge("flashsale_redis_durable", "Whether Redis keeps every promise.", not weak)
+    if ledger:
+        proof = json.loads(ledger)
+        yield _gauge("flashsale_ledger_ok", "Whether the ledger's sums agree.", bool(proof["ok"]))
+        moment = float(proof["at"])
+        yield _gauge(
+            "flashsale_ledger_checked_timestamp_seconds",
+            "When the ledger was last added up.",
+            moment,
+        )
+    yield from _of_processes(processes, counted)
+
+
+def _of_products(view: View, refused: dict[str, str]) -> Iterator[Metric]:
+    purchases = CounterMetricFamily(
+        "flashsale_purchases", "Purchase requests decided.", labels=["product", "outcome"]
+    )
+    persisted = CounterMetricFamily(
+        "flashsale_orders_persisted", "Orders stored in PostgreSQL.", labels=["product"]
+    )
+    units = CounterMetricFamily("flashsale_units_claimed", "Units sold.", labels=["product"])
+    free = GaugeMetricFamily("flashsale_stock_units", "Units free to be sold.", labels=["product"])
+    ids = sorted(view.products)
+    groups = {str(product): [view.products[product]] for product in ids[:MOST_PRODUCTS]}
+    if ids[MOST_PRODUCTS:]:
+        groups["other"] = [view.products[product] for product in ids[MOST_PRODUCTS:]]
+    for product, figures in groups.items():
+        for outcome in OUTCOMES:
+            total = sum(figure.get(outcome, 0) for figure in figures)
+            # An outcome that never was is told for accepted alone, so that a rate can be taken.
+            if total or outcome == "accepted":
+                purchases.add_metric([product, outcome], total)
+        persisted.add_metric([product], sum(figure["persisted"] for figure in figures))
+        units.add_metric([product], sum(figure["claimed"] for figure in figures))
+        free.add_metric([product], sum(figure["free"] for figure in figures))
+    for outcome in OUTCOMES:
+        if outcome in refused:
+            purchases.add_metric(["none", outcome], int(refused[outcome]))
+    yield from (purchases, persisted, units, free)
+
+
+def _buckets(
+    counted: dict[str, str], prefix: str, bounds: Sequence[float]
+) -> list[tuple[str, float]]:
+    """Return the cumulated buckets as prometheus_client takes them."""
+    total, buckets = 0, []
+    for index, bound in enumerate((*bounds, "+Inf")):
+        total += int(counted.get(f"{prefix}:{index}", 0))
+        buckets.append((str(bound), total))
+    return buckets
+
+
+def _durations(counted: dict[str, str]) -> Metric:
+    histogram = HistogramMetricFamily(
+        "flashsale_purchase_duration_seconds",
+        "Time from a purchase request to its answer.",
+        labels=["status"],
+    )
+    statuses = {field.split(":")[1] for field in counted if field.startswith("duration:")}
+    for status in sorted(statuses | {"200"}):
+        prefix = f"duration:{status}"
+        total = float(counted.get(f"{prefix}:sum", 0))
+        histogram.add_metric([status], _buckets(counted, prefix, DURATION_BOUNDS), total)
+    return histogram
+
+
+def _batches(counted: dict[str, str]) -> Metric:
+    return HistogramMetricFamily(
+        "flashsale_batch_orders",
+        "Orders stored by one batch.",
+        buckets=_buckets(counted, "batch", BATCH_BOUNDS),
+        sum_value=float(counted.get("batch:sum", 0)),
+    )
+
+
+def _of_processes(processes: dict[str, str], counted: dict[str, str]) -> Iterator[Metric]:
+    families = {
+        "count": GaugeMetricFamily(
+            "flashsale_processes", "Processes that report.", labels=["role"]
+        ),
+        "memory": GaugeMetricFamily(
+            "flashsale_process_resident_memory_bytes",
+            "Memory by role.",
+            labels=["role"],
+        ),
+        "files": GaugeMetricFamily(
+            "flashsale_process_open_fds", "Open files by role.", labels=["role"]
+        ),
+    }
+    cpu = CounterMetricFamily("flashsale_process_cpu_seconds", "CPU time by role.", labels=["role"])
+    sums: dict[str, dict[str, float]] = {}
+    for name, written in processes.items():
+        state = json.loads(written)
+        if time.time() - state["at"] > STATE_LASTS_SECONDS:
+            stock.client.hdel(Keys.processes, name)
+            continue
+        of_role = sums.setdefault(name.partition(":")[0], dict.fromkeys(families, 0))
+        for figure in families:
+            of_role[figure] += state.get(figure, figure == "count")
+    for role, figures in sums.items():
+        for figure, value in figures.items():
+            families[figure].add_metric([role], value)
+    for field, value in counted.items():
+        if field.startswith("cpu:"):
+            cpu.add_metric([field.partition(":")[2]], float(value))
+    yield from (*families.values(), cpu)
+
+
+def _of_postgres() -> Iterator[Metric]:
+    # A partial index holds the open ones only, so this costs the same after any number of orders.
+    letters = "SELECT count(*) FROM dead_letters WHERE resolution IS NULL"
+    yield _gauge(
+        "flashsale_dead_letters", "Orders that wait for a person.", db.session.scalar(text(letters))
+    )

@@ -1,0 +1,301 @@
+"""What the operations are made of: schemas, headers, errors."""
+
+from ...reading import MAX_ID, MAX_QUANTITY, MAX_RESTOCK, MAX_STOCK
+
+MAX_LISTED = 500
+
+
+def ref(kind: str, name: str) -> dict:
+    return {"$ref": f"#/components/{kind}/{name}"}
+
+
+def integer(low: int, high: int, meaning: str = "", **more: object) -> dict:
+    schema = {"type": "integer", "minimum": low, "maximum": high, **more}
+    return schema | ({"description": meaning} if meaning else {})
+
+
+def json_object(properties: dict, required: list[str] | None = None, **more: object) -> dict:
+    names = list(properties) if required is None else required
+    return {"type": "object", "properties": properties, "required": names, **more}
+
+
+def json_content(schema: dict, **examples: object) -> dict:
+    content = {"schema": schema}
+    if examples:
+        content["examples"] = {name: {"value": value} for name, value in examples.items()}
+    return {"application/json": content}
+
+
+ID = integer(1, MAX_ID, examples=[1])
+# No control characters but tab and ends of lines, and something besides blanks.
+_TEXT = r"\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f"
+NOT_BLANK = rf"^[^{_TEXT}]*[^\s{_TEXT}\ufeff][^{_TEXT}]*$"
+TIME = {"type": ["string", "null"], "format": "date-time"}
+
+SCHEMAS = {
+    "Error": json_object(
+        {
+            "error": {"type": "string", "description": "for people"},
+            "code": {"type": "string", "description": "for programs", "pattern": "^[a-z_]+$"},
+            "field": {"type": "string", "description": "the part of the request that is wrong"},
+            "remaining": integer(1, MAX_STOCK, "with `insufficient_stock`: the units left"),
+            "opensAt": {
+                "type": "string",
+                "format": "date-time",
+                "description": "with `not_open`: when the sale opens",
+            },
+            "queued": {
+                "type": "array",
+                "items": ref("schemas", "Order"),
+                "description": "the orders that are known although the list is incomplete",
+            },
+        },
+        ["error", "code"],
+    ),
+    "Purchase": json_object(
+        {
+            "userId": integer(1, MAX_ID, "who buys", examples=[1]),
+            "productId": integer(1, MAX_ID, "what", examples=[1]),
+            "quantity": integer(
+                1, MAX_QUANTITY, "units; at most the product's `maxQuantity`", default=1
+            ),
+        },
+        ["userId", "productId"],
+    ),
+    "Purchased": json_object({"status": {"const": "queued"}, "orderId": ID}),
+    "Order": json_object(
+        {
+            "id": ID,
+            "status": {
+                "enum": ["QUEUED", "CONFIRMED", "CANCELLED", "FAILED"],
+                "description": "`QUEUED` until stored; `FAILED` while a person has to decide",
+            },
+            "quantity": integer(1, MAX_QUANTITY),
+            "productId": ID,
+            "createdAt": {"type": "string", "format": "date-time"},
+        }
+    ),
+    "Metrics": json_object(
+        {
+            "stock_remaining": integer(0, MAX_ID, "units free to be sold"),
+            "queue_depth": integer(0, MAX_ID, "orders claimed, not yet stored"),
+            "total_processed": integer(0, MAX_ID, "orders stored"),
+        }
+    ),
+    "Terms": json_object(
+        {
+            "name": {"type": "string", "minLength": 1, "maxLength": 200, "pattern": NOT_BLANK},
+            "priceCents": integer(0, MAX_ID, "in the currency's smallest unit"),
+            "currency": {"type": "string", "pattern": "^[A-Z]{3}$", "description": "ISO 4217"},
+            "opensAt": TIME | {"description": "RFC 3339 with offset; null: open"},
+            "closesAt": TIME | {"description": "after `opensAt`; null: never"},
+            "perUserLimit": {
+                "type": ["integer", "null"],
+                "minimum": 1,
+                "maximum": MAX_QUANTITY,
+                "description": "units that one user may buy in all",
+            },
+            "maxQuantity": integer(1, MAX_QUANTITY, "units in one purchase", default=10),
+            "paused": {"type": "boolean", "default": False},
+        },
+        [],
+    ),
+    "NewProduct": {
+        "allOf": [
+            ref("schemas", "Terms"),
+            json_object({"stock": integer(0, MAX_STOCK, "the units on sale at first")}),
+        ],
+        "required": ["name", "priceCents", "currency", "stock"],
+        "unevaluatedProperties": False,
+    },
+    "ProductChange": {"allOf": [ref("schemas", "Terms")], "unevaluatedProperties": False},
+    "Product": {
+        "allOf": [
+            ref("schemas", "Terms"),
+            json_object({"id": ID, "stockRemaining": integer(0, MAX_ID, "units free to be sold")}),
+        ],
+        "required": [
+            "name",
+            "priceCents",
+            "currency",
+            "opensAt",
+            "closesAt",
+            "perUserLimit",
+            "maxQuantity",
+            "paused",
+        ],
+    },
+    "Restock": json_object(
+        {
+            "productId": ID,
+            "amount": integer(1, MAX_RESTOCK, "units to add", examples=[50]),
+            "reason": {
+                "type": ["string", "null"],
+                "minLength": 1,
+                "maxLength": 500,
+                "pattern": NOT_BLANK,
+            },
+        },
+        ["productId", "amount"],
+    ),
+    "Restocked": json_object(
+        {
+            "productId": ID,
+            "amount": integer(1, MAX_RESTOCK),
+            "stock_remaining": integer(0, MAX_ID, "units free right after it"),
+        }
+    ),
+    "Health": json_object(
+        {
+            "status": {"enum": ["ok", "unavailable"]},
+            "checks": {
+                "type": "object",
+                "additionalProperties": json_object(
+                    {"ok": {"type": "boolean"}, "state": {"type": "string"}}
+                ),
+            },
+        }
+    ),
+}
+
+PRODUCT = {
+    "id": 1,
+    "name": "Flash-sale item",
+    "priceCents": 99_999,
+    "currency": "USD",
+    "opensAt": "2026-11-27T09:00:00.000Z",
+    "closesAt": None,
+    "perUserLimit": 2,
+    "maxQuantity": 10,
+    "paused": False,
+    "stockRemaining": 100,
+}
+ORDER = {
+    "id": 17,
+    "status": "CONFIRMED",
+    "quantity": 1,
+    "productId": 1,
+    "createdAt": "2026-11-27T09:00:00.042Z",
+}
+
+HEADERS = {
+    "RateLimit-Policy": (
+        r'^"[a-z_]+";q=\d+;w=\d+$',
+        '"user";q=5;w=60',
+        "the limit that was applied: so many requests (q) in so many seconds (w); "
+        "draft-ietf-httpapi-ratelimit-headers-10",
+    ),
+    "RateLimit": (
+        r'^"[a-z_]+";r=\d+;t=\d+$',
+        '"user";r=3;t=20',
+        "requests left (r), and seconds until there is one more (t)",
+    ),
+    "Retry-After": (r"^\d+$", "20", "seconds to wait before the next attempt"),
+    "X-Request-Id": (
+        "^[!-~]{1,128}$",
+        "checkout-7f3a",
+        "the request's id: the client's, else one given here",
+    ),
+    "Idempotent-Replayed": ("^true$", "true", "the answer of an earlier request with this key"),
+    "Location": ("^/products/[0-9]+$", "/products/2", "the new product"),
+    "WWW-Authenticate": ("^Bearer ", 'Bearer realm="shop"', "what is asked for (RFC 6750)"),
+}
+LIMIT_HEADERS = ("RateLimit-Policy", "RateLimit")
+
+# Each error by its code: the message, and what else its body holds.
+ERRORS = {
+    "invalid_request": ("quantity must be an integer", {"field": "quantity"}),
+    "unauthorized": ("A valid API token is required", {}),
+    "forbidden": ("The token is another shopper's", {}),
+    "unknown_product": ("Unknown product", {}),
+    "not_found": ("Not Found", {}),
+    "sold_out": ("Stock problem", {}),
+    "insufficient_stock": ("Stock problem", {"remaining": 2}),
+    "not_open": ("Sale not open", {"opensAt": "2026-11-27T09:00:00.000Z"}),
+    "paused": ("Sale not open", {}),
+    "ended": ("Sale not open", {}),
+    "purchase_limit": ("Purchase limit reached", {}),
+    "request_timeout": ("The body did not come in time", {}),
+    "head_too_large": ("The request's head is larger than 64 KiB", {}),
+    "body_too_large": ("The body is larger than 16 KiB", {}),
+    "unsupported_media_type": ("Content-Type must be application/json", {}),
+    "idempotency_mismatch": ("Idempotency-Key was used with another request", {}),
+    "rate_limited": ("Too many requests", {}),
+    "internal_error": ("Internal server error", {}),
+    "unavailable": ("Service unavailable", {}),
+}
+STATUSES = {
+    400: ("The request is malformed or out of range", ["invalid_request"], ()),
+    401: ("No valid token", ["unauthorized"], ("WWW-Authenticate",)),
+    403: ("The token is not for this", ["forbidden"], ()),
+    404: ("There is no such product", ["unknown_product", "not_found"], ()),
+    408: ("The body did not come within 10 s", ["request_timeout"], ()),
+    413: ("The body is larger than 16 KiB", ["body_too_large"], ()),
+    415: ("The body is not application/json", ["unsupported_media_type"], ()),
+    422: ("The Idempotency-Key was used with another request", ["idempotency_mismatch"], ()),
+    429: ("Too many requests; this one did nothing", ["rate_limited"], ("Retry-After",)),
+    431: ("The head is larger than 64 KiB", ["head_too_large"], ()),
+    500: ("A fault of the server's: the outcome is unknown", ["internal_error"], ()),
+    503: (
+        "A server behind this one can't be reached: the outcome is unknown",
+        ["unavailable"],
+        ("Retry-After",),
+    ),
+}
+
+
+def _header_refs(names: tuple[str, ...]) -> dict:
+    return {name: ref("headers", name) for name in (*names, "X-Request-Id")}
+
+
+def ok(meaning: str, content: dict, headers: tuple[str, ...] = LIMIT_HEADERS) -> dict:
+    return {"description": meaning, "headers": _header_refs(headers), "content": content}
+
+
+def failures(*statuses: int, **changed: tuple) -> dict:
+    """Return the responses of an operation's errors; `changed` maps "s409" to another entry."""
+    responses = {}
+    for status in sorted({*statuses, 500}):
+        meaning, codes, headers = changed.get(f"s{status}") or STATUSES[status]
+        if 429 in statuses:
+            # Whatever the answer is, it tells the limit that the request has passed.
+            headers = (*LIMIT_HEADERS, *headers)
+        examples = {
+            code: {"error": ERRORS[code][0], "code": code, **ERRORS[code][1]} for code in codes
+        }
+        responses[str(status)] = {
+            "description": meaning,
+            "headers": _header_refs(headers),
+            "content": json_content(ref("schemas", "Error"), **examples),
+        }
+    return responses
+
+
+def parameter(name: str, where: str, schema: dict, meaning: str) -> dict:
+    return {
+        "name": name,
+        "in": where,
+        "required": where == "path",
+        "schema": schema,
+        "description": meaning,
+    }
+
+
+KEY = parameter(
+    "Idempotency-Key",
+    "header",
+    {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"},
+    "One for each intent, such as a UUID; kept for 24 hours.",
+)
+REQUEST_ID = parameter(
+    "X-Request-Id", "header", {"type": "string"}, "1 to 128 of A-Z a-z 0-9 . _ : / + = -"
+)
+PRODUCT_ID = parameter("productId", "path", ID, "")
+
+
+def body(schema: str, **examples: object) -> dict:
+    return {"required": True, "content": json_content(ref("schemas", schema), **examples)}
+
+
+def operation(tag: str, name: str, summary: str, responses: dict, **more: object) -> dict:
+    return {"tags": [tag], "operationId": name, "summary": summary, **more, "responses": responses}

@@ -1,0 +1,1 @@
+"""The worker process: RQ's jobs, the relay and the sweeper."""

@@ -1,0 +1,69 @@
+"""What RQ runs. A job only says "drain": a lost or doubled one does no harm."""
+
+import logging
+
+import psycopg2
+import redis
+import rq
+from rq.serializers import JSONSerializer
+from sqlalchemy.exc import DBAPIError
+
+from ..extensions import db, stock
+from ..orders.drain import drain_batch
+from ..problems import Unavailable
+from ..stock.keys import Keys
+from ..watch import telemetry
+
+log = logging.getLogger(__name__)
+
+QUEUE = "orders"
+# While the lease stands nobody enqueues another job; a killed worker's lease runs out by itself.
+LEASE_MS = 2000
+# Long enough to see a batch in rq-dashboard, short enough not to fill Redis.
+RESULT_TTL_SECONDS = 300
+FAILURE_TTL_SECONDS = 3600
+JOB_TIMEOUT_SECONDS = 30
+# PostgreSQL is down, full, or gave no answer; through SQLAlchemy, or by its driver alone.
+POSTGRES_FAILED = (DBAPIError, psycopg2.OperationalError, psycopg2.InterfaceError)
+
+
+def orders_queue(connection: redis.Redis | None = None) -> rq.Queue:
+    """Return the queue that every worker listens on. JSON, because pickle would run code."""
+    return rq.Queue(QUEUE, connection=connection or stock.raw_client, serializer=JSONSerializer)
+
+
+def enqueue_drain() -> rq.job.Job | None:
+    """Enqueue one drain unless one is under way."""
+    if not stock.raw_client.set(Keys.drain_lease, b"1", nx=True, px=LEASE_MS):
+        return None
+    return orders_queue().enqueue(
+        persist_orders,
+        description="store the waiting orders",
+        job_timeout=JOB_TIMEOUT_SECONDS,
+        result_ttl=RESULT_TTL_SECONDS,
+        failure_ttl=FAILURE_TTL_SECONDS,
+    )
+
+
+def persist_orders() -> str:
+    """Store one batch of waiting orders and tell what was done; a full one calls for the next.
+
+    When a server is down the lease is left to run out, so that an outage costs a job every two
+    seconds, and not five a second with a stack trace each.
+    """
+    job = rq.get_current_job()
+    try:
+        drained = drain_batch(job.id if job else "by hand", (job and job.worker_name) or "")
+    except (Unavailable, *POSTGRES_FAILED) as error:
+        reason = str(error).strip().partition("\n")[0]
+        log.warning("nothing stored, the orders wait: %s", reason)
+        return f"nothing stored, the orders wait: {reason}"
+    finally:
+        db.session.remove()
+    if not drained.busy:
+        stock.raw_client.delete(Keys.drain_lease)
+    if drained.persisted:
+        telemetry.count_batch(drained.persisted)
+    if drained.more:
+        enqueue_drain()
+    return str(drained)

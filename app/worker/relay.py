@@ -1,0 +1,155 @@
+"""What a worker process does beside RQ's work: the relay and the sweeper, each a `run_once`.
+
+The relay calls for a drain when orders wait. The sweeper samples the sale once a second, and
+finishes what crashes left undone. Any number of worker processes may run; they do no harm together.
+"""
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+import psycopg2
+import redis
+from flask import Flask
+from sqlalchemy import text
+from sqlalchemy.exc import SQLAlchemyError
+
+from ..books import ledger, recovery
+from ..database import waiting_at_most
+from ..extensions import db, stock
+from ..orders.drain import drain_batch
+from ..problems import Unavailable
+from ..products import inventory
+from ..stock.gateway import HISTORY_SAMPLES, REFUSALS, View
+from ..stock.keys import Keys
+from . import jobs
+
+log = logging.getLogger(__name__)
+
+# At full speed a batch is called for five times a second: RQ's cost stays below 4 % of a core.
+PACE_SECONDS = 0.2
+# How long one look at an empty outbox may last; an order that comes in ends it at once.
+WATCH_MS = 500
+SWEEP_SECONDS = 1.0
+# The same order is the first in the outbox for so long only when nobody drains.
+STUCK_SECONDS = 3.0
+# All that a step of the relay or the sweeper may wait for PostgreSQL; past it nobody answers.
+STEP_WAIT_SECONDS = 30
+ERROR_PAUSE_SECONDS = 0.5
+
+
+class Relay:
+    """Sees that orders wait, and enqueues a job; when jobs don't get it done, drains by itself."""
+
+    def __init__(self) -> None:
+        self._last = 0.0
+        self._head = b""
+        self._head_since = 0.0
+
+    def run_once(self, stopped: threading.Event) -> None:
+        found = stock.raw_client.xread({Keys.outbox: "0"}, count=1, block=WATCH_MS)
+        if not found:
+            return
+        head = found[0][1][0][0]
+        if head != self._head:
+            self._head, self._head_since = head, time.monotonic()
+        elif time.monotonic() - self._head_since > STUCK_SECONDS:
+            # RQ's own data may be damaged, or its worker hang; the outbox needs neither.
+            self._head_since = time.monotonic()
+            drained = drain_batch("", "relay")
+            log.warning("orders wait although jobs are enqueued: %s", drained)
+            while drained.more and not stopped.is_set():
+                drained = drain_batch("", "relay")
+            return
+        # The first order after a pause goes at once; under load orders gather to a batch.
+        stopped.wait(max(0.0, self._last + PACE_SECONDS - time.monotonic()))
+        self._last = time.monotonic()
+        jobs.enqueue_drain()
+
+
+class Sweeper:
+    """Once a second: samples, and what was left half done."""
+
+    def __init__(self, worker: str) -> None:
+        self._worker = worker
+        self._kept: dict[int, list[int]] = {}
+
+    def run_once(self, stopped: threading.Event) -> None:
+        started = time.monotonic()
+        now = time.time()
+        with stock.client.pipeline(transaction=False) as pipe:
+            pipe.zadd(Keys.workers, {self._worker: now})
+            pipe.zremrangebyscore(Keys.workers, "-inf", now - 3600)
+            pipe.execute()
+        view = stock.view(stock.product_ids())
+        sample(int(now), view)
+        self._keep_counts(view)
+        recovery.close_when_stale()
+        if recovery.is_prepared():
+            inventory.publish_stale()
+            inventory.finish_pending()
+        ledger.check_in_turn()
+        stopped.wait(max(0.0, started + SWEEP_SECONDS - time.monotonic()))
+
+    def _keep_counts(self, view: View) -> None:
+        """Claims leave their refusals in Redis's memory alone; here they get to its log."""
+        counts = {
+            product_id: [figures.get(name, 0) for name in REFUSALS]
+            for product_id, figures in view.products.items()
+        }
+        stock.keep_counts([p for p in counts if counts[p] != self._kept.get(p)])
+        self._kept = counts
+
+
+def sample(second: int, view: View) -> bool:
+    """Keep this second's figures for the charts; False when another worker did it already.
+
+    Counters are stored as they stand; a reader takes differences. Raises stock.Unavailable.
+    """
+    figures = list(view.products.values())
+    names = ("accepted", "claimed", "settled", "persisted", "free", *REFUSALS)
+    totals = {name: sum(figure.get(name, 0) for figure in figures) for name in names}
+    totals["waiting"] = view.waiting
+    totals["oldest_ms"] = view.oldest_claimed_ms
+    try:
+        stock.client.xadd(
+            Keys.history,
+            {"sample": json.dumps(totals, separators=(",", ":"))},
+            id=f"{second}-1",
+            maxlen=HISTORY_SAMPLES,
+            approximate=False,
+        )
+    except redis.ResponseError:
+        # The id is not above the last one: this second is taken.
+        return False
+    if view.generation:
+        db.session.execute(
+            text(
+                "UPDATE sale SET last_order_id = greatest(last_order_id, :last),"
+                " sampled_at = now() WHERE generation = :generation"
+            ),
+            {"last": view.last_order_id, "generation": view.generation},
+        )
+        db.session.commit()
+    return True
+
+
+def run_forever(app: Flask, run_once: Callable, stopped: threading.Event) -> None:
+    """Repeat a step until `stopped` is set; a server that fails is waited for."""
+    failing = False
+    while not stopped.is_set():
+        try:
+            # A dead connection shows up at the end of the context too, when it is rolled back.
+            with app.app_context(), waiting_at_most(STEP_WAIT_SECONDS):
+                run_once(stopped)
+            failing = False
+        except (Unavailable, redis.RedisError, SQLAlchemyError, psycopg2.Error) as error:
+            if not failing:
+                log.warning("%s pauses: %s", run_once.__qualname__, str(error).partition("\n")[0])
+            failing = True
+            stopped.wait(ERROR_PAUSE_SECONDS)
+        except Exception:
+            log.exception("%s failed", run_once.__qualname__)
+            stopped.wait(ERROR_PAUSE_SECONDS)
