@@ -13,9 +13,12 @@ from app.config import ROOT
 from app.run.embedded import PostgresServer, RedisServer, _postgres
 
 COMMANDS = """
-from app import create_app, inventory, ledger, orders, recovery
+from app import create_app
+from app.books import ledger, recovery
+from app.orders import lookup as orders
+from app.products import inventory
 from app.audit import CLI
-from app.drain import drain_batch
+from app.orders.drain import drain_batch
 from app.extensions import db, stock
 
 def new_sale():
@@ -184,7 +187,7 @@ drain_batch("test", "test")
     one.redis.start()
     one.run(
         """
-from app.stock import Unprepared
+from app.problems import Unprepared
 try:
     stock.claim(50, 1, 1, None, "a")
 except Unprepared:

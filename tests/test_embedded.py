@@ -21,7 +21,7 @@ QUICK = ["fsync=off"]
 
 STARTER = """
 import sys
-from app.embedded import {name}
+from app.run.embedded import {name}
 server = {name}(sys.argv[1])
 server.start()
 print("own" if server.process else "found", flush=True)
