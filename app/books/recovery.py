@@ -22,8 +22,7 @@ from ..problems import Conflict
 from ..products import inventory
 from ..products.inventory import SALE_LOCK
 from ..stock.gateway import Entry
-from ..stock.keys import USERS_PER_BUCKET
-from ..stock.lines import IDEMPOTENCY_TTL_MS
+from ..stock.keys import IDEMPOTENCY_TTL_MS, USERS_PER_BUCKET
 
 log = logging.getLogger(__name__)
 
@@ -177,7 +176,8 @@ def rebuild(actor: Actor, replace: bool = False) -> Rebuilt:
         _take_over(generation, loss, actor)
         products = _snapshot(connection)
         stock.clear_sale()
-        stock.put_accounts(products)
+        # With their terms: what is sold the moment it is open is sold by them.
+        stock.put_accounts(products, inventory.all_terms())
         _put_movements(connection)
         _put_bought(connection)
         keys = _put_keys(connection)

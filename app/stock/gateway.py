@@ -8,7 +8,7 @@ import itertools
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import resources
@@ -18,9 +18,10 @@ import redis
 
 from ..config import Settings
 from ..problems import Unavailable, Unprepared
+from .brakes import BrakeGateway, Brakes
 from .doorkeeper import Doorkeeper
-from .keys import Keys, cautious_options
-from .lines import IDEMPOTENCY_TTL_MS, Claim, ClaimScript, LoopLine, ThreadLine
+from .keys import IDEMPOTENCY_TTL_MS, Keys, cautious_options
+from .lines import Claim, ClaimScript, LoopLine, ThreadLine
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +30,11 @@ log = logging.getLogger(__name__)
 REFUSALS = (
     "sold_out", "insufficient", "capped", "not_open", "paused", "ended", "too_many",
     "replayed", "mismatched", "limited", "limited_address", "overloaded", "unknown",
+    "limited_network", "limited_early", "capped_address",
 )  # fmt: skip
+
+# A product's terms of sale, in the order of put_product.lua.
+TERMS = ("opens", "closes", "pause", "cap", "max", "price")
 
 # The dashboard's chart: one sample a second, 15 minutes.
 HISTORY_SAMPLES = 900
@@ -78,6 +83,7 @@ class View:
     applied_movements: frozenset[int]
     overlap: list[Entry]
     products: dict[int, dict[str, int]]
+    brakes: Brakes
 
 
 @dataclass(frozen=True)
@@ -132,6 +138,7 @@ class Stock:
         }
         script = ClaimScript(scripts.pop("claim"), settings)
         self._scripts = {name: self.client.register_script(text) for name, text in scripts.items()}
+        self.brakes = BrakeGateway(self.client, self._run)
         self.thread_line = ThreadLine(url, script, on_record)
         self.loop_line = Doorkeeper(LoopLine(url, script, on_record), self.turn_away)
 
@@ -150,15 +157,16 @@ class Stock:
         except redis.RedisError as error:
             raise Unavailable(str(error)) from error
 
+    def braked(self) -> Brakes:
+        """Return (whether the whole sale is braked, ids of products with brakes of their own)."""
+        return self.brakes.read()
+
     def put_product(self, product_id: int, version: int, terms: dict[str, object]) -> bool:
         """Publish the terms of sale; False when this or a later version is in force already.
 
-        `terms` holds opens and closes (ms since 1970 or None), pause, cap, max and price.
+        `terms` holds TERMS: opens and closes in ms since 1970, None where there is none.
         """
-        values = [
-            "" if terms[name] is None else terms[name]
-            for name in ("opens", "closes", "pause", "cap", "max", "price")
-        ]
+        values = ["" if terms[name] is None else terms[name] for name in TERMS]
         outcome = self._run(
             "put_product",
             [Keys.generation, Keys.products, Keys.product(product_id)],
@@ -240,10 +248,10 @@ class Stock:
         `stored_through` asks for the entries up to this id that are still in the outbox,
         `movement_ids` which of these movements are applied. Unknown products are left out.
         """
-        keys = [Keys.generation, Keys.movements, Keys.outbox, Keys.order_ids]
+        keys = [Keys.generation, Keys.movements, Keys.outbox, Keys.order_ids, Keys.brakes]
         keys += [Keys.product(product_id) for product_id in product_ids]
         through = "" if stored_through is None else stored_through
-        generation, last, waiting, head, applied, overlap, hashes = self._run(
+        generation, last, waiting, head, applied, overlap, brakes, hashes = self._run(
             "view", keys, [through, *movement_ids]
         )
         products = {}
@@ -265,6 +273,7 @@ class Stock:
             applied_movements=frozenset(map(int, applied)),
             overlap=[Entry.parse(text) for text in overlap],
             products=products,
+            brakes=Brakes.parse(brakes),
         )
 
     def accounts(
@@ -420,20 +429,24 @@ class Stock:
         return whole.replace(microsecond=microseconds // 1000 * 1000)
 
     def clear(self) -> None:
-        """Delete every key of the sale; the generation first, which stops all claims."""
+        """Delete every key of the sale; the generation first, which stops all claims.
+
+        What the audit is still to be told stays.
+        """
         try:
             self.client.delete(Keys.generation)
-            self._unlink(Keys.prefix)
+            self._unlink(Keys.prefix, keep={Keys.brake_acts})
         except redis.RedisError as error:
             raise Unavailable(str(error)) from error
 
-    def _unlink(self, prefix: str) -> None:
+    def _unlink(self, prefix: str, keep: Collection[str] = ()) -> None:
         """Delete every key that begins so, in pages: there may be millions."""
         cursor = 0
         while True:
             cursor, found = self.client.scan(
                 cursor, match=prefix.replace("{", "\\{") + "*", count=5000
             )
+            found = [key for key in found if key not in keep]
             if found:
                 self.client.unlink(*found)
             if not cursor:
@@ -453,15 +466,22 @@ class Stock:
         except redis.RedisError as error:
             raise Unavailable(str(error)) from error
 
-    def put_accounts(self, accounts: dict[int, dict[str, int]]) -> None:
-        """Write the counters of products that are not on sale yet."""
+    def put_accounts(
+        self,
+        accounts: dict[int, dict[str, int]],
+        terms: dict[int, tuple[int, dict[str, object]]],
+    ) -> None:
+        """Write the counters and (version, terms) of products that are not on sale yet."""
         try:
             with self.client.pipeline() as pipe:
                 for product_id, account in accounts.items():
-                    # Version 0: the terms of sale are yet to be published.
+                    version, values = terms[product_id]
+                    in_force = {
+                        name: "" if value is None else value for name, value in values.items()
+                    }
                     pipe.hset(
                         Keys.product(product_id),
-                        mapping={**account, "version": 0, "max": 0, "price": "0 XXX"},
+                        mapping={**account, **in_force, "version": version},
                     )
                     pipe.sadd(Keys.products, product_id)
                 pipe.execute()

@@ -22,6 +22,7 @@ from ..problems import (
     KeyMismatch,
     Unauthenticated,
     Unavailable,
+    UnknownCaller,
     UnknownOrder,
     UnknownProduct,
 )
@@ -115,7 +116,8 @@ def init_app(app: Flask) -> None:
         return response
 
     @app.errorhandler(AnotherShopper)
-    def another_shopper(error: AnotherShopper):
+    @app.errorhandler(UnknownCaller)
+    def another_shopper(error: Exception):
         return show_error(403, str(error))
 
     @app.errorhandler(UnknownProduct)

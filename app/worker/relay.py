@@ -21,7 +21,7 @@ from ..database import waiting_at_most
 from ..extensions import db, stock
 from ..orders.drain import drain_batch
 from ..problems import Unavailable
-from ..products import inventory
+from ..products import brake, inventory
 from ..stock.gateway import HISTORY_SAMPLES, REFUSALS, View
 from ..stock.keys import Keys
 from . import jobs
@@ -87,6 +87,7 @@ class Sweeper:
         sample(int(now), view)
         self._keep_counts(view)
         recovery.close_when_stale()
+        brake.carry_over()
         if recovery.is_prepared():
             inventory.publish_stale()
             inventory.finish_pending()

@@ -44,6 +44,15 @@ SCHEMAS = {
                 "format": "date-time",
                 "description": "with `not_open`: when the sale opens",
             },
+            "limit": {
+                "enum": ["user", "early", "address", "network"],
+                "description": "which limit refused a purchase; `early`: attempts before the "
+                "sale opens or while it is paused. With `purchase_limit`: `address`",
+            },
+            "executed": {
+                "const": False,
+                "description": "nothing happened for sure; where it is absent nobody can tell",
+            },
             "queued": {
                 "type": "array",
                 "items": ref("schemas", "Order"),
@@ -112,7 +121,16 @@ SCHEMAS = {
     "Product": {
         "allOf": [
             ref("schemas", "Terms"),
-            json_object({"id": ID, "stockRemaining": integer(0, MAX_ID, "units free to be sold")}),
+            json_object(
+                {
+                    "id": ID,
+                    "braked": {
+                        "type": "boolean",
+                        "description": "a brake is set: refused as `paused`, whatever `paused` is",
+                    },
+                    "stockRemaining": integer(0, MAX_ID, "units free to be sold"),
+                }
+            ),
         ],
         "required": [
             "name",
@@ -125,6 +143,31 @@ SCHEMAS = {
             "paused",
         ],
     },
+    "Brake": json_object(
+        {
+            "on": {"type": "boolean", "description": "true stops selling, false lets it go on"},
+            "productId": {
+                "type": ["integer", "null"],
+                "minimum": 1,
+                "maximum": MAX_ID,
+                "description": "absent or null: every product, later ones included",
+            },
+        },
+        ["on"],
+        additionalProperties=False,
+    ),
+    "Braked": json_object(
+        {
+            "on": {"type": "boolean"},
+            "products": integer(0, MAX_ID, "how many products this brake is for"),
+            "saleBraked": {"type": "boolean", "description": "the whole sale's brake is set"},
+            "stillBraked": {
+                "type": "array",
+                "items": ID,
+                "description": "products that have a brake of their own",
+            },
+        }
+    ),
     "Restock": json_object(
         {
             "productId": ID,
@@ -169,6 +212,7 @@ PRODUCT = {
     "maxQuantity": 10,
     "paused": False,
     "stockRemaining": 100,
+    "braked": False,
 }
 ORDER = {
     "id": 17,
@@ -237,7 +281,8 @@ STATUSES = {
     431: ("The head is larger than 64 KiB", ["head_too_large"], ()),
     500: ("A fault of the server's: the outcome is unknown", ["internal_error"], ()),
     503: (
-        "A server behind this one can't be reached: the outcome is unknown",
+        "A server behind this one can't be reached: the outcome is unknown, unless `executed` says "
+        "that nothing happened",
         ["unavailable"],
         ("Retry-After",),
     ),

@@ -242,6 +242,37 @@ def _paths() -> dict:
                 requestBody=body("Restock", fifty={"productId": 1, "amount": 50}),
             )
         },
+        "/sale/brake": {
+            "post": operation(
+                "Products",
+                "brake",
+                "Stop selling one product or all at once, or release them",
+                {
+                    "200": ok(
+                        "Done; it binds the next purchase, which is refused as `paused`. A replay "
+                        "has the same `on` and `products`",
+                        json_content(
+                            ref("schemas", "Braked"),
+                            stopped={
+                                "on": True,
+                                "products": 3,
+                                "saleBraked": True,
+                                "stillBraked": [],
+                            },
+                        ),
+                        (*LIMIT_HEADERS, "Idempotent-Replayed"),
+                    ),
+                    **failures(400, 401, 404, 408, 413, 415, 422, 429, 431, 503),
+                },
+                description="Needs Redis alone: with `ADMIN_API_TOKEN` it works without the "
+                "database. Changes of the product and `flask rebuild` leave a brake as it is.",
+                security=ADMIN,
+                parameters=[KEY, REQUEST_ID],
+                requestBody=body(
+                    "Brake", everything={"on": True}, one={"on": True, "productId": 1}
+                ),
+            )
+        },
         "/healthz": {
             "get": operation(
                 "Operation",
