@@ -7,6 +7,7 @@ from flask import Blueprint, current_app, render_template, request, url_for
 from .. import auth
 from ..audit import Actor
 from ..books import recovery
+from ..database import is_unavailable
 from ..extensions import limiter
 from ..problems import Conflict, Unavailable
 from ..products import inventory
@@ -70,5 +71,7 @@ class Rebuild(threading.Thread):
                 self.done = True
             except (Conflict, Unavailable) as error:
                 self.told = f"{error}."
-            except Exception:
+            except Exception as error:
+                if is_unavailable(error):
+                    self.told = "PostgreSQL can't do it at the moment: the sale stays closed."
                 self._app.logger.exception("the rebuild failed")
