@@ -1,6 +1,7 @@
 """The `flask …` commands of operators and developers."""
 
 import functools
+import json
 
 import click
 import flask_migrate
@@ -126,7 +127,7 @@ def check_ledger(as_json: bool) -> None:
     except (Unavailable, ledger.Unquiet) as error:
         raise click.ClickException(str(error)) from None
     if as_json:
-        click.echo(result.as_json())
+        click.echo(json.dumps(result.as_proof()))
     else:
         for product in result.products.values():
             click.echo(

@@ -171,7 +171,7 @@ def _wait(connection) -> None:
         _wait_for(connection, getattr(_thread, "deadline", now + OTHER_WAIT_SECONDS) - now)
         return
     if not _breaker.admits():
-        raise psycopg2.OperationalError("PostgreSQL did not answer a moment ago")
+        raise Unanswered("PostgreSQL did not answer a moment ago")
     try:
         _wait_for(connection, REQUEST_WAIT_SECONDS)
     except Unanswered:

@@ -7,7 +7,7 @@ from flask_login import current_user
 from markupsafe import Markup
 
 from ..problems import Unavailable
-from ..watch import monitor
+from ..watch import monitor, samples
 from ..web.errors import api_error
 from ..web.polls import FRESH_SECONDS, share
 from .guard import is_poll
@@ -60,6 +60,6 @@ def chart():
     """The samples from `since` (seconds since 1970) on, as columns."""
     since = request.args.get("since", 0, type=int)
     try:
-        return jsonify(monitor.chart(max(0, min(since, 2**40))))
+        return jsonify(samples.chart(max(0, min(since, 2**40))))
     except Unavailable:
         return api_error(503, "Service unavailable")

@@ -10,7 +10,6 @@ from ..books import recovery
 from ..database import is_unavailable
 from ..extensions import limiter
 from ..problems import Conflict, Unavailable
-from ..products import inventory
 from ..watch import monitor
 from . import forms
 
@@ -33,7 +32,8 @@ def live():
 
 
 def newest() -> dict:
-    return {"ledger": monitor.ledger(), "board": monitor.board(), "names": inventory.names()}
+    board = monitor.board()
+    return {"ledger": board.ledger, "board": board, "names": {i.product.id: i.product.name for i in board.items}}
 
 
 @bp.post("/rebuild")

@@ -18,6 +18,7 @@ import redis
 
 from ..config import Settings
 from ..problems import Unavailable, Unprepared
+from .board import HISTORY_SAMPLES, Noticeboard
 from .doorkeeper import Doorkeeper
 from .keys import Keys, cautious_options
 from .lines import IDEMPOTENCY_TTL_MS, Claim, ClaimScript, LoopLine, ThreadLine
@@ -30,9 +31,6 @@ REFUSALS = (
     "sold_out", "insufficient", "capped", "not_open", "paused", "ended", "too_many",
     "replayed", "mismatched", "limited", "limited_address", "overloaded", "unknown",
 )  # fmt: skip
-
-# The dashboard's chart: one sample a second, 15 minutes.
-HISTORY_SAMPLES = 900
 
 
 # An order in the outbox, as claim.lua writes it: user, product, quantity, price in cents, currency,
@@ -132,6 +130,7 @@ class Stock:
         }
         script = ClaimScript(scripts.pop("claim"), settings)
         self._scripts = {name: self.client.register_script(text) for name, text in scripts.items()}
+        self.board = Noticeboard(self.client, self.raw_client, self._run)
         self.thread_line = ThreadLine(url, script, on_record)
         self.loop_line = Doorkeeper(LoopLine(url, script, on_record), self.turn_away)
 

@@ -33,6 +33,10 @@ class Keys:
     telemetry = "sale:{0}:telemetry"
     processes = "sale:{0}:processes"
     workers = "sale:{0}:workers"
+    # What pages show of a product when PostgreSQL is away, as JSON by product id.
+    shelf = "sale:{0}:shelf"
+    # Never there: see ASK_WRITE in lines.py.
+    probe = "sale:{0}:probe"
     bought_prefix = "sale:{0}:bought:"
     idempotency_prefix = "sale:{0}:key:"
 

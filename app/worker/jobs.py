@@ -12,7 +12,6 @@ from ..database import is_unavailable, waiting_at_most
 from ..extensions import db, stock
 from ..orders.drain import drain_batch
 from ..problems import Unavailable
-from ..stock.keys import Keys
 from ..watch import telemetry
 
 log = logging.getLogger(__name__)
@@ -35,7 +34,7 @@ def orders_queue(connection: redis.Redis | None = None) -> rq.Queue:
 
 def enqueue_drain() -> rq.job.Job | None:
     """Enqueue one drain unless one is under way."""
-    if not stock.raw_client.set(Keys.drain_lease, b"1", nx=True, px=LEASE_MS):
+    if not stock.board.take_drain_lease(LEASE_MS):
         return None
     return orders_queue().enqueue(
         persist_orders,
@@ -65,7 +64,7 @@ def persist_orders() -> str:
     finally:
         db.session.remove()
     if not drained.busy:
-        stock.raw_client.delete(Keys.drain_lease)
+        stock.board.end_drain_lease()
     if drained.persisted:
         telemetry.count_batch(drained.persisted)
     if drained.more:
