@@ -20,8 +20,9 @@ from .extensions import db
 from .models import ApiToken, Staff
 from .orders import deadletters
 from .problems import Conflict, InvalidRequest, Unavailable, UnknownProduct
+from .products import brake as brakes
 from .products import inventory
-from .reading import MAX_REASON
+from .reading import MAX_ID, MAX_REASON
 
 # Two starts at once must not migrate at once.
 PREPARE_LOCK = 7_316_002
@@ -35,7 +36,7 @@ token = AppGroup("token", help="Bearer tokens of the admin API.")
 
 def init_app(app: Flask) -> None:
     for command in (
-        prepare, seed, rebuild, ledger_commands, dead_letters, stock_commands, staff, token,
+        prepare, seed, rebuild, brake, ledger_commands, dead_letters, stock_commands, staff, token,
     ):  # fmt: skip
         app.cli.add_command(_told_in_words(command))
 
@@ -115,6 +116,29 @@ def rebuild(yes: bool, replace: bool) -> None:
     except (Conflict, Unavailable) as error:
         raise click.ClickException(str(error)) from None
     click.echo(report)
+
+
+@click.command()
+@click.argument("product", type=click.IntRange(1, MAX_ID), required=False)
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--release", is_flag=True, help="Let purchases in again.")
+@with_appcontext
+def brake(product: int | None, yes: bool, release: bool) -> None:
+    """Stop selling PRODUCT, or everything, at once; works without PostgreSQL."""
+    what = f"product {product}" if product else "every product"
+    if not yes:
+        click.confirm(f"{'Release' if release else 'Stop selling'} {what}?", abort=True)
+    try:
+        done = brakes.brake(not release, product, CLI)
+    except UnknownProduct:
+        raise click.ClickException(f"There is no product {product}") from None
+    except Unavailable as error:
+        raise click.ClickException(f"Redis: {error}") from None
+    click.echo(f"{what.capitalize()} {'is released' if release else 'is braked'}.")
+    if release and done.sale:
+        click.echo("The whole sale is still braked: `flask brake --release`")
+    if release and done.still:
+        click.echo(f"Still braked: product {', '.join(map(str, done.still))}")
 
 
 @ledger_commands.command("check")

@@ -101,7 +101,7 @@ def _throw_away_lost(context) -> None:
 
 @event.listens_for(Pool, "checkout")
 def _renew_read_only(connection, record, _proxy) -> None:
-    """Renew a read-only session. PostgreSQL reports unasked what it is, so looking costs nothing."""
+    """Renew a read-only session. PostgreSQL tells unasked what it is, so looking costs nothing."""
     told = connection.info.parameter_status
     if "on" in (told("default_transaction_read_only"), told("in_hot_standby")):
         opened = record.info.setdefault("read_only_at", time.monotonic())

@@ -31,6 +31,9 @@ Timestamp = TIMESTAMP(timezone=True)
 class Product(db.Model):
     """What is sold, on which terms. `version` rises with each change; Redis obeys the highest."""
 
+    # Whether a brake is set: Redis knows, and who reads a product from there notes it.
+    braked = False
+
     __tablename__ = "products"
     __table_args__ = (
         CheckConstraint("length(name) between 1 and 200", name="name"),
@@ -287,6 +290,7 @@ class AuditEntry(db.Model):
     __table_args__ = (
         Index("ix_audit_log_target_id", "target", "id"),
         Index("ix_audit_log_actor_id", "actor", "id"),
+        Index("uq_audit_log_act_id", "act_id", unique=True),
     )
 
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
@@ -297,3 +301,5 @@ class AuditEntry(db.Model):
     before: Mapped[dict[str, Any] | None] = mapped_column(JSONB)
     after: Mapped[dict[str, Any] | None] = mapped_column(JSONB)
     address: Mapped[str | None] = mapped_column(Text)
+    # Of an act that was noted in Redis first: it is carried over once.
+    act_id: Mapped[str | None] = mapped_column(String(32))

@@ -14,6 +14,7 @@ ACTIONS = (
     "product.create", "product.change", "product.restock", "product.correct", "movement.refused",
     "order.cancel", "staff.create", "staff.activate", "staff.deactivate", "staff.role",
     "staff.password", "token.create", "token.revoke", "sale.reset",
+    "sale.brake", "sale.release",
 )  # fmt: skip
 
 

@@ -33,7 +33,8 @@ def live():
 
 def newest() -> dict:
     board = monitor.board()
-    return {"ledger": board.ledger, "board": board, "names": {i.product.id: i.product.name for i in board.items}}
+    names = {item.product.id: item.product.name for item in board.items}
+    return {"ledger": board.ledger, "board": board, "names": names}
 
 
 @bp.post("/rebuild")

@@ -22,8 +22,7 @@ from ..problems import Conflict
 from ..products import inventory
 from ..products.inventory import SALE_LOCK
 from ..stock.gateway import Entry
-from ..stock.keys import USERS_PER_BUCKET
-from ..stock.lines import IDEMPOTENCY_TTL_MS
+from ..stock.keys import IDEMPOTENCY_TTL_MS, USERS_PER_BUCKET
 
 log = logging.getLogger(__name__)
 

@@ -105,13 +105,14 @@ def describe(product: Product, free: int) -> dict:
         "maxQuantity": product.max_quantity,
         "paused": product.paused,
         "stockRemaining": free,
+        "braked": product.braked,
     }
 
 
 def _audited(product: Product) -> dict:
     """Return the terms as the audit keeps them."""
     terms = describe(product, 0)
-    del terms["id"], terms["stockRemaining"]
+    del terms["id"], terms["stockRemaining"], terms["braked"]
     return terms
 
 
@@ -129,6 +130,8 @@ def products_with_stock(product_id: int | None = None) -> list[tuple[Product, in
     held = stock.view([product.id for product in products])
     if not held.generation:
         raise Unprepared("the sale is not in Redis")
+    for product in products:
+        product.braked = held.brakes.bind(product.id)
     return [(p, held.products.get(p.id, {}).get("free", 0)) for p in products]
 
 
@@ -159,7 +162,9 @@ def create_product(data: dict, actor: Actor) -> tuple[Product, int]:
     )
     db.session.commit()
     publish(product)
-    return product, apply_movement(movement)
+    free = apply_movement(movement)
+    product.braked = stock.braked().bind(product.id)
+    return product, free
 
 
 def change_product(product_id: int, data: dict, actor: Actor) -> tuple[Product, int]:
@@ -196,8 +201,15 @@ def change_product(product_id: int, data: dict, actor: Actor) -> tuple[Product, 
 
 
 def open_now(product_id: int, actor: Actor) -> tuple[Product, int]:
-    """Let the next purchase through: open, not paused, not ended. Errors as in change_product."""
+    """Let the next purchase through: open, not paused, not ended. Errors as in change_product.
+
+    Raises Conflict while a brake is set, which would refuse it all the same.
+    """
     now, product = _moment_of_change(product_id)
+    brakes = stock.braked()
+    if brakes.bind(product_id):
+        what = "The whole sale" if brakes.sale else f"Product {product_id}"
+        raise Conflict(f"{what} is braked: release the brake first", "braked")
     terms: dict[str, object] = {"paused": False}
     if product.opens_at and product.opens_at > now:
         terms["opensAt"] = now.isoformat()

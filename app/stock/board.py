@@ -125,7 +125,9 @@ class Noticeboard:
         with _asking():
             return {int(product): text for product, text in self.client.hgetall(Keys.shelf).items()}
 
-    def count(self, amounts: dict[str, int | float], process: tuple[str, dict] | None = None) -> None:
+    def count(
+        self, amounts: dict[str, int | float], process: tuple[str, dict] | None = None
+    ) -> None:
         """Add to the sums of all processes; note, if given, a process by name and its state."""
         with _asking(), self.client.pipeline() as pipe:
             for field, amount in amounts.items():
@@ -147,7 +149,9 @@ class Noticeboard:
             time, refused, telemetry, written = pipe.execute()
             now = _seconds(time)
             states = {name: json.loads(text) for name, text in written.items()}
-            gone = [name for name, state in states.items() if abs(now - state["at"]) > processes_last]
+            gone = [
+                name for name, state in states.items() if abs(now - state["at"]) > processes_last
+            ]
             if gone:
                 self.client.hdel(Keys.processes, *gone)
         alive = {name: state for name, state in states.items() if name not in gone}

@@ -8,7 +8,7 @@ import itertools
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import resources
@@ -19,9 +19,10 @@ import redis
 from ..config import Settings
 from ..problems import Unavailable, Unprepared
 from .board import HISTORY_SAMPLES, Noticeboard
+from .brakes import BrakeGateway, Brakes
 from .doorkeeper import Doorkeeper
-from .keys import Keys, cautious_options
-from .lines import IDEMPOTENCY_TTL_MS, Claim, ClaimScript, LoopLine, ThreadLine
+from .keys import IDEMPOTENCY_TTL_MS, Keys, cautious_options
+from .lines import Claim, ClaimScript, LoopLine, ThreadLine
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +77,7 @@ class View:
     applied_movements: frozenset[int]
     overlap: list[Entry]
     products: dict[int, dict[str, int]]
+    brakes: Brakes
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,7 @@ class Stock:
         script = ClaimScript(scripts.pop("claim"), settings)
         self._scripts = {name: self.client.register_script(text) for name, text in scripts.items()}
         self.board = Noticeboard(self.client, self.raw_client, self._run)
+        self.brakes = BrakeGateway(self.client, self._run)
         self.thread_line = ThreadLine(url, script, on_record)
         self.loop_line = Doorkeeper(LoopLine(url, script, on_record), self.turn_away)
 
@@ -148,6 +151,10 @@ class Stock:
             return self._scripts[name](keys=keys, args=args)
         except redis.RedisError as error:
             raise Unavailable(str(error)) from error
+
+    def braked(self) -> Brakes:
+        """Return (whether the whole sale is braked, ids of products with brakes of their own)."""
+        return self.brakes.read()
 
     def put_product(self, product_id: int, version: int, terms: dict[str, object]) -> bool:
         """Publish the terms of sale; False when this or a later version is in force already.
@@ -239,10 +246,10 @@ class Stock:
         `stored_through` asks for the entries up to this id that are still in the outbox,
         `movement_ids` which of these movements are applied. Unknown products are left out.
         """
-        keys = [Keys.generation, Keys.movements, Keys.outbox, Keys.order_ids]
+        keys = [Keys.generation, Keys.movements, Keys.outbox, Keys.order_ids, Keys.brakes]
         keys += [Keys.product(product_id) for product_id in product_ids]
         through = "" if stored_through is None else stored_through
-        generation, last, waiting, head, applied, overlap, hashes = self._run(
+        generation, last, waiting, head, applied, overlap, brakes, hashes = self._run(
             "view", keys, [through, *movement_ids]
         )
         products = {}
@@ -264,6 +271,7 @@ class Stock:
             applied_movements=frozenset(map(int, applied)),
             overlap=[Entry.parse(text) for text in overlap],
             products=products,
+            brakes=Brakes.parse(brakes),
         )
 
     def accounts(
@@ -419,20 +427,24 @@ class Stock:
         return whole.replace(microsecond=microseconds // 1000 * 1000)
 
     def clear(self) -> None:
-        """Delete every key of the sale; the generation first, which stops all claims."""
+        """Delete every key of the sale; the generation first, which stops all claims.
+
+        What the audit is still to be told stays.
+        """
         try:
             self.client.delete(Keys.generation)
-            self._unlink(Keys.prefix)
+            self._unlink(Keys.prefix, keep={Keys.brake_acts})
         except redis.RedisError as error:
             raise Unavailable(str(error)) from error
 
-    def _unlink(self, prefix: str) -> None:
+    def _unlink(self, prefix: str, keep: Collection[str] = ()) -> None:
         """Delete every key that begins so, in pages: there may be millions."""
         cursor = 0
         while True:
             cursor, found = self.client.scan(
                 cursor, match=prefix.replace("{", "\\{") + "*", count=5000
             )
+            found = [key for key in found if key not in keep]
             if found:
                 self.client.unlink(*found)
             if not cursor:

@@ -10,6 +10,7 @@ from ..breaker import Breaker
 # A shopper gets an answer within 2 s even from a dead Redis; a healthy one needs about 1 ms.
 CONNECT_TIMEOUT_SECONDS = 0.5
 COMMAND_TIMEOUT_SECONDS = 1.0
+IDEMPOTENCY_TTL_MS = 24 * 60 * 60 * 1000
 # So many users share one small hash of bought units: about 8 bytes each instead of 100.
 USERS_PER_BUCKET = 128
 
@@ -37,12 +38,19 @@ class Keys:
     shelf = "sale:{0}:shelf"
     # Never there: see ASK_WRITE in lines.py.
     probe = "sale:{0}:probe"
+    # Which brakes are set, and changes of them that the audit lacks.
+    brakes = "sale:{0}:brakes"
+    brake_acts = "sale:{0}:brake-acts"
     bought_prefix = "sale:{0}:bought:"
     idempotency_prefix = "sale:{0}:key:"
 
     @staticmethod
     def product(product_id: int) -> str:
         return f"sale:{{0}}:product:{product_id}"
+
+    @staticmethod
+    def brake_key(key: str) -> str:
+        return f"sale:{{0}}:brake-key:{key}"
 
     @staticmethod
     def rate(user_id: int) -> str:

@@ -23,7 +23,13 @@ import redis
 
 from ..config import Settings
 from ..problems import Unavailable, Unprepared
-from .keys import COMMAND_TIMEOUT_SECONDS, CONNECT_TIMEOUT_SECONDS, Keys, connection_options
+from .keys import (
+    COMMAND_TIMEOUT_SECONDS,
+    CONNECT_TIMEOUT_SECONDS,
+    IDEMPOTENCY_TTL_MS,
+    Keys,
+    connection_options,
+)
 
 # After a failure requests are refused at once for so long, then one of them tries again.
 RETRY_AFTER_FAILURE_SECONDS = 0.25
@@ -33,7 +39,6 @@ RECONNECT_SECONDS = 1.0
 WRITE_COMMANDS = 16
 # How often a connection that owes answers is looked at.
 WATCH_SECONDS = 0.1
-IDEMPOTENCY_TTL_MS = 24 * 60 * 60 * 1000
 
 # Tells the sale's name and an order id that it has issued; None when nothing is on record.
 OnRecord = Callable[[], tuple[str, int] | None]
@@ -74,7 +79,7 @@ class ClaimScript:
         words = (
             "EVALSHA",
             self._sha,
-            "9" if key is None else "10",
+            "10" if key is None else "11",
             Keys.generation,
             Keys.rate(user_id),
             Keys.address(address),
@@ -84,6 +89,7 @@ class ClaimScript:
             Keys.queued,
             Keys.order_ids,
             Keys.refused,
+            Keys.brakes,
         )
         args = (str(user_id), str(product_id), str(quantity), str(field))
         if key is None:

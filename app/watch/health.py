@@ -24,7 +24,9 @@ QUEUE_SECONDS = 10
 # What a Redis must be set to so that a promised order survives a crash.
 DURABLE_REDIS = {"appendonly": "yes", "appendfsync": "always", "maxmemory-policy": "noeviction"}
 
-READINESS = text("SELECT version_num, current_setting('transaction_read_only') FROM alembic_version")
+READINESS = text(
+    "SELECT version_num, current_setting('transaction_read_only') FROM alembic_version"
+)
 # Our own drains hold it for the blink of an eye.
 DRAIN_LOCKED = text(
     "SELECT EXISTS (SELECT FROM pg_locks JOIN pg_stat_activity USING (pid)"

@@ -31,7 +31,9 @@ class Shelf:
         if time.monotonic() - self._all_at > ALL_SECONDS:
             self._kept, self._all_at = {}, time.monotonic()
         rows = db.session.execute(products_and_totals())
-        texts = {product.id: json.dumps([_fields(product), _fields(sums)]) for product, sums in rows}
+        texts = {
+            product.id: json.dumps([_fields(product), _fields(sums)]) for product, sums in rows
+        }
         stock.board.put_shelf({p: text for p, text in texts.items() if self._kept.get(p) != text})
         self._kept = texts
 

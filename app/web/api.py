@@ -10,6 +10,7 @@ from ..extensions import csrf, limiter, stock
 from ..orders import lookup as orders
 from ..problems import AnotherShopper, InvalidRequest, UnknownProduct, Unprepared
 from ..products import inventory
+from ..products.brake import brake
 from ..reading import (
     MAX_BODY_BYTES,
     MAX_ID,
@@ -40,6 +41,16 @@ def read_json() -> dict:
     if request.mimetype != "application/json":
         raise UnsupportedMediaType
     return read_object(request.get_data())
+
+
+def idempotency_key() -> str | None:
+    """Return the request's key, None where there is none. Raises InvalidRequest."""
+    key = request.headers.get("Idempotency-Key")
+    if key is not None and not VALID_KEY(key):
+        raise InvalidRequest(
+            "Idempotency-Key must be 1 to 255 visible ASCII characters", "Idempotency-Key"
+        )
+    return key
 
 
 def query_integer(name: str, low: int, high: int) -> int | None:
@@ -136,13 +147,31 @@ def restock():
     reason = None
     if data.get("reason") is not None:
         reason = read_text(data, "reason", MAX_REASON)
-    key = request.headers.get("Idempotency-Key")
-    if key is not None and not VALID_KEY(key):
-        raise InvalidRequest(
-            "Idempotency-Key must be 1 to 255 visible ASCII characters", "Idempotency-Key"
-        )
-    done = inventory.restock(product_id, amount, reason, g.actor, key)
+    done = inventory.restock(product_id, amount, reason, g.actor, idempotency_key())
     response = jsonify(productId=product_id, amount=amount, stock_remaining=done.free)
+    if done.replayed:
+        response.headers["Idempotent-Replayed"] = "true"
+    return response
+
+
+@bp.post("/sale/brake")
+@limiter.limit(ADMIN_LIMIT)
+@token_required
+def brake_sale():
+    """Stop one product or every one at once, or release them; Redis alone is asked."""
+    data = read_json()
+    for name in data:
+        if name not in ("on", "productId"):
+            raise InvalidRequest(f"{name} is not known here", name)
+    if type(data.get("on")) is not bool:
+        raise InvalidRequest("on must be true or false", "on")
+    product_id = None
+    if data.get("productId") is not None:
+        product_id = read_integer(data, "productId", 1, MAX_ID)
+    done = brake(data["on"], product_id, g.actor, idempotency_key())
+    response = jsonify(
+        on=done.on, products=done.products, saleBraked=done.sale, stillBraked=done.still
+    )
     if done.replayed:
         response.headers["Idempotent-Replayed"] = "true"
     return response

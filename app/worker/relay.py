@@ -21,7 +21,7 @@ from ..database import waiting_at_most
 from ..extensions import db, stock
 from ..orders.drain import drain_batch
 from ..problems import Unavailable
-from ..products import inventory
+from ..products import brake, inventory
 from ..stock.gateway import REFUSALS, View
 from ..watch import samples, shelf
 from . import jobs
@@ -103,6 +103,7 @@ class Sweeper:
         started = time.monotonic()
         record_issued()
         recovery.close_when_stale()
+        brake.carry_over()
         if recovery.is_prepared():
             inventory.publish_stale()
             inventory.finish_pending()

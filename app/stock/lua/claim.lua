@@ -1,7 +1,8 @@
 -- Decide one purchase, all or nothing: replay? -> rate -> product, window, pause -> cap -> stock.
 --
 -- KEYS  1 generation   2 the user's rate   3 the address's rate   4 product   5 bought (a bucket of users)
---       6 outbox       7 queued            8 order ids            9 refused   10 idempotency (only with a key)
+--       6 outbox       7 queued            8 order ids            9 refused
+--       10 brakes      11 idempotency (only with a key)
 -- ARGV  1 user         2 product           3 quantity             4 field of the user in KEYS[5]
 --       5 the idempotency key (only with a key)
 -- What is the same for every claim stands in a line that claims.py puts before this script:
@@ -21,8 +22,8 @@ local quantity = tonumber(ARGV[3])
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 
-local known = KEYS[10] and redis.call('MGET', KEYS[1], KEYS[2], KEYS[3], KEYS[10])
-  or redis.call('MGET', KEYS[1], KEYS[2], KEYS[3])
+local known = KEYS[11] and redis.call('MGET', KEYS[1], KEYS[2], KEYS[3], KEYS[10], KEYS[11])
+  or redis.call('MGET', KEYS[1], KEYS[2], KEYS[3], KEYS[10])
 
 -- No generation: this Redis has lost the sale (or never had it). Selling from it would oversell.
 if not known[1] then return { 'unprepared', 0, -1, 0 } end
@@ -37,8 +38,8 @@ local function count(outcome)
 end
 
 local request = product_id .. ' ' .. ARGV[3]
-if known[4] then
-  local order_id, first_request = string.match(known[4], '^(%d+) (.+)$')
+if known[5] then
+  local order_id, first_request = string.match(known[5], '^(%d+) (.+)$')
   if first_request ~= request then count('mismatched'); return { 'mismatched', 0, -1, 0 } end
   count('replayed')
   return { 'replayed', tonumber(order_id), -1, 0 }
@@ -97,7 +98,8 @@ if not free then return refuse('unknown') end
 if quantity > tonumber(product[6]) then return refuse('too_many', tonumber(product[6])) end
 local opens, closes, cap = tonumber(product[2]), tonumber(product[3]), tonumber(product[5])
 if closes and closes <= now then return refuse('ended') end
-if product[4] == '1' then return refuse('paused') end
+if product[4] == '1' or known[4] and (string.find(known[4], ' * ', 1, true)
+    or string.find(known[4], ' ' .. product_id .. ' ', 1, true)) then return refuse('paused') end
 if opens and opens > now then return refuse('not_open', opens) end
 if cap and (tonumber(redis.call('HGET', KEYS[5], ARGV[4])) or 0) + quantity > cap then return refuse('capped') end
 if free <= 0 then return refuse('sold_out') end
@@ -116,5 +118,5 @@ redis.call('XADD', KEYS[6], order_id .. '-0', 'order', entry)
 redis.call('ZADD', KEYS[7], user, order_id)
 redis.call('HSET', KEYS[4], 'free', free - quantity, 'accepted', product[8] + 1, 'claimed', product[9] + quantity)
 redis.call('HINCRBY', KEYS[5], ARGV[4], quantity)
-if KEYS[10] then redis.call('SET', KEYS[10], order_id .. ' ' .. request, 'PX', KEY_LIFE) end
+if KEYS[11] then redis.call('SET', KEYS[11], order_id .. ' ' .. request, 'PX', KEY_LIFE) end
 return { 'accepted', order_id, left, reset }

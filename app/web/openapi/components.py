@@ -112,7 +112,16 @@ SCHEMAS = {
     "Product": {
         "allOf": [
             ref("schemas", "Terms"),
-            json_object({"id": ID, "stockRemaining": integer(0, MAX_ID, "units free to be sold")}),
+            json_object(
+                {
+                    "id": ID,
+                    "braked": {
+                        "type": "boolean",
+                        "description": "a brake is set: refused as `paused`, whatever `paused` is",
+                    },
+                    "stockRemaining": integer(0, MAX_ID, "units free to be sold"),
+                }
+            ),
         ],
         "required": [
             "name",
@@ -125,6 +134,31 @@ SCHEMAS = {
             "paused",
         ],
     },
+    "Brake": json_object(
+        {
+            "on": {"type": "boolean", "description": "true stops selling, false lets it go on"},
+            "productId": {
+                "type": ["integer", "null"],
+                "minimum": 1,
+                "maximum": MAX_ID,
+                "description": "absent or null: every product, later ones included",
+            },
+        },
+        ["on"],
+        additionalProperties=False,
+    ),
+    "Braked": json_object(
+        {
+            "on": {"type": "boolean"},
+            "products": integer(0, MAX_ID, "how many products this brake is for"),
+            "saleBraked": {"type": "boolean", "description": "the whole sale's brake is set"},
+            "stillBraked": {
+                "type": "array",
+                "items": ID,
+                "description": "products that have a brake of their own",
+            },
+        }
+    ),
     "Restock": json_object(
         {
             "productId": ID,
@@ -144,6 +178,17 @@ SCHEMAS = {
             "amount": integer(1, MAX_RESTOCK),
             "stock_remaining": integer(0, MAX_ID, "units free right after it"),
         }
+    ),
+    "Selling": json_object(
+        {
+            "status": {"enum": ["ok", "unavailable"]},
+            "unverified": {
+                "const": True,
+                "description": "it sells, and could not yet compare the sale with PostgreSQL",
+            },
+            "reason": {"type": "string", "description": "why it can't sell"},
+        },
+        ["status"],
     ),
     "Health": json_object(
         {
@@ -169,6 +214,7 @@ PRODUCT = {
     "maxQuantity": 10,
     "paused": False,
     "stockRemaining": 100,
+    "braked": False,
 }
 ORDER = {
     "id": 17,

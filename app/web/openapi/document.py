@@ -43,6 +43,9 @@ SHOPPER = [{}, {"shopper": []}]
 ADMIN = [{"admin": []}]
 RATE_NOTE = "The body's shape is checked first, then replay, rate, product, window, cap, stock."
 
+UNVERIFIED = {"status": "ok", "unverified": True}
+SHUT = {"status": "unavailable", "reason": "unreachable"}
+
 
 def _paths() -> dict:
     product = json_content(ref("schemas", "Product"), product=PRODUCT)
@@ -56,9 +59,12 @@ def _paths() -> dict:
         ref("schemas", "Health"),
         ready={"status": "ok", "checks": {"redis": {"ok": True, "state": "reachable"}}},
     )
+    selling = json_content(
+        ref("schemas", "Selling"), selling={"status": "ok"}, unverified=UNVERIFIED, not_selling=SHUT
+    )
     readiness = {
         "200": ok("Ready", health, ()),
-        "503": ok("Not ready; each part is named with its state", health, ()),
+        "503": ok("Not ready; each part is named with its state", health, ("Retry-After",)),
         **failures(),
     }
     purchased = ok(
@@ -242,6 +248,37 @@ def _paths() -> dict:
                 requestBody=body("Restock", fifty={"productId": 1, "amount": 50}),
             )
         },
+        "/sale/brake": {
+            "post": operation(
+                "Products",
+                "brake",
+                "Stop selling one product or all at once, or release them",
+                {
+                    "200": ok(
+                        "Done; it binds the next purchase, which is refused as `paused`. A replay "
+                        "has the same `on` and `products`",
+                        json_content(
+                            ref("schemas", "Braked"),
+                            stopped={
+                                "on": True,
+                                "products": 3,
+                                "saleBraked": True,
+                                "stillBraked": [],
+                            },
+                        ),
+                        (*LIMIT_HEADERS, "Idempotent-Replayed"),
+                    ),
+                    **failures(400, 401, 404, 408, 413, 415, 422, 429, 431, 503),
+                },
+                description="Needs Redis alone: with `ADMIN_API_TOKEN` it works without the "
+                "database. Changes of the product and `flask rebuild` leave a brake as it is.",
+                security=ADMIN,
+                parameters=[KEY, REQUEST_ID],
+                requestBody=body(
+                    "Brake", everything={"on": True}, one={"on": True, "productId": 1}
+                ),
+            )
+        },
         "/healthz": {
             "get": operation(
                 "Operation",
@@ -266,6 +303,22 @@ def _paths() -> dict:
                 "ready",
                 "Whether each part that a sale needs is there",
                 readiness,
+                parameters=[REQUEST_ID],
+            )
+        },
+        "/readyz/sale": {
+            "get": operation(
+                "Operation",
+                "readyToSell",
+                "Whether this process can sell",
+                {
+                    "200": ok("It can", selling, ()),
+                    "503": ok(
+                        "It can't; a balancer sends purchases elsewhere", selling, ("Retry-After",)
+                    ),
+                    **failures(),
+                },
+                description="The probe for load balancers: PostgreSQL and workers have no say.",
                 parameters=[REQUEST_ID],
             )
         },
