@@ -3,8 +3,10 @@
 from datetime import UTC, datetime
 
 from flask import Blueprint, make_response, render_template, request, url_for
+from sqlalchemy.exc import SQLAlchemyError
 
 from .. import auth
+from ..database import is_unavailable
 from ..extensions import limiter
 from ..orders import search
 from ..problems import InvalidRequest, Unavailable
@@ -62,16 +64,23 @@ def live():
 @bp.get("/<id:product_id>")
 def show(product_id: int):
     before = forms.cursor()
-    movements = inventory.movements_of(product_id, before, MOVEMENTS + 1)
+    item = monitor.item(product_id)
+    try:
+        movements = inventory.movements_of(product_id, before, MOVEMENTS + 1)
+        page = search.search(search.Filter(product_id=product_id), limit=ORDERS)
+    except SQLAlchemyError as error:
+        if not is_unavailable(error):
+            raise
+        # The figures, and the brake, need Redis alone.
+        movements, page = [], None
     return render_template(
         "admin/product.html",
-        item=monitor.item(product_id),
+        item=item,
         counters=COUNTERS,
         movements=movements[:MOVEMENTS],
         older=movements[MOVEMENTS - 1].id if len(movements) > MOVEMENTS else None,
         before=before,
-        page=search.search(search.Filter(product_id=product_id), limit=ORDERS),
-        names=inventory.names(),
+        page=page,
     )
 
 

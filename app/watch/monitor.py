@@ -15,12 +15,13 @@ from ..database import is_unavailable
 from ..extensions import db, stock
 from ..models import Product, ProductTotals, Sale
 from ..problems import Unavailable, UnknownProduct
+from ..stock.brakes import Brakes
 from . import health, samples, shelf
 
 # A product's states in the order in which the claim checks them. What the next purchase would meet
 # can't be told without Redis, unless the terms refuse it.
-ENDED, PAUSED, SCHEDULED, SOLD_OUT, LIVE = "ended", "paused", "scheduled", "sold out", "live"
-UNKNOWN = "unknown"
+ENDED, BRAKED, PAUSED, SCHEDULED = "ended", "braked", "paused", "scheduled"
+SOLD_OUT, LIVE, UNKNOWN = "sold out", "live", "unknown"
 
 # The ledger's proof is written every few seconds; an older one says nothing about now.
 LEDGER_SECONDS = 15
@@ -43,7 +44,12 @@ class Item:
     # Seconds until it opens or closes, None where nothing is near.
     opens_in: float | None = None
     closes_in: float | None = None
+    # Nothing while Redis can't be asked.
     counters: dict[str, int] = field(default_factory=dict)
+    # Whether it has a brake of its own; the whole sale's may bind it, too.
+    own_brake: bool = False
+    # Whether its terms can be changed now, which takes both servers.
+    changeable: bool = True
     # The ledger's proof: None when nothing is known.
     balanced: bool | None = None
     difference: int = 0
@@ -54,7 +60,7 @@ class Item:
         return (
             self.state, self.sold, self.held, self.queued, self.free, self.balanced,
             self.difference, self.opens_in and int(self.opens_in),
-            self.closes_in and int(self.closes_in),
+            self.closes_in and int(self.closes_in), self.own_brake, self.changeable,
         )  # fmt: skip
 
     @property
@@ -92,6 +98,8 @@ class Board:
     redis_error: str | None
     postgres_error: str | None
     sale_error: str | None
+    # Whether the brake of the whole sale is set.
+    braked: bool
     workers: int | None
     waiting: int | None
     oldest_seconds: float | None
@@ -112,16 +120,24 @@ class Board:
         return sum(item.free or 0 for item in self.items) if known else None
 
     @property
+    def is_stuck(self) -> bool:
+        """Whether orders have been waiting for long, although a worker and PostgreSQL are there."""
+        late = (self.oldest_seconds or 0) > health.QUEUE_SECONDS
+        return late and bool(self.workers) and not self.postgres_error
+
+    @property
     def live(self) -> int | None:
         """The number of products that sell; None when that can't be told."""
         states = [item.state for item in self.items]
         return None if UNKNOWN in states else states.count(LIVE)
 
 
-def state_of(product: Product, free: int | None, now: datetime) -> str:
+def state_of(product: Product, free: int | None, now: datetime, braked: bool = False) -> str:
     """Return what the next purchase would meet, as far as it can be told."""
     if product.closes_at and product.closes_at <= now:
         return ENDED
+    if braked:
+        return BRAKED
     if product.paused:
         return PAUSED
     if product.opens_at and product.opens_at > now:
@@ -142,7 +158,7 @@ def items(product_id: int | None = None) -> tuple[list[Item], "_Live"]:
         query = shelf.products_and_totals()
         if product_id is not None:
             query = query.where(Product.id == product_id)
-        rows = [row._tuple() for row in db.session.execute(query)]
+        rows = db.session.execute(query).all()
         expected = db.session.scalar(select(Sale.generation)) or ""
     except SQLAlchemyError as failed:
         if not is_unavailable(failed):
@@ -176,7 +192,7 @@ def _item(product: Product, totals: ProductTotals, live: "_Live") -> Item:
     proof = live.ledger.products.get(product.id, {})
     return Item(
         product=product,
-        state=state_of(product, free, now),
+        state=state_of(product, free, now, live.brakes.bind(product.id)),
         sold=totals.confirmed_units,
         held=totals.dead_units,
         held_orders=totals.dead_orders,
@@ -186,6 +202,8 @@ def _item(product: Product, totals: ProductTotals, live: "_Live") -> Item:
         opens_in=_seconds_until(product.opens_at, now),
         closes_in=_seconds_until(product.closes_at, now),
         counters=figures or {},
+        own_brake=product.id in live.brakes.products,
+        changeable=not live.error and not live.postgres_error,
         balanced=proof.get("ok"),
         difference=proof.get("difference", 0),
     )
@@ -210,6 +228,7 @@ class _Live:
         self.now = datetime.now(UTC)
         self.products: dict[int, dict[str, int]] = {}
         self.waiting = self.oldest_seconds = self.workers = None
+        self.brakes = Brakes(False, frozenset())
         self.ledger = Ledger()
         self.samples: list[tuple[int, dict]] = []
         try:
@@ -221,6 +240,7 @@ class _Live:
         self.now = datetime.fromtimestamp(news.now, UTC)
         self.workers = news.workers
         self.generation = view.generation
+        self.brakes = view.brakes
         self.foreign = not view.generation or expected not in (None, view.generation)
         if self.foreign:
             # Whatever it holds, it is not this sale's.
@@ -261,6 +281,7 @@ def board() -> Board:
         redis_error=live.error,
         postgres_error=live.postgres_error,
         sale_error=NOT_THIS_SALE if live.foreign else None,
+        braked=live.brakes.sale,
         workers=live.workers,
         waiting=live.waiting,
         oldest_seconds=live.oldest_seconds,

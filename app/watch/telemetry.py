@@ -137,17 +137,31 @@ def exposition() -> bytes:
 
 class _Collector:
     def collect(self) -> Iterator[Metric]:
-        up = GaugeMetricFamily("flashsale_up", "Whether the server answers.", labels=["server"])
-        for server, figures in (("redis", _of_redis), ("postgres", _of_postgres)):
+        up = GaugeMetricFamily(
+            "flashsale_up", "Whether the server answers and takes writes.", labels=["server"]
+        )
+        for server, figures, takes_writes in (
+            ("redis", _of_redis, _redis_takes_writes),
+            ("postgres", _of_postgres, _postgres_takes_writes),
+        ):
+            found = []
             try:
                 found = list(figures())
+                up.add_metric([server], takes_writes())
             except (Unavailable, SQLAlchemyError):
                 db.session.rollback()
                 up.add_metric([server], 0)
-                continue
-            up.add_metric([server], 1)
             yield from found
         yield up
+
+
+def _redis_takes_writes() -> bool:
+    stock.board.try_write()
+    return True
+
+
+def _postgres_takes_writes() -> bool:
+    return db.session.scalar(text("SHOW transaction_read_only")) == "off"
 
 
 def _gauge(name: str, meaning: str, value: float) -> GaugeMetricFamily:
@@ -273,8 +287,6 @@ def _of_processes(processes: dict[str, dict], counted: dict[str, str]) -> Iterat
 
 
 def _of_postgres() -> Iterator[Metric]:
-    read_only = db.session.scalar(text("SELECT current_setting('transaction_read_only') = 'on'"))
-    yield _gauge("flashsale_postgres_writable", "Whether PostgreSQL takes writes.", not read_only)
     # A partial index holds the open ones only, so this costs the same after any number of orders.
     letters = "SELECT count(*) FROM dead_letters WHERE resolution IS NULL"
     yield _gauge(
