@@ -15,7 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError, TimeoutError
 
 from ..database import DRAIN_LOCK, Unanswered, is_unavailable, sqlstate
 from ..extensions import db, stock
-from ..problems import Unavailable
+from ..problems import Unavailable, Unprepared
 from ..stock.board import News
 from ..stock.gateway import View
 
@@ -62,6 +62,8 @@ def in_words(error: BaseException) -> str:
     """Return what ails a server, as the rest of "Redis is …", without its address."""
     cause = error.__cause__ if isinstance(error, Unavailable) and error.__cause__ else error
     told = str(cause)
+    if isinstance(cause, Unprepared):
+        return "without this sale"
     if isinstance(cause, TimeoutError):
         return "asked too much by this process"
     if isinstance(cause, (redis.TimeoutError, Unanswered)) or (
