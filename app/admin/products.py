@@ -3,10 +3,8 @@
 from datetime import UTC, datetime
 
 from flask import Blueprint, make_response, render_template, request, url_for
-from sqlalchemy.exc import SQLAlchemyError
 
 from .. import auth
-from ..database import is_unavailable
 from ..extensions import limiter
 from ..orders import search
 from ..problems import InvalidRequest, Unavailable
@@ -64,15 +62,12 @@ def live():
 @bp.get("/<id:product_id>")
 def show(product_id: int):
     before = forms.cursor()
-    item = monitor.item(product_id)
-    try:
+    (item,), live = monitor.items(product_id)
+    # Without PostgreSQL the figures and the brake are left, which need Redis alone.
+    movements, page = [], None
+    if not live.postgres_error:
         movements = inventory.movements_of(product_id, before, MOVEMENTS + 1)
         page = search.search(search.Filter(product_id=product_id), limit=ORDERS)
-    except SQLAlchemyError as error:
-        if not is_unavailable(error):
-            raise
-        # The figures, and the brake, need Redis alone.
-        movements, page = [], None
     return render_template(
         "admin/product.html",
         item=item,
