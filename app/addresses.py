@@ -6,9 +6,21 @@ from ipaddress import IPv4Address, ip_address, ip_network
 
 # What one subscriber is given (RFC 6177); who has it can use any of its 2^64 addresses.
 IPV6_SUBSCRIBER_BITS = 64
+# What one site is given: 65,536 networks of a subscriber's size.
+IPV6_SITE_BITS = 48
 # Some proxies write the client's port too: "192.0.2.1:4711", "[2001:db8::1]:4711".
 WITH_PORT = re.compile(r"\[(?P<v6>[^]]+)\](:\d+)?|(?P<v4>[0-9.]+):\d+").fullmatch
 LONGEST = 64
+
+
+@lru_cache(maxsize=4096)
+def network_of(client: str) -> str:
+    """Return the network that a client, as `client_of` names it, belongs to: /48 or /24."""
+    try:
+        network = ip_network(client)
+    except ValueError:
+        return client
+    return str(network.supernet(new_prefix=IPV6_SITE_BITS if network.version == 6 else 24))
 
 
 @lru_cache(maxsize=4096)

@@ -11,6 +11,7 @@ import secrets
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 
 import limits
@@ -75,6 +76,20 @@ def _limit(highest: int) -> Callable[[str], RateLimit]:
         return RateLimit(item.amount, item.get_expiry() * 1000)
 
     return parse
+
+
+def _units(value: str) -> int:
+    return 0 if value.lower() == "off" else _integer(1, 1_000_000_000)(value)
+
+
+def _networks(value: str) -> tuple[IPv4Network | IPv6Network, ...]:
+    networks = []
+    for text in value.split(","):
+        try:
+            networks.append(ip_network(text.strip()))
+        except ValueError as error:
+            raise ValueError(f"must be networks with commas between them: {error}") from None
+    return tuple(networks)
 
 
 def _redis_url(value: str) -> str:
@@ -150,12 +165,33 @@ class Settings:
         "purchase attempts of one client address (many shoppers share one behind a carrier); "
         "`off` disables",
     )
+    purchase_network_limit: RateLimit = setting(
+        "PURCHASE_NETWORK_LIMIT",
+        NO_LIMIT,
+        _limit(10_000_000),
+        "purchase attempts of one network, IPv6 /48 or IPv4 /24; `off` by default: a carrier's or "
+        "an office's shoppers share one",
+    )
+    purchase_address_units: int = setting(
+        "PURCHASE_ADDRESS_UNITS",
+        0,
+        _units,
+        "units of one product that one client address may buy in all, whatever users it names; "
+        "`off` by default",
+    )
     shopper_auth: str = setting(
         "SHOPPER_AUTH",
         "trusted",
         _choice("trusted", "jwt"),
         "`trusted` believes the `userId` of a request (behind a shop that vouches for it); `jwt` "
         "asks each shopper for a bearer token whose `sub` is the `userId`",
+    )
+    trusted_callers: tuple[IPv4Network | IPv6Network, ...] = setting(
+        "TRUSTED_CALLERS",
+        (),
+        _networks,
+        "networks whose addresses may buy and look up in trusted mode, such as `10.0.0.0/24, "
+        "2001:db8::/48`: the shop's servers; anybody when not set",
     )
     jwt_secret: str | None = setting(
         "JWT_SECRET", None, _text, "shared secret of HS256 tokens, 32 bytes or more"
@@ -282,6 +318,9 @@ def check_shopper_auth(settings: Settings) -> None:
                 # Whoever sets it believes that tokens are checked.
                 raise SettingsError(f"{name} is of no use without SHOPPER_AUTH=jwt")
         return
+    if settings.trusted_callers:
+        # Whoever sets it believes that others are kept out.
+        raise SettingsError("TRUSTED_CALLERS is of no use with SHOPPER_AUTH=jwt")
     if (settings.jwt_secret is None) == (settings.jwt_key_file is None):
         raise SettingsError("SHOPPER_AUTH=jwt needs JWT_SECRET or JWT_KEY_FILE, one of them")
     for name in ("JWT_ISSUER", "JWT_AUDIENCE"):

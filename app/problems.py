@@ -43,8 +43,19 @@ class KeyMismatch(Exception):
     """The Idempotency-Key belongs to another request."""
 
 
+class UnknownCaller(Exception):
+    """The address is none of those that may name the shopper of a request."""
+
+
 class Unavailable(Exception):
-    """Redis can't be reached or did not answer: the outcome is unknown, nothing is retried."""
+    """Redis can't be reached or did not answer: the outcome is unknown, nothing is retried.
+
+    `executed` is False where surely nothing was done.
+    """
+
+    def __init__(self, message: str = "", executed: bool | None = None) -> None:
+        super().__init__(message)
+        self.executed = executed
 
 
 class Unprepared(Unavailable):

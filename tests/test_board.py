@@ -139,4 +139,4 @@ def test_writing_is_tried_without_writing(app):
     before = stock.client.info("persistence")["rdb_changes_since_last_save"]
     stock.board.try_write()
     assert stock.client.info("persistence")["rdb_changes_since_last_save"] == before
-    assert not stock.client.exists(Keys.probe)
+    assert not stock.client.exists(Keys.nothing)

@@ -30,7 +30,7 @@ def test_the_purchase(buy):
         assert "Retry-After" not in answer.headers
     refused = buy(1)
     assert refused.status_code == 429
-    assert refused.json == {"error": "Too many requests", "code": "rate_limited"}
+    assert refused.json == {"error": "Too many requests", "code": "rate_limited", "limit": "user"}
     name, _, _, left, seconds = read(refused)
     assert (name, left) == ("user", 0)
     assert refused.headers["Retry-After"] == str(seconds)

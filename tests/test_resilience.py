@@ -153,8 +153,8 @@ PAGES = {
     "page: jobs, polled": "/admin/rq/0/data/queues.json",
 }
 POLLS = {name: {"X-Poll": "1"} for name in PAGES if name.endswith("polled")}
-# What is answered while a server is gone; every other route: 503. A page shows what the other server
-# knows: without PostgreSQL these are the dashboard and a product's figures.
+# What is answered while a server is gone; every other route: 503. A page shows what the other
+# server knows: without PostgreSQL these are the dashboard and a product's figures.
 WITHOUT = {
     "redis": {
         "alive": 200,

@@ -176,7 +176,8 @@ def rebuild(actor: Actor, replace: bool = False) -> Rebuilt:
         _take_over(generation, loss, actor)
         products = _snapshot(connection)
         stock.clear_sale()
-        stock.put_accounts(products)
+        # With their terms: what is sold the moment it is open is sold by them.
+        stock.put_accounts(products, inventory.all_terms())
         _put_movements(connection)
         _put_bought(connection)
         keys = _put_keys(connection)

@@ -258,21 +258,28 @@ def _milliseconds(moment: datetime | None) -> int | None:
     return moment and round(moment.timestamp() * 1000)
 
 
+def terms_of(product: Product) -> dict[str, object]:
+    """Return the terms of sale in the form that Redis obeys."""
+    return {
+        "opens": _milliseconds(product.opens_at),
+        "closes": _milliseconds(product.closes_at),
+        "pause": int(product.paused),
+        "cap": product.per_user_limit,
+        "max": product.max_quantity,
+        # Opaque to Redis, and carried by each order: the price at the moment of the claim.
+        "price": f"{product.price_cents} {product.currency}",
+    }
+
+
+def all_terms() -> dict[int, tuple[int, dict[str, object]]]:
+    """Return (version, terms) of every product, by its id."""
+    products = db.session.scalars(select(Product))
+    return {product.id: (product.version, terms_of(product)) for product in products}
+
+
 def publish(product: Product) -> bool:
     """Put the product's terms in force; False when they are already. Raises stock.Unavailable."""
-    return stock.put_product(
-        product.id,
-        product.version,
-        {
-            "opens": _milliseconds(product.opens_at),
-            "closes": _milliseconds(product.closes_at),
-            "pause": int(product.paused),
-            "cap": product.per_user_limit,
-            "max": product.max_quantity,
-            # Opaque to Redis, and carried by each order: the price at the moment of the claim.
-            "price": f"{product.price_cents} {product.currency}",
-        },
-    )
+    return stock.put_product(product.id, product.version, terms_of(product))
 
 
 def publish_stale() -> int:

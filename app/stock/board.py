@@ -163,7 +163,7 @@ class Noticeboard:
         Refused as any write is: out of memory, out of disk, as a replica.
         """
         with _asking():
-            self.client.set(Keys.probe, "1", xx=True)
+            self.client.set(Keys.nothing, "1", xx=True)
 
     def first_waiting(self, wait_ms: int) -> bytes | None:
         """Return the stream id of the first order in the outbox; wait so long for one."""

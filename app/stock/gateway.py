@@ -31,7 +31,11 @@ log = logging.getLogger(__name__)
 REFUSALS = (
     "sold_out", "insufficient", "capped", "not_open", "paused", "ended", "too_many",
     "replayed", "mismatched", "limited", "limited_address", "overloaded", "unknown",
+    "limited_network", "limited_early", "capped_address",
 )  # fmt: skip
+
+# A product's terms of sale, in the order of put_product.lua.
+TERMS = ("opens", "closes", "pause", "cap", "max", "price")
 
 
 # An order in the outbox, as claim.lua writes it: user, product, quantity, price in cents, currency,
@@ -159,12 +163,9 @@ class Stock:
     def put_product(self, product_id: int, version: int, terms: dict[str, object]) -> bool:
         """Publish the terms of sale; False when this or a later version is in force already.
 
-        `terms` holds opens and closes (ms since 1970 or None), pause, cap, max and price.
+        `terms` holds TERMS: opens and closes in ms since 1970, None where there is none.
         """
-        values = [
-            "" if terms[name] is None else terms[name]
-            for name in ("opens", "closes", "pause", "cap", "max", "price")
-        ]
+        values = ["" if terms[name] is None else terms[name] for name in TERMS]
         outcome = self._run(
             "put_product",
             [Keys.generation, Keys.products, Keys.product(product_id)],
@@ -464,15 +465,22 @@ class Stock:
         except redis.RedisError as error:
             raise Unavailable(str(error)) from error
 
-    def put_accounts(self, accounts: dict[int, dict[str, int]]) -> None:
-        """Write the counters of products that are not on sale yet."""
+    def put_accounts(
+        self,
+        accounts: dict[int, dict[str, int]],
+        terms: dict[int, tuple[int, dict[str, object]]],
+    ) -> None:
+        """Write the counters and (version, terms) of products that are not on sale yet."""
         try:
             with self.client.pipeline() as pipe:
                 for product_id, account in accounts.items():
-                    # Version 0: the terms of sale are yet to be published.
+                    version, values = terms[product_id]
+                    in_force = {
+                        name: "" if value is None else value for name, value in values.items()
+                    }
                     pipe.hset(
                         Keys.product(product_id),
-                        mapping={**account, "version": 0, "max": 0, "price": "0 XXX"},
+                        mapping={**account, **in_force, "version": version},
                     )
                     pipe.sadd(Keys.products, product_id)
                 pipe.execute()

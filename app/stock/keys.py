@@ -11,6 +11,17 @@ from ..breaker import Breaker
 CONNECT_TIMEOUT_SECONDS = 0.5
 COMMAND_TIMEOUT_SECONDS = 1.0
 IDEMPOTENCY_TTL_MS = 24 * 60 * 60 * 1000
+# How a server says that it can't do a primary's work any more, or not yet: it has become a replica,
+# lost its primary or its replicas, is loading, or another holds these keys. Who is told so leaves.
+UNFIT = frozenset(
+    (
+        "READONLY", "MASTERDOWN", "LOADING", "CLUSTERDOWN", "NOREPLICAS", "NOAUTH", "MOVED",
+        "UNBLOCKED",
+    )
+)  # fmt: skip
+# Errors of a claim after which surely nothing has happened: Redis gives them before a script runs
+# or at its first write. UNDONE is the script's own. Any other may mean that it was cut off midway.
+NOTHING_RAN = UNFIT | {"NOSCRIPT", "OOM", "MISCONF", "BUSY", "NOPERM", "WRONGTYPE", "UNDONE"}
 # So many users share one small hash of bought units: about 8 bytes each instead of 100.
 USERS_PER_BUCKET = 128
 
@@ -20,6 +31,8 @@ class Keys:
 
     prefix = "sale:{0}:"
     generation = "sale:{0}:generation"
+    # Never written: deleting it does nothing, but only a server that takes writes lets it be tried.
+    nothing = "sale:{0}:nothing"
     outbox = "sale:{0}:outbox"
     queued = "sale:{0}:queued"
     order_ids = "sale:{0}:order-ids"
@@ -36,8 +49,8 @@ class Keys:
     workers = "sale:{0}:workers"
     # What pages show of a product when PostgreSQL is away, as JSON by product id.
     shelf = "sale:{0}:shelf"
-    # Never there: see ASK_WRITE in lines.py.
-    probe = "sale:{0}:probe"
+    # Attempts of users, addresses and networks, in two hashes by turns: see claim.lua.
+    attempts = ("sale:{0}:attempts:0", "sale:{0}:attempts:1")
     # Which brakes are set, and changes of them that the audit lacks.
     brakes = "sale:{0}:brakes"
     brake_acts = "sale:{0}:brake-acts"
@@ -53,12 +66,8 @@ class Keys:
         return f"sale:{{0}}:brake-key:{key}"
 
     @staticmethod
-    def rate(user_id: int) -> str:
-        return f"sale:{{0}}:rate:{user_id}"
-
-    @staticmethod
-    def address(address: str) -> str:
-        return f"sale:{{0}}:address:{address}"
+    def address_units(product_id: int) -> str:
+        return f"sale:{{0}}:address-units:{product_id}"
 
     @staticmethod
     def bought(product_id: int, user_id: int) -> tuple[str, int]:
@@ -75,14 +84,30 @@ class Keys:
         return f"sale:{{0}}:key:{user_id}:{key}"
 
 
+def code_of(error: Exception) -> str:
+    """Return the code that an error of Redis begins with, such as READONLY."""
+    # redis-py cuts the codes that it knows off the message.
+    return getattr(error, "status_code", None) or str(error).partition(" ")[0]
+
+
 class _Cautious:
-    """A connection that asks nothing of a Redis which let somebody wait in vain a moment ago."""
+    """A connection that asks nothing of a Redis which let somebody wait in vain a moment ago.
+
+    And nothing of one that can no longer do its work, whichever connection was told: all of them
+    connect anew before they are used again.
+    """
 
     breaker = Breaker(COMMAND_TIMEOUT_SECONDS)
+    # How often a server said so; a connection older than the last time is not used.
+    unfit = 0
+    _unfit_before = 0
 
     def send_packed_command(self, command, check_health=True):
         if not self.breaker.admits():
             raise redis.ConnectionError("Redis did not answer a moment ago")
+        if self._unfit_before != _Cautious.unfit:
+            self._unfit_before = _Cautious.unfit
+            self.disconnect()
         super().send_packed_command(command, check_health)
 
     def read_response(self, *arguments, **options):
@@ -90,6 +115,10 @@ class _Cautious:
             response = super().read_response(*arguments, **options)
         except redis.TimeoutError:
             self.breaker.waited_in_vain()
+            raise
+        except redis.RedisError as error:
+            if code_of(error) in UNFIT:
+                _Cautious.unfit += 1
             raise
         self.breaker.answered()
         return response

@@ -21,13 +21,17 @@ from typing import NamedTuple
 import hiredis
 import redis
 
-from ..config import Settings
+from ..addresses import network_of
+from ..config import NO_LIMIT, RateLimit, Settings
 from ..problems import Unavailable, Unprepared
 from .keys import (
     COMMAND_TIMEOUT_SECONDS,
     CONNECT_TIMEOUT_SECONDS,
     IDEMPOTENCY_TTL_MS,
+    NOTHING_RAN,
+    UNFIT,
     Keys,
+    code_of,
     connection_options,
 )
 
@@ -39,6 +43,10 @@ RECONNECT_SECONDS = 1.0
 WRITE_COMMANDS = 16
 # How often a connection that owes answers is looked at.
 WATCH_SECONDS = 0.1
+
+EARLY_ATTEMPTS_A_MINUTE = 60
+# Attempts take no more memory than this, with no maxmemory either: some 2 million shoppers.
+MOST_ATTEMPTS_BYTES = 256 << 20
 
 # Tells the sale's name and an order id that it has issued; None when nothing is on record.
 OnRecord = Callable[[], tuple[str, int] | None]
@@ -53,16 +61,39 @@ class Claim(NamedTuple):
     reset_ms: int
 
 
+def early_limit(user: RateLimit) -> RateLimit:
+    """Return the limit of attempts before a sale opens, or while it is paused.
+
+    They don't use up the user's own limit, and are never held more tightly than it holds.
+    """
+    if not user:
+        return NO_LIMIT
+    a_minute = -(-user.count * 60_000 // user.window_ms)
+    return RateLimit(max(EARLY_ATTEMPTS_A_MINUTE, a_minute), 60_000)
+
+
 class ClaimScript:
     """Builds the command of a claim: claim.lua, its keys, and its arguments."""
 
     def __init__(self, script: str, settings: Settings) -> None:
         user, address = settings.purchase_user_limit, settings.purchase_address_limit
+        network, early = settings.purchase_network_limit, early_limit(user)
+        self._networks = bool(network)
+        self._address_units = settings.purchase_address_units
+        # A sliding counter looks back into the window before: two of them.
+        turn = max(user.window_ms, *(2 * limit.window_ms for limit in (early, address, network)), 1)
         constants = {
             "USER_LIMIT": user.count,
             "USER_WINDOW": user.window_ms,
+            "EARLY_LIMIT": early.count,
+            "EARLY_WINDOW": early.window_ms,
             "ADDRESS_LIMIT": address.count,
             "ADDRESS_WINDOW": address.window_ms,
+            "NETWORK_LIMIT": network.count,
+            "NETWORK_WINDOW": network.window_ms,
+            "ADDRESS_UNITS": self._address_units,
+            "TURN": turn,
+            "MOST_BYTES": MOST_ATTEMPTS_BYTES,
             "MOST_WAITING": settings.outbox_limit,
             "KEY_LIFE": IDEMPOTENCY_TTL_MS,
         }
@@ -76,30 +107,32 @@ class ClaimScript:
         self, user_id: int, product_id: int, quantity: int, key: str | None, address: str
     ) -> bytes:
         bucket, field = Keys.bought(product_id, user_id)
-        words = (
-            "EVALSHA",
-            self._sha,
-            "10" if key is None else "11",
+        keys = (
             Keys.generation,
-            Keys.rate(user_id),
-            Keys.address(address),
+            Keys.brakes,
+            *Keys.attempts,
             Keys.product(product_id),
             bucket,
             Keys.outbox,
             Keys.queued,
             Keys.order_ids,
             Keys.refused,
-            Keys.brakes,
         )
-        args = (str(user_id), str(product_id), str(quantity), str(field))
-        if key is None:
-            return hiredis.pack_command((*words, *args))
-        return hiredis.pack_command((*words, Keys.idempotency(user_id, key), *args, key))
+        if self._address_units:
+            keys += (Keys.address_units(product_id),)
+        network = network_of(address) if self._networks else ""
+        args = (str(user_id), str(product_id), str(quantity), str(field), address, network)
+        if key is not None:
+            keys += (Keys.idempotency(user_id, key),)
+            args += (key,)
+        return hiredis.pack_command(("EVALSHA", self._sha, str(len(keys)), *keys, *args))
 
 
 ASK_SALE = hiredis.pack_command(("MGET", Keys.generation, Keys.order_ids))
-# Writes nothing, since the key is never there, and is refused whenever a claim's writes would be.
-ASK_WRITE = hiredis.pack_command(("SET", Keys.probe, "1", "XX"))
+# A replica refuses it, and so does whoever else could not sell.
+TRY_WRITING = hiredis.pack_command(("DEL", Keys.nothing))
+# Writes nothing either; refused also where memory is short, and with it every new order.
+TRY_ADDING = hiredis.pack_command(("SET", Keys.nothing, "1", "XX"))
 # A line that could not compare the sale with PostgreSQL tries again at most so often.
 COMPARE_SECONDS = 1.0
 
@@ -110,7 +143,14 @@ def _check_sale(record: tuple[str, int] | None, held: bytes | None, last: bytes 
         return
     name, issued = record
     if held.decode() != name or int(last or 0) < issued:
-        raise Unprepared(f"Redis does not hold the sale {name} as it was at order {issued}")
+        raise Unprepared(
+            f"Redis does not hold the sale {name} as it was at order {issued}", executed=False
+        )
+
+
+def refused(error: Exception) -> Unavailable:
+    """Return what an error that Redis answered means for a claim."""
+    return Unavailable(str(error), executed=False if code_of(error) in NOTHING_RAN else None)
 
 
 class ThreadLine:
@@ -135,13 +175,15 @@ class ThreadLine:
         """Decide one purchase. Raises Unavailable when Redis gave no answer."""
         failures = self._failures
         if self._closed_until and time.monotonic() < self._closed_until:
-            raise Unavailable("Redis was unreachable a moment ago")
+            raise Unavailable("Redis was unreachable a moment ago", executed=False)
         if self._closed_until:
             # This request is the one that tries; the others go on being refused meanwhile.
             self._closed_until = time.monotonic() + COMMAND_TIMEOUT_SECONDS
         command = self._script.command(*request)
+        sent = False
         try:
             connection = self._connection(failures)
+            sent = True
             try:
                 answer = self._exchange(connection, command)
             except redis.exceptions.NoScriptError:
@@ -151,14 +193,14 @@ class ThreadLine:
         except Unprepared:
             self._closed_until = time.monotonic() + RETRY_AFTER_FAILURE_SECONDS
             raise
-        except redis.ResponseError as error:
-            # Redis itself refused (out of memory, read only, loading): nothing was written.
-            self._closed_until = 0.0
-            raise Unavailable(str(error)) from error
         except (redis.RedisError, OSError) as error:
-            self._failures += 1
-            self._closed_until = time.monotonic() + RETRY_AFTER_FAILURE_SECONDS
-            raise Unavailable(str(error)) from error
+            if isinstance(error, redis.ResponseError) and code_of(error) not in UNFIT:
+                # This claim was refused; the next one may be asked all the same.
+                self._closed_until = 0.0
+            else:
+                self._failures += 1
+                self._closed_until = time.monotonic() + RETRY_AFTER_FAILURE_SECONDS
+            raise (refused(error) if sent else Unavailable(str(error), executed=False)) from error
         self._closed_until = 0.0
         return Claim._make(answer)
 
@@ -166,7 +208,7 @@ class ThreadLine:
         """Return whether the sale was compared with PostgreSQL; as LoopLine.check."""
         try:
             connection = self._connection(self._failures)
-            self._exchange(connection, ASK_WRITE)
+            self._exchange(connection, TRY_ADDING)
             held, last = self._exchange(connection, ASK_SALE)
             if held is None:
                 raise Unprepared("the sale is not in Redis")
@@ -194,6 +236,7 @@ class ThreadLine:
             local.connection.disconnect()
             local.connection.connect()
             self._exchange(local.connection, self._script.load)
+            self._exchange(local.connection, TRY_WRITING)
             # First PostgreSQL, then Redis: the ids on record were issued before Redis is asked.
             record = self._sale_on_record()
             _check_sale(record, *self._exchange(local.connection, ASK_SALE))
@@ -233,9 +276,11 @@ class LoopLine:
         command = self._script.command(*request)
         answer = await channel.ask(command)
         if isinstance(answer, hiredis.ReplyError):
-            if not str(answer).startswith("NOSCRIPT"):
-                # Redis itself refused (out of memory, read only, loading): nothing was written.
-                raise Unavailable(str(answer))
+            code = code_of(answer)
+            if code != "NOSCRIPT":
+                if code in UNFIT:
+                    channel.retire()
+                raise refused(answer)
             # Nothing ran, so this is the one case where sending again is safe.
             await channel.ask_well(self._script.load)
             answer = await channel.ask_well(command)
@@ -249,7 +294,11 @@ class LoopLine:
         channel = self._channel
         if channel is None or channel.lost:
             channel = await self._reach()
-        await channel.ask_well(ASK_WRITE)
+        answer = await channel.ask(TRY_ADDING)
+        if isinstance(answer, hiredis.ReplyError):
+            if code_of(answer) in UNFIT:
+                channel.retire()
+            raise refused(answer)
         held, _ = await channel.ask_well(ASK_SALE)
         if held is None:
             raise Unprepared("the sale is not in Redis")
@@ -272,7 +321,7 @@ class LoopLine:
     async def _reach(self) -> "Channel":
         """Connect, once for all who wait. Raises Unavailable, for a while at once."""
         if time.monotonic() < self._closed_until:
-            raise Unavailable("Redis was unreachable a moment ago")
+            raise Unavailable("Redis was unreachable a moment ago", executed=False)
         if self._opening is None:
             self._opening = asyncio.create_task(self._open())
         return await asyncio.shield(self._opening)
@@ -283,6 +332,7 @@ class LoopLine:
             async with asyncio.timeout(COMMAND_TIMEOUT_SECONDS):
                 channel = await self._connect()
                 await channel.ask_well(self._script.load)
+                await channel.ask_well(TRY_WRITING)
                 await self._compare(channel)
         except (Unavailable, OSError, TimeoutError) as error:
             self._closed_until = time.monotonic() + RETRY_AFTER_FAILURE_SECONDS
@@ -290,8 +340,9 @@ class LoopLine:
                 channel.abort()
             self._reconnect_later()
             if isinstance(error, Unavailable):
+                error.executed = False
                 raise
-            raise Unavailable(f"Redis can't be reached: {error}") from error
+            raise Unavailable(f"Redis can't be reached: {error}", executed=False) from error
         finally:
             self._opening = None
         self._channel = channel
@@ -348,7 +399,9 @@ class Channel(asyncio.Protocol):
     """A connection to Redis that answers in the order in which it was asked."""
 
     def __init__(self) -> None:
+        # Nothing more may be asked; and there is no connection any more.
         self.lost = False
+        self._gone = False
         self.on_lost: Callable[[], None] = lambda: None
         self._loop = asyncio.get_running_loop()
         self._reader = hiredis.Reader()
@@ -364,7 +417,7 @@ class Channel(asyncio.Protocol):
     def ask(self, command: bytes) -> asyncio.Future:
         """Send a command; the result may be a hiredis.ReplyError, or Unavailable is raised."""
         if self.lost:
-            raise Unavailable("the connection to Redis was lost")
+            raise Unavailable("the connection to Redis was lost", executed=False)
         if not self._unsent:
             # What else is asked in this turn of the loop goes out in the same write.
             self._loop.call_soon(self._flush)
@@ -383,11 +436,11 @@ class Channel(asyncio.Protocol):
         """Send a command that Redis does not refuse. Raises Unavailable when it does."""
         answer = await self.ask(command)
         if isinstance(answer, hiredis.ReplyError):
-            raise Unavailable(str(answer))
+            raise refused(answer)
         return answer
 
     def _flush(self) -> None:
-        if self._unsent and not self.lost:
+        if self._unsent and not self._gone:
             self._transport.write(b"".join(self._unsent))
         self._unsent.clear()
 
@@ -400,10 +453,12 @@ class Channel(asyncio.Protocol):
             # Who gave up waiting is not told any more.
             if not future.done():
                 future.set_result(answer)
+        if self.lost and not waiting:
+            self._transport.close()
 
     def _watch(self) -> None:
         """Give up on a Redis that owes answers and has been silent for too long."""
-        self._watched = bool(self._waiting) and not self.lost
+        self._watched = bool(self._waiting) and not self._gone
         if not self._watched:
             return
         if self._loop.time() - self._heard_at > COMMAND_TIMEOUT_SECONDS:
@@ -411,11 +466,20 @@ class Channel(asyncio.Protocol):
         else:
             self._loop.call_later(WATCH_SECONDS, self._watch)
 
+    def retire(self) -> None:
+        """Ask no more, of a server that can't do its work; the answers that it owes still come."""
+        if not self.lost:
+            self.lost = True
+            self.on_lost()
+        if not self._waiting:
+            self._transport.close()
+
     def abort(self) -> None:
         self._transport.abort()
         self.connection_lost(None)
 
     def connection_lost(self, error: Exception | None) -> None:
+        self._gone = True
         if not self.lost:
             self.lost = True
             self.on_lost()

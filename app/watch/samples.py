@@ -21,10 +21,11 @@ GAP_SECONDS = 3
 RATES = {
     "accepted": ("accepted",),
     "sold_out": ("sold_out", "insufficient"),
-    "limited": ("limited", "limited_address"),
+    "limited": ("limited", "limited_address", "limited_network", "limited_early"),
     "replayed": ("replayed",),
     "refused": (
-        "mismatched", "too_many", "ended", "paused", "not_open", "capped", "overloaded",
+        "mismatched", "too_many", "ended", "paused", "not_open", "capped", "capped_address",
+        "overloaded",
     ),
     "persisted": ("persisted",),
 }  # fmt: skip

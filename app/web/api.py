@@ -71,6 +71,7 @@ def list_orders(user: str):
         raise InvalidRequest(f"userId must be a whole number from 1 to {MAX_ID}", "userId")
     limit = query_integer("limit", 1, orders.MAX_LISTED) or 50
     before = query_integer("before", 1, MAX_ID)
+    current_app.extensions["lane"].callers.check(request.remote_addr or "")
     if (shoppers := current_app.extensions["shoppers"]) and int(user) != shoppers.identify(
         request.headers.get("Authorization")
     ):

@@ -16,6 +16,7 @@ from ..problems import (
     KeyMismatch,
     Unauthenticated,
     Unavailable,
+    UnknownCaller,
     UnknownOrder,
     UnknownProduct,
 )
@@ -97,7 +98,8 @@ def init_app(app: Flask) -> None:
         return response
 
     @app.errorhandler(AnotherShopper)
-    def another_shopper(error: AnotherShopper):
+    @app.errorhandler(UnknownCaller)
+    def another_shopper(error: Exception):
         return show_error(403, str(error))
 
     @app.errorhandler(UnknownProduct)

@@ -14,12 +14,19 @@ from time import perf_counter
 from ..addresses import client_of
 from ..config import RateLimit, Settings
 from ..logs import PurchaseLog
-from ..problems import AnotherShopper, InvalidRequest, Unauthenticated, Unavailable
+from ..problems import (
+    AnotherShopper,
+    InvalidRequest,
+    Unauthenticated,
+    Unavailable,
+    UnknownCaller,
+)
 from ..reading import MAX_BODY_BYTES
 from ..stock.gateway import Stock
-from ..stock.lines import Claim
+from ..stock.lines import Claim, early_limit
 from ..times import from_ms, utc_text
 from ..watch.telemetry import Meter
+from .callers import Callers
 from .identity import Shoppers
 from .purchase import purchase
 
@@ -36,7 +43,17 @@ def error_body(message: str, code: str, **more: object) -> bytes:
 
 
 UNAVAILABLE = error_body("Service unavailable", "unavailable")
+# The outcome is known: nothing happened, so that the shopper may well try again without a key.
+NOT_EXECUTED = error_body("Service unavailable", "unavailable", executed=False)
 INTERNAL_ERROR = error_body("Internal server error", "internal_error")
+
+# The outcomes that are refusals of a limit, and the limit's name.
+LIMITS = {
+    b"limited": "user",
+    b"limited_early": "early",
+    b"limited_address": "address",
+    b"limited_network": "network",
+}
 
 # What each refusal of the claim script is answered with; a function where the detail is told.
 REFUSALS: dict[bytes, tuple[str, bytes | Callable[[int], bytes]]] = {
@@ -63,10 +80,19 @@ REFUSALS: dict[bytes, tuple[str, bytes | Callable[[int], bytes]]] = {
         "422 Unprocessable Content",
         error_body("Idempotency-Key was used with another request", "idempotency_mismatch"),
     ),
-    b"limited": ("429 Too Many Requests", error_body("Too many requests", "rate_limited")),
-    b"limited_address": ("429 Too Many Requests", error_body("Too many requests", "rate_limited")),
-    b"unprepared": ("503 Service Unavailable", UNAVAILABLE),
-    b"overloaded": ("503 Service Unavailable", UNAVAILABLE),
+    b"capped_address": (
+        "409 Conflict",
+        error_body("Purchase limit reached", "purchase_limit", limit="address"),
+    ),
+    **{
+        outcome: (
+            "429 Too Many Requests",
+            error_body("Too many requests", "rate_limited", limit=limit),
+        )
+        for outcome, limit in LIMITS.items()
+    },
+    b"unprepared": ("503 Service Unavailable", NOT_EXECUTED),
+    b"overloaded": ("503 Service Unavailable", NOT_EXECUTED),
 }
 
 
@@ -82,8 +108,16 @@ class PurchaseLane:
         self.shoppers = shoppers
         self.meter = Meter("web")
         self.log = PurchaseLog(settings)
-        self.user_policy = _policy("user", settings.purchase_user_limit)
-        self.address_policy = _policy("address", settings.purchase_address_limit)
+        user = settings.purchase_user_limit
+        policies = {
+            "user": _policy("user", user),
+            "early": _policy("early", early_limit(user)),
+            "address": _policy("address", settings.purchase_address_limit),
+            "network": _policy("network", settings.purchase_network_limit),
+        }
+        self.user_policy = policies["user"]
+        self.policies = {outcome: policies[limit] for outcome, limit in LIMITS.items()}
+        self.callers = Callers(settings.trusted_callers)
 
     def __call__(self, environ: dict, start_response: Callable) -> Iterable[bytes]:
         """Serve as WSGI."""
@@ -132,6 +166,7 @@ class PurchaseLane:
         try:
             shopper = self.shoppers and self.shoppers.identify(environ.get("HTTP_AUTHORIZATION"))
             address = environ.get("REMOTE_ADDR", "")
+            self.callers.check(address)
             check_body(environ)
             body = read()
             if len(body) > MAX_BODY_BYTES:
@@ -149,12 +184,13 @@ class PurchaseLane:
         except Unauthenticated as error:
             headers = (("WWW-Authenticate", error.challenge),)
             return "401 Unauthorized", error_body(str(error), "unauthorized"), headers
-        except AnotherShopper as error:
+        except (AnotherShopper, UnknownCaller) as error:
             return "403 Forbidden", error_body(str(error), "forbidden"), ()
         except UnreadableBody as error:
             return error.status, error.body, ()
-        except Unavailable:
-            return "503 Service Unavailable", UNAVAILABLE, (UNAVAILABLE_RETRY,)
+        except Unavailable as error:
+            body = NOT_EXECUTED if error.executed is False else UNAVAILABLE
+            return "503 Service Unavailable", body, (UNAVAILABLE_RETRY,)
         except Exception:
             log.exception("POST /purchase failed")
             return "500 Internal Server Error", INTERNAL_ERROR, ()
@@ -177,14 +213,12 @@ class PurchaseLane:
         seconds = -(-reset_ms // 1000)
         headers = []
         if left >= 0:
-            name, policy = (
-                self.address_policy if outcome == b"limited_address" else self.user_policy
-            )
+            name, policy = self.policies.get(outcome, self.user_policy)
             headers = [
                 ("RateLimit-Policy", policy),
                 ("RateLimit", f'"{name}";r={left};t={seconds}'),
             ]
-        if outcome in (b"limited", b"limited_address"):
+        if outcome in LIMITS:
             headers.append(("Retry-After", str(seconds)))
         elif outcome in (b"unprepared", b"overloaded"):
             headers.append(UNAVAILABLE_RETRY)

@@ -44,6 +44,15 @@ SCHEMAS = {
                 "format": "date-time",
                 "description": "with `not_open`: when the sale opens",
             },
+            "limit": {
+                "enum": ["user", "early", "address", "network"],
+                "description": "which limit refused a purchase; `early`: attempts before the "
+                "sale opens or while it is paused. With `purchase_limit`: `address`",
+            },
+            "executed": {
+                "const": False,
+                "description": "nothing happened for sure; where it is absent nobody can tell",
+            },
             "queued": {
                 "type": "array",
                 "items": ref("schemas", "Order"),
@@ -283,7 +292,8 @@ STATUSES = {
     431: ("The head is larger than 64 KiB", ["head_too_large"], ()),
     500: ("A fault of the server's: the outcome is unknown", ["internal_error"], ()),
     503: (
-        "A server behind this one can't be reached: the outcome is unknown",
+        "A server behind this one can't be reached: the outcome is unknown, unless `executed` says "
+        "that nothing happened",
         ["unavailable"],
         ("Retry-After",),
     ),
