@@ -1,4 +1,4 @@
-"""One worker process: RQ's worker, the relay that calls for drains, and the sweeper.
+"""One worker process: RQ's worker, the relay that calls for drains, the sampler and the sweeper.
 
 Run as many as you like, on as many machines as you like.
 """
@@ -18,10 +18,11 @@ from rq import SimpleWorker
 from rq.exceptions import StopRequested
 from rq.serializers import JSONSerializer
 
-from app.stock.keys import Keys
+from app.extensions import stock
+from app.problems import Unavailable
 from app.watch.telemetry import Meter
 from app.worker.jobs import orders_queue
-from app.worker.relay import Relay, Sweeper, run_forever
+from app.worker.relay import Relay, Sampler, Sweeper, run_forever
 from wsgi import app
 
 log = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ def main() -> None:
     stopped = threading.Event()
     threads = [
         threading.Thread(target=run_forever, args=(app, step, stopped), name=step.__qualname__)
-        for step in (Relay().run_once, Sweeper(name).run_once)
+        for step in (Relay().run_once, Sampler(name).run_once, Sweeper().run_once)
     ]
     for thread in threads:
         thread.daemon = True
@@ -97,8 +98,8 @@ def main() -> None:
             stopped.set()
             for thread in threads:
                 thread.join(timeout=5)
-            with contextlib.suppress(redis.RedisError):
-                connection.zrem(Keys.workers, name)
+            with contextlib.suppress(Unavailable):
+                stock.board.gone(name)
 
 
 if __name__ == "__main__":

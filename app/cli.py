@@ -1,15 +1,21 @@
 """The `flask …` commands of operators and developers."""
 
+import functools
+import json
+
 import click
 import flask_migrate
+import psycopg2
 from flask import Flask, current_app
 from flask.cli import AppGroup, with_appcontext
 from sqlalchemy import select, text
+from sqlalchemy.exc import SQLAlchemyError
 
 from . import auth
 from .audit import CLI
 from .books import ledger, recovery
 from .config import was_generated
+from .database import is_unavailable
 from .extensions import db
 from .models import ApiToken, Staff
 from .orders import deadletters
@@ -32,7 +38,28 @@ def init_app(app: Flask) -> None:
     for command in (
         prepare, seed, rebuild, brake, ledger_commands, dead_letters, stock_commands, staff, token,
     ):  # fmt: skip
-        app.cli.add_command(command)
+        app.cli.add_command(_told_in_words(command))
+
+
+def _told_in_words(command: click.Command) -> click.Command:
+    """Make a command end with one line, and no traceback, when PostgreSQL can't do its work."""
+    for each in getattr(command, "commands", {}).values():
+        _told_in_words(each)
+    carry_out = command.callback
+
+    def told(*arguments, **options):
+        try:
+            return carry_out(*arguments, **options)
+        except (SQLAlchemyError, psycopg2.Error) as error:
+            if not is_unavailable(error):
+                raise
+            reason = str(getattr(error, "orig", error)).strip().partition("\n")[0]
+            raise click.ClickException(f"PostgreSQL can't do this now: {reason}") from None
+
+    if carry_out and not hasattr(carry_out, "told_in_words"):
+        command.callback = functools.wraps(carry_out)(told)
+        command.callback.told_in_words = True
+    return command
 
 
 @click.command()
@@ -124,7 +151,7 @@ def check_ledger(as_json: bool) -> None:
     except (Unavailable, ledger.Unquiet) as error:
         raise click.ClickException(str(error)) from None
     if as_json:
-        click.echo(result.as_json())
+        click.echo(json.dumps(result.as_proof()))
     else:
         for product in result.products.values():
             click.echo(

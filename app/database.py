@@ -1,4 +1,7 @@
-"""How connections to PostgreSQL behave: no request hangs on a server that does not answer."""
+"""How connections to PostgreSQL behave: no wait is endless, and no session is kept that is useless.
+
+A server that can no longer do its work (read-only, full, ending) is a lost connection.
+"""
 
 import select
 import threading
@@ -6,14 +9,43 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import flask_sqlalchemy.session
 import psycopg2
 from flask import has_request_context
 from psycopg2 import extensions
+from sqlalchemy import Engine, Pool, PoolProxiedConnection, event
+from sqlalchemy.exc import DBAPIError, DisconnectionError, PendingRollbackError, TimeoutError
 
 from .breaker import Breaker
 
 # With one second for Redis this keeps the slowest refusal below two seconds.
 REQUEST_WAIT_SECONDS = 0.9
+# One drainer at a time holds this advisory lock; nothing else here may use the number.
+DRAIN_LOCK = 7_316_001
+# A session opened while PostgreSQL was read-only may stay so when the server is well again: it is
+# used for so long, then renewed.
+READ_ONLY_SECONDS = 1.0
+
+# SQLSTATEs, by their beginnings (PostgreSQL, appendix A). After these the session, and every other
+# that was opened before, is thrown away: the next one may reach a server that is well.
+LOST = (
+    "08",  # connection exceptions
+    "25006",  # a write in a read-only transaction: a standby, or a server that was made read-only
+    "25P03", "25P04",  # the session was idle, or its transaction open, for too long
+    "26",  # a statement prepared in another session: a pooler has changed servers
+    "53",  # out of disk, memory or connections
+    "57P",  # shut down, crashed, starting, or its database was dropped
+    "58",  # errors of the system beneath, such as input and output
+    "F0", "XX",  # configuration file, internal errors, damaged data
+)  # fmt: skip
+# After these the session is well; the same request may do better later.
+BUSY = (
+    "40",  # deadlock, serialization failure
+    "42501", "42P01", "42703",  # rights, tables or columns are not there (yet): see /readyz
+    "55",  # a lock was not to be had in time; an object is in use
+    "57014",  # cancelled, by a timeout or by somebody
+)  # fmt: skip
+
 # Workers and commands run longer statements (a migration, a rebuild), but not for ever.
 OTHER_WAIT_SECONDS = 600
 
@@ -33,6 +65,82 @@ ENGINE_OPTIONS = {
         "tcp_user_timeout": 10_000,
     },
 }
+
+
+def sqlstate(error: BaseException) -> str:
+    """Return PostgreSQL's code for an error, "" where it gave none."""
+    return getattr(getattr(error, "orig", error), "pgcode", None) or ""
+
+
+def is_unavailable(error: BaseException) -> bool:
+    """Tell a PostgreSQL that can't do its work at the moment from a mistake in what it was asked.
+
+    `error` may be SQLAlchemy's, or psycopg2's own.
+    """
+    if isinstance(error, (PendingRollbackError, TimeoutError)):
+        # The transaction was lost in the middle; no connection of the pool came free in time.
+        return True
+    if isinstance(error, DBAPIError):
+        if error.connection_invalidated:
+            return True
+        error = error.orig
+    return (
+        isinstance(error, (psycopg2.OperationalError, psycopg2.InterfaceError))
+        # psycopg2 raises a bare DatabaseError, without a code, for an answer that was cut off.
+        or type(error) is psycopg2.DatabaseError
+        or (isinstance(error, psycopg2.Error) and sqlstate(error).startswith(LOST + BUSY))
+    )
+
+
+@event.listens_for(Engine, "handle_error")
+def _throw_away_lost(context) -> None:
+    """Let SQLAlchemy renew this connection, and all that were opened before it failed."""
+    if sqlstate(context.original_exception).startswith(LOST):
+        context.is_disconnect = True
+
+
+@event.listens_for(Pool, "checkout")
+def _renew_read_only(connection, record, _proxy) -> None:
+    """Renew a read-only session. PostgreSQL tells unasked what it is, so looking costs nothing."""
+    told = connection.info.parameter_status
+    if "on" in (told("default_transaction_read_only"), told("in_hot_standby")):
+        opened = record.info.setdefault("read_only_at", time.monotonic())
+        if time.monotonic() - opened > READ_ONLY_SECONDS:
+            raise DisconnectionError("the session is read-only")
+
+
+@contextmanager
+def raw_connection(engine: Engine) -> Iterator[PoolProxiedConnection]:
+    """Lend a connection past SQLAlchemy, for psycopg2's own cursors; not committed is rolled back.
+
+    Its errors are psycopg2's. After one of a lost server no connection of the pool is used again.
+    """
+    connection = engine.raw_connection()
+    try:
+        yield connection
+    except psycopg2.Error as error:
+        if sqlstate(error).startswith(LOST) or connection.dbapi_connection.closed:
+            connection.invalidate(error)
+            engine.dispose()
+        raise
+    finally:
+        connection.close()
+
+
+class Session(flask_sqlalchemy.session.Session):
+    """A session whose end never fails: what a lost connection can't roll back, PostgreSQL does."""
+
+    def rollback(self) -> None:
+        try:
+            super().rollback()
+        except DBAPIError:
+            self.invalidate()
+
+    def close(self) -> None:
+        try:
+            super().close()
+        except DBAPIError:
+            self.invalidate()
 
 
 def limit_waits() -> None:
@@ -63,7 +171,7 @@ def _wait(connection) -> None:
         _wait_for(connection, getattr(_thread, "deadline", now + OTHER_WAIT_SECONDS) - now)
         return
     if not _breaker.admits():
-        raise psycopg2.OperationalError("PostgreSQL did not answer a moment ago")
+        raise Unanswered("PostgreSQL did not answer a moment ago")
     try:
         _wait_for(connection, REQUEST_WAIT_SECONDS)
     except Unanswered:

@@ -10,6 +10,7 @@ from sqlalchemy import MetaData
 from sqlalchemy.orm import DeclarativeBase
 
 from .addresses import client_of
+from .database import Session
 from .stock.gateway import Stock
 
 
@@ -30,7 +31,7 @@ def limited_client() -> str:
     return client_of(request.remote_addr or "") or "unknown"
 
 
-db = SQLAlchemy(model_class=Base)
+db = SQLAlchemy(model_class=Base, session_options={"class_": Session})
 migrate = Migrate()
 csrf = CSRFProtect()
 login = LoginManager()

@@ -22,7 +22,7 @@ log = logging.getLogger("app.requests")
 HEADER = "X-Request-Id"
 VALID_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}").fullmatch
 CODE = re.compile(rb'"code":"([a-z_]+)"').search
-PROBES = ("/readyz", "/health")
+PROBES = ("/readyz", "/readyz/sale", "/health")
 REFUSALS_PER_SECOND = 1
 SAME_LINES_PER_SECOND = 10
 # Nothing that a client sent may begin a new line or move a terminal's cursor.

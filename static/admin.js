@@ -101,7 +101,7 @@
     asking.delete(target)
     if (detail.requestConfig?.verb === 'post') actedAt = Date.now()
     const status = detail.xhr?.status ?? 0
-    reachable(status > 0 && status !== 502 && status !== 503 && status !== 504)
+    reachable(status > 0 && status !== 502 && status !== 503 && status !== 504, status === 503)
   })
 
   document.addEventListener('htmx:beforeSwap', (event) => {
@@ -112,11 +112,13 @@
 
   // Away: one notice, taken down by the first answer.
   let lastAnswer = new Date()
-  const reachable = (yes) => {
+  const reachable = (yes, answers) => {
     const notice = document.getElementById('offline')
     if (!notice) return
     if (yes) lastAnswer = new Date()
     else if (notice.hidden) notice.querySelector('[data-offline-since]').textContent = clock.format(lastAnswer)
+    const cause = answers ? 'Redis or PostgreSQL can’t do its work.' : 'The server can’t be reached.'
+    notice.querySelector('strong').textContent = cause
     notice.hidden = yes
     document.body.classList.toggle('stale', !yes)
   }

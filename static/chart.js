@@ -100,7 +100,8 @@
     for (const chart of CHARTS) {
       const place = document.getElementById(`chart-${chart.id}`)
       if (columns.second.length < 2) {
-        place.innerHTML = '<p class="chart-none">No samples yet: the worker takes one a second.</p>'
+        place.innerHTML = '<p class="chart-none"></p>'
+        place.firstChild.textContent = document.getElementById('charts').dataset.none
       } else if (chart.plot) {
         chart.plot.setData(dataOf(chart))
         legend(chart)

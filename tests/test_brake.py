@@ -141,7 +141,7 @@ def test_nothing_but_its_own_act_releases_it(app, client, buy, post, lamp, admin
     post({"on": True, "productId": lamp})
     client.patch("/products/1", json={"paused": False, "opensAt": None}, headers=admin_headers)
     with app.app_context():
-        Sweeper("test").run_once(threading.Event())
+        Sweeper().run_once(threading.Event())
         recovery.rebuild(CLI)
         inventory.publish_stale()
     assert code(buy(1)) == (409, "paused")

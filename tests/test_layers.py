@@ -20,13 +20,13 @@ ROOMS = {
     "logs": {"config"},
     "run": {"config"},
     "stock": GROUND,
-    "extensions": {"addresses", "stock"},
+    "extensions": {"addresses", "database", "stock"},
     "database": {"breaker"},
     "models": {"extensions", "reading"},
     "audit": {"extensions", "models"},
-    "watch": GROUND | {"extensions", "models", "stock"},
+    "watch": GROUND | {"extensions", "database", "models", "stock"},
     "products": GROUND | {"extensions", "models", "audit", "stock"},
-    "orders": GROUND | {"extensions", "models", "audit", "stock", "products"},
+    "orders": GROUND | {"extensions", "database", "models", "audit", "stock", "products"},
     "books": GROUND | {"extensions", "database", "models", "audit", "stock", "products", "orders"},
 }
 USE_CASES = {"products", "orders", "books"}

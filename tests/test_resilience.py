@@ -127,6 +127,7 @@ ROUTES = {
     "dashboard": ("GET", "/admin/", None),
     "alive": ("GET", "/healthz", None),
     "ready": ("GET", "/readyz", None),
+    "ready to sell": ("GET", "/readyz/sale", None),
     "description": ("GET", "/openapi.json", None),
 }
 PAGES = {
@@ -152,22 +153,38 @@ PAGES = {
     "page: jobs, polled": "/admin/rq/0/data/queues.json",
 }
 POLLS = {name: {"X-Poll": "1"} for name in PAGES if name.endswith("polled")}
-# What is answered while a server is gone; every other route: 503. Who is signed in stands in
-# PostgreSQL, so that no page can do without; without Redis a page shows what it knows.
+# What is answered while a server is gone; every other route: 503. A page shows what the other
+# server knows: without PostgreSQL these are the dashboard and a product's figures.
 WITHOUT = {
     "redis": {
         "alive": 200,
         **dict.fromkeys(PAGES.keys() - {"page: chart", "page: jobs, polled"}, 200),
     },
-    "postgres": {"buy": 200, "metrics": 200, "alive": 200},
+    "postgres": {
+        "buy": 200,
+        "metrics": 200,
+        "alive": 200,
+        "ready to sell": 200,
+        "page: dashboard": 200,
+        "page: dashboard, polled": 200,
+        "page: chart": 200,
+        "page: product": 200,
+        "page: product, polled": 200,
+        "page: ledger": 200,
+        "page: ledger, polled": 200,
+        "page: password": 200,
+        "page: jobs, polled": 200,
+    },
 }
-# Pages that need no server of their own are let through or refused, as the limiter can tell; and a
-# dashboard that polls may get the figures of a moment ago.
+# Pages that need no server of their own are let through or refused, as the limiter can tell.
 EITHER = {
     "sign-in page": {200, 503},
     "dashboard": {302, 503},
     "description": {200, 503},
-    "page: dashboard, polled": {200, 503},
+    # Forms and lists that can be drawn without PostgreSQL; sending them can't be done.
+    "page: products, polled": {200, 503},
+    "page: product's form": {200, 503},
+    "page: restock": {200, 503},
     # The frame of RQ's figures: rq-dashboard may look into Redis for it, or not.
     "page: jobs": {200, 503},
 }

@@ -1,17 +1,22 @@
 """The sale at a glance: products, rates, queue, health, and the last 15 minutes."""
 
+import re
 import time
 
-from flask import Blueprint, jsonify, render_template, request
+from flask import Blueprint, abort, jsonify, render_template, request, url_for
 from flask_login import current_user
 from markupsafe import Markup
 
-from ..problems import Unavailable
-from ..watch import monitor
+from .. import auth
+from ..problems import InvalidRequest, Unavailable
+from ..products import brake as brakes
+from ..watch import monitor, samples
 from ..web.errors import api_error
 from ..web.polls import FRESH_SECONDS, share
+from . import forms, products
 from .guard import is_poll
 
+PRODUCT_ID = re.compile(r"[1-9][0-9]{0,14}", re.ASCII).fullmatch
 bp = Blueprint("dashboard", __name__, url_prefix="/admin")
 
 
@@ -55,11 +60,56 @@ def _row(item: monitor.Item) -> Markup:
     return row
 
 
+@bp.post("/brake")
+def brake():
+    """Stop selling one product or everything at once, or let them in again; needs Redis alone."""
+    if not current_user.is_admin:
+        abort(403)
+    on, product = request.form.get("on"), request.form.get("product", "")
+    if on not in ("0", "1") or (product and not PRODUCT_ID(product)):
+        raise InvalidRequest("There is no such brake", "on")
+    product_id = int(product) if product else None
+    what = f"product {product_id}" if product_id else "everything"
+    if on == "1" and (
+        question := forms.unconfirmed(
+            f"Stop selling {what} now?",
+            "The next purchase is refused as paused, until you release the brake.",
+            f"Stop {what}",
+            url_for("dashboard.show"),
+        )
+    ):
+        return question
+    done = brakes.brake(on == "1", product_id, auth.staff_actor())
+    message = told(done, product_id)
+    if product_id and forms.by_htmx():
+        return products.changed(product_id, message)
+    if forms.by_htmx():
+        board = monitor.board()
+        return forms.with_note(render_template("admin/_dashboard.html", board=board), message)
+    return forms.done(message, url_for("dashboard.show"))
+
+
+# Read by the guard: a person whose session PostgreSQL can't confirm at the moment may do it.
+brake.without_postgres = True
+
+
+def told(done: brakes.Braked, product_id: int | None) -> str:
+    """Return what a brake did, in words."""
+    what = f"Product {product_id}" if product_id else "The whole sale"
+    if done.on:
+        return f"{what} is braked: the next purchase is refused."
+    if product_id and done.sale:
+        return f"{what} has no brake of its own any more, but the whole sale's is on."
+    if not product_id and done.still:
+        return f"{what} is released. Still braked: product {', '.join(map(str, done.still))}."
+    return f"{what} is released."
+
+
 @bp.get("/chart.json")
 def chart():
     """The samples from `since` (seconds since 1970) on, as columns."""
     since = request.args.get("since", 0, type=int)
     try:
-        return jsonify(monitor.chart(max(0, min(since, 2**40))))
+        return jsonify(samples.chart(max(0, min(since, 2**40))))
     except Unavailable:
         return api_error(503, "Service unavailable")

@@ -7,9 +7,9 @@ from flask import Blueprint, current_app, render_template, request, url_for
 from .. import auth
 from ..audit import Actor
 from ..books import recovery
+from ..database import is_unavailable
 from ..extensions import limiter
 from ..problems import Conflict, Unavailable
-from ..products import inventory
 from ..watch import monitor
 from . import forms
 
@@ -32,7 +32,9 @@ def live():
 
 
 def newest() -> dict:
-    return {"ledger": monitor.ledger(), "board": monitor.board(), "names": inventory.names()}
+    board = monitor.board()
+    names = {item.product.id: item.product.name for item in board.items}
+    return {"ledger": board.ledger, "board": board, "names": names}
 
 
 @bp.post("/rebuild")
@@ -70,5 +72,7 @@ class Rebuild(threading.Thread):
                 self.done = True
             except (Conflict, Unavailable) as error:
                 self.told = f"{error}."
-            except Exception:
+            except Exception as error:
+                if is_unavailable(error):
+                    self.told = "PostgreSQL can't do it at the moment: the sale stays closed."
                 self._app.logger.exception("the rebuild failed")

@@ -62,16 +62,20 @@ def live():
 @bp.get("/<id:product_id>")
 def show(product_id: int):
     before = forms.cursor()
-    movements = inventory.movements_of(product_id, before, MOVEMENTS + 1)
+    (item,), live = monitor.items(product_id)
+    # Without PostgreSQL the figures and the brake are left, which need Redis alone.
+    movements, page = [], None
+    if not live.postgres_error:
+        movements = inventory.movements_of(product_id, before, MOVEMENTS + 1)
+        page = search.search(search.Filter(product_id=product_id), limit=ORDERS)
     return render_template(
         "admin/product.html",
-        item=monitor.item(product_id),
+        item=item,
         counters=COUNTERS,
         movements=movements[:MOVEMENTS],
         older=movements[MOVEMENTS - 1].id if len(movements) > MOVEMENTS else None,
         before=before,
-        page=search.search(search.Filter(product_id=product_id), limit=ORDERS),
-        names=inventory.names(),
+        page=page,
     )
 
 

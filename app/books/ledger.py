@@ -7,18 +7,19 @@ PostgreSQL; when these two agree, nothing was stored meanwhile and the three are
 check never locks a busy sale, and never cries wolf.
 """
 
-import json
-import time
 from dataclasses import asdict, dataclass, field
 
+from psycopg2.errorcodes import LOCK_NOT_AVAILABLE
 from sqlalchemy import text
+from sqlalchemy.exc import OperationalError
 
 from ..audit import Actor, record
+from ..database import sqlstate
 from ..extensions import db, stock
 from ..orders.drain import DRAIN_LOCK
 from ..problems import Conflict, Unprepared
+from ..products.inventory import expected_generation
 from ..stock.gateway import Account, Accounts
-from ..stock.keys import Keys
 
 # Under load a batch is stored every 200 ms and a reading takes a few: the first mostly succeeds.
 READINGS = 20
@@ -97,7 +98,7 @@ class ProductCheck:
 class Check:
     """The ledger of every product at one instant, and problems that belong to none."""
 
-    at: float
+    at: float  # by Redis's clock
     generation: str
     products: dict[int, ProductCheck]
     problems: list[str]
@@ -108,8 +109,8 @@ class Check:
     def ok(self) -> bool:
         return not self.problems and all(product.ok for product in self.products.values())
 
-    def as_json(self) -> str:
-        """Return the check in the form that the dashboard reads from Keys.ledger."""
+    def as_proof(self) -> dict:
+        """Return the check in the form that the dashboard reads; see Noticeboard.put_proof."""
         products = {
             product.product_id: {
                 **{k: v for k, v in asdict(product).items() if k not in ("product_id", "amounts")},
@@ -118,9 +119,13 @@ class Check:
             }
             for product in self.products.values()
         }
-        return json.dumps(
-            {"at": self.at, "ok": self.ok, "problems": self.problems, "products": products}
-        )
+        return {
+            "at": self.at,
+            "generation": self.generation,
+            "ok": self.ok,
+            "problems": self.problems,
+            "products": products,
+        }
 
 
 @dataclass(frozen=True)
@@ -177,13 +182,16 @@ def _consistent_view(count_up_to: int) -> tuple[Stored, Accounts]:
                     raise Unprepared("Redis does not hold this sale")
                 return after, accounts
             before = after
+    except OperationalError as error:
+        if sqlstate(error) != LOCK_NOT_AVAILABLE:
+            raise
     finally:
         db.session.rollback()
     raise Unquiet("the ledger found no quiet moment; try again")
 
 
 def _compare(stored: Stored, accounts: Accounts) -> Check:
-    result = Check(time.time(), accounts.generation, {}, [], {})
+    result = Check(stock.board.now(), accounts.generation, {}, [], {})
     for product_id, account in accounts.products.items():
         moved, out, orders = stored.totals.get(product_id, (0, 0, 0))
         unapplied = sum(
@@ -279,17 +287,21 @@ def _compare_rows(result: Check) -> None:
 
 def check_in_turn() -> None:
     """Keep the newest check for the dashboard, every few seconds, whichever worker comes first."""
-    if not stock.client.set(Keys.ledger_turn, "1", nx=True, ex=CHECK_SECONDS):
-        return
+    if stock.board.take_turn(CHECK_SECONDS):
+        keep_proof()
+
+
+def keep_proof() -> None:
+    """Prove the ledger now, for the dashboard. A sale that is not in Redis is a proof, too."""
     try:
         result = check(COUNTED_ORDERS)
     except Unquiet:
         return
     except Unprepared as error:
-        broken = {"at": time.time(), "ok": False, "problems": [str(error)], "products": {}}
-        stock.client.set(Keys.ledger, json.dumps(broken))
+        broken = {"at": stock.board.now(), "generation": expected_generation(), "ok": False}
+        stock.board.put_proof(broken | {"problems": [str(error)], "products": {}})
         return
-    stock.client.set(Keys.ledger, result.as_json())
+    stock.board.put_proof(result.as_proof())
     count_persisted(result)
 
 

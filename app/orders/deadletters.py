@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from sqlalchemy import insert, select
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import DBAPIError
 
 from ..audit import Actor, record
+from ..database import is_unavailable
 from ..extensions import db, stock
 from ..models import DeadLetter, Order, Product, StockMovement
 from ..problems import Conflict, Unavailable
@@ -177,9 +178,9 @@ def replay(ids: list[int], reason: str, actor: Actor) -> list[Resolved]:
                         idempotency_key=entry.idempotency_key,
                     )
                 )
-        except (OperationalError, InterfaceError):
-            raise
         except (DBAPIError, ValueError, OverflowError) as error:
+            if is_unavailable(error):
+                raise
             cause = str(getattr(error, "orig", error)).strip().partition("\n")[0]
             return Resolved(letter.id, False, f"It was refused again: {cause}")
         _mark(letter, "replayed", reason, actor)

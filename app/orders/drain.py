@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import psycopg2
 from psycopg2 import errors
 
+from ..database import DRAIN_LOCK, raw_connection
 from ..extensions import db, stock
 from ..stock.gateway import ENTRY
 
@@ -19,9 +20,7 @@ log = logging.getLogger(__name__)
 # Large enough that RQ's own cost per job (7 ms) hardly counts, small enough that a batch is stored
 # and trimmed in well under 100 ms, so that claims never wait for it.
 BATCH_ORDERS = 2000
-# Any number will do as long as nothing else in this database uses it.
-DRAIN_LOCK = 7_316_001
-# One drainer at a time. The lock ends with the transaction, and PostgreSQL ends a transaction whose
+# The lock ends with the transaction, and PostgreSQL ends a transaction whose
 # worker hangs, so that the next worker can go on.
 BEGIN = f"""
     SET LOCAL idle_in_transaction_session_timeout = '2s';
@@ -96,8 +95,7 @@ def drain_batch(job_id: str, worker: str, most: int = BATCH_ORDERS) -> Drained:
 
     Raises stock.Unavailable and psycopg2.Error when a server fails; then nothing is lost.
     """
-    connection = db.engine.raw_connection()
-    try:
+    with raw_connection(db.engine) as connection:
         with connection.cursor() as cursor:
             cursor.execute(BEGIN)
             locked, generation = cursor.fetchone()
@@ -112,9 +110,6 @@ def drain_batch(job_id: str, worker: str, most: int = BATCH_ORDERS) -> Drained:
             rows = [Row(stream_id, fields) for stream_id, fields in entries]
             dead, drained = store(cursor, rows, job_id, worker)
         connection.commit()
-    finally:
-        # Back to the pool, which rolls back what was not committed.
-        connection.close()
     _settle(generation, rows, dead)
     return replace(drained, more=len(rows) == most)
 

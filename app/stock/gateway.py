@@ -18,6 +18,7 @@ import redis
 
 from ..config import Settings
 from ..problems import Unavailable, Unprepared
+from .board import HISTORY_SAMPLES, Noticeboard
 from .brakes import BrakeGateway, Brakes
 from .doorkeeper import Doorkeeper
 from .keys import IDEMPOTENCY_TTL_MS, Keys, cautious_options
@@ -35,9 +36,6 @@ REFUSALS = (
 
 # A product's terms of sale, in the order of put_product.lua.
 TERMS = ("opens", "closes", "pause", "cap", "max", "price")
-
-# The dashboard's chart: one sample a second, 15 minutes.
-HISTORY_SAMPLES = 900
 
 
 # An order in the outbox, as claim.lua writes it: user, product, quantity, price in cents, currency,
@@ -138,6 +136,7 @@ class Stock:
         }
         script = ClaimScript(scripts.pop("claim"), settings)
         self._scripts = {name: self.client.register_script(text) for name, text in scripts.items()}
+        self.board = Noticeboard(self.client, self.raw_client, self._run)
         self.brakes = BrakeGateway(self.client, self._run)
         self.thread_line = ThreadLine(url, script, on_record)
         self.loop_line = Doorkeeper(LoopLine(url, script, on_record), self.turn_away)

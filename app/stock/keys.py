@@ -47,6 +47,8 @@ class Keys:
     telemetry = "sale:{0}:telemetry"
     processes = "sale:{0}:processes"
     workers = "sale:{0}:workers"
+    # What pages show of a product when PostgreSQL is away, as JSON by product id.
+    shelf = "sale:{0}:shelf"
     # Attempts of users, addresses and networks, in two hashes by turns: see claim.lua.
     attempts = ("sale:{0}:attempts:0", "sale:{0}:attempts:1")
     # Which brakes are set, and changes of them that the audit lacks.

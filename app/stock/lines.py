@@ -131,6 +131,10 @@ class ClaimScript:
 ASK_SALE = hiredis.pack_command(("MGET", Keys.generation, Keys.order_ids))
 # A replica refuses it, and so does whoever else could not sell.
 TRY_WRITING = hiredis.pack_command(("DEL", Keys.nothing))
+# Writes nothing either; refused also where memory is short, and with it every new order.
+TRY_ADDING = hiredis.pack_command(("SET", Keys.nothing, "1", "XX"))
+# A line that could not compare the sale with PostgreSQL tries again at most so often.
+COMPARE_SECONDS = 1.0
 
 
 def _check_sale(record: tuple[str, int] | None, held: bytes | None, last: bytes | None) -> None:
@@ -200,6 +204,25 @@ class ThreadLine:
         self._closed_until = 0.0
         return Claim._make(answer)
 
+    def check(self) -> bool:
+        """Return whether the sale was compared with PostgreSQL; as LoopLine.check."""
+        try:
+            connection = self._connection(self._failures)
+            self._exchange(connection, TRY_ADDING)
+            held, last = self._exchange(connection, ASK_SALE)
+            if held is None:
+                raise Unprepared("the sale is not in Redis")
+            if self._record is None and time.monotonic() - self._recorded_at > COMPARE_SECONDS:
+                _check_sale(self._sale_on_record(), held, last)
+        except Unprepared:
+            # Every thread compares anew before it sells.
+            self._failures += 1
+            raise
+        except (redis.RedisError, OSError) as error:
+            self._failures += 1
+            raise Unavailable(str(error)) from error
+        return self._record is not None
+
     @staticmethod
     def _exchange(connection, command: bytes):
         connection.send_packed_command((command,))
@@ -241,6 +264,9 @@ class LoopLine:
         self._opening: asyncio.Task | None = None
         self._closed_until = 0.0
         self._reconnects: asyncio.TimerHandle | None = None
+        # Whether PostgreSQL could tell what Redis must hold, and when it was asked last.
+        self._verified = False
+        self._compared_at = 0.0
 
     async def claim(self, *request: object) -> Claim:
         """Decide one purchase. Raises Unavailable when Redis gave no answer."""
@@ -260,6 +286,38 @@ class LoopLine:
             answer = await channel.ask_well(command)
         return Claim._make(answer)
 
+    async def check(self) -> bool:
+        """Return whether the sale was compared with PostgreSQL; if not, try it now and then.
+
+        Raises Unavailable when a claim would find Redis unable to decide it.
+        """
+        channel = self._channel
+        if channel is None or channel.lost:
+            channel = await self._reach()
+        answer = await channel.ask(TRY_ADDING)
+        if isinstance(answer, hiredis.ReplyError):
+            if code_of(answer) in UNFIT:
+                channel.retire()
+            raise refused(answer)
+        held, _ = await channel.ask_well(ASK_SALE)
+        if held is None:
+            raise Unprepared("the sale is not in Redis")
+        if not self._verified and time.monotonic() - self._compared_at > COMPARE_SECONDS:
+            try:
+                await self._compare(channel)
+            except Unprepared:
+                channel.abort()
+                raise
+        return self._verified
+
+    async def _compare(self, channel: "Channel") -> None:
+        """Raise Unprepared when Redis does not hold the sale that PostgreSQL knows."""
+        self._compared_at = time.monotonic()
+        # First PostgreSQL, then Redis: the ids on record were issued before Redis is asked.
+        record = await asyncio.get_running_loop().run_in_executor(None, self._on_record)
+        _check_sale(record, *await channel.ask_well(ASK_SALE))
+        self._verified = record is not None
+
     async def _reach(self) -> "Channel":
         """Connect, once for all who wait. Raises Unavailable, for a while at once."""
         if time.monotonic() < self._closed_until:
@@ -269,16 +327,13 @@ class LoopLine:
         return await asyncio.shield(self._opening)
 
     async def _open(self) -> "Channel":
-        loop = asyncio.get_running_loop()
         channel = None
         try:
             async with asyncio.timeout(COMMAND_TIMEOUT_SECONDS):
                 channel = await self._connect()
                 await channel.ask_well(self._script.load)
                 await channel.ask_well(TRY_WRITING)
-                # First PostgreSQL, then Redis: the ids on record were issued before Redis is asked.
-                record = await loop.run_in_executor(None, self._on_record)
-                _check_sale(record, *await channel.ask_well(ASK_SALE))
+                await self._compare(channel)
         except (Unavailable, OSError, TimeoutError) as error:
             self._closed_until = time.monotonic() + RETRY_AFTER_FAILURE_SECONDS
             if channel:

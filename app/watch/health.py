@@ -1,53 +1,124 @@
-"""Whether each part that a sale needs is there, in words an operator understands."""
+"""Whether each part that a sale needs is there, in words an operator understands.
 
-import time
+The words are public (/readyz): they name no server.
+"""
+
 from functools import cache
 
 import redis
 from alembic.config import Config
 from alembic.script import ScriptDirectory
 from flask import Flask
+from psycopg2 import errorcodes
 from sqlalchemy import text
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError, TimeoutError
 
+from ..database import DRAIN_LOCK, Unanswered, is_unavailable, sqlstate
 from ..extensions import db, stock
-from ..problems import Unavailable
-from ..stock.keys import Keys
+from ..problems import Unavailable, Unprepared
+from ..stock.board import News
+from ..stock.gateway import View
 
-# A worker says so once a second; after this it counts as gone.
-WORKER_SEEN_SECONDS = 5
+# With a worker at work an order waits for a second, after an outage for a few.
+QUEUE_SECONDS = 10
 # What a Redis must be set to so that a promised order survives a crash.
 DURABLE_REDIS = {"appendonly": "yes", "appendfsync": "always", "maxmemory-policy": "noeviction"}
 
+READINESS = text(
+    "SELECT version_num, current_setting('transaction_read_only') FROM alembic_version"
+)
+# Our own drains hold it for the blink of an eye.
+DRAIN_LOCKED = text(
+    "SELECT EXISTS (SELECT FROM pg_locks JOIN pg_stat_activity USING (pid)"
+    " WHERE locktype = 'advisory' AND classid = 0 AND objid = :lock AND granted"
+    " AND (application_name <> 'flash-sale'"
+    " OR now() - coalesce(xact_start, state_change) > interval '5 s'))"
+)
+
+# The beginnings of what Redis itself answers, and what they mean.
+REDIS_REFUSALS = {
+    "OOM": "out of memory",
+    "MISCONF": "can't write to its disk",
+    "READONLY": "a read-only replica",
+    "LOADING": "still loading its data",
+    "MASTERDOWN": "a replica without its primary",
+    "NOREPLICAS": "lacks its replicas",
+    "NOAUTH": "refuses the password",
+    "WRONGPASS": "refuses the password",
+    "NOPERM": "refuses this user",
+    "BUSY": "busy with a script",
+}
+POSTGRES_STATES = {
+    errorcodes.READ_ONLY_SQL_TRANSACTION: "read-only",
+    errorcodes.DISK_FULL: "out of disk",
+    errorcodes.TOO_MANY_CONNECTIONS: "out of connections",
+    errorcodes.UNDEFINED_TABLE: "without this system's tables: run `flask db upgrade`",
+    errorcodes.UNDEFINED_COLUMN: "without this system's tables: run `flask db upgrade`",
+    errorcodes.INSUFFICIENT_PRIVILEGE: "without rights for this system's user",
+}
+
+
+def in_words(error: BaseException) -> str:
+    """Return what ails a server, as the rest of "Redis is …", without its address."""
+    cause = error.__cause__ if isinstance(error, Unavailable) and error.__cause__ else error
+    told = str(cause)
+    if isinstance(cause, Unprepared):
+        return "without this sale"
+    if isinstance(cause, TimeoutError):
+        return "asked too much by this process"
+    if isinstance(cause, (redis.TimeoutError, Unanswered)) or (
+        isinstance(getattr(cause, "orig", None), Unanswered)
+    ):
+        return "not answering in time"
+    if isinstance(cause, (redis.RedisError, Unavailable)):
+        return next(
+            (words for start, words in REDIS_REFUSALS.items() if told.startswith(start)),
+            # redis-py takes the first word off of some.
+            "a read-only replica" if isinstance(cause, redis.ReadOnlyError)
+            else "out of memory" if isinstance(cause, redis.OutOfMemoryError)
+            else "still loading its data" if isinstance(cause, redis.BusyLoadingError)
+            else "refusing the password" if isinstance(cause, redis.AuthenticationError)
+            else "unreachable",
+        )  # fmt: skip
+    return POSTGRES_STATES.get(sqlstate(cause), "unreachable")
+
 
 def check(app: Flask) -> dict[str, dict]:
-    """Return {part: {"ok": bool, "state": text}} for redis, postgres, migrations, sale, worker."""
-    parts = {}
-    generation = workers = None
+    """Return {part: {"ok": bool, "state": text}}.
+
+    The parts are redis, postgres, migrations, sale, worker and queue.
+    """
+    parts, redis_says = {}, None
     try:
-        generation = stock.generation()
-        workers = workers_alive()
+        redis_says = stock.view([]), stock.board.news(0)
+        stock.board.try_write()
         parts["redis"] = _part(True, "reachable")
-    except (Unavailable, redis.RedisError) as error:
-        parts["redis"] = _part(False, f"unreachable: {error}")
+    except Unavailable as error:
+        parts["redis"] = _part(False, in_words(error))
+    expected = None
+    parts |= {"postgres": _part(True, "reachable"), "migrations": _part(False, "unknown")}
     try:
-        applied = db.session.execute(text("SELECT version_num FROM alembic_version")).scalar()
-        parts["postgres"] = _part(True, "reachable")
+        applied, read_only = db.session.execute(READINESS).one()
+        if read_only == "on":
+            parts["postgres"] = _part(False, "read-only")
         newest = newest_migration(app.extensions["migrate"].directory)
         parts["migrations"] = _part(
             applied == newest, "applied" if applied == newest else f"at {applied}, not {newest}"
         )
-        expected = db.session.execute(text("SELECT generation FROM sale")).scalar()
+        expected = db.session.execute(text("SELECT generation FROM sale")).scalar() or ""
     except SQLAlchemyError as error:
         db.session.rollback()
-        if "alembic_version" in str(error):
-            parts["postgres"] = _part(True, "reachable")
+        if sqlstate(error) == errorcodes.UNDEFINED_TABLE:
             parts["migrations"] = _part(False, "not applied: run `flask db upgrade`")
         else:
-            parts["postgres"] = _part(False, "unreachable")
-        expected = None
-    parts["sale"] = _sale(generation, expected)
-    parts["worker"] = _part(bool(workers), f"{workers or 0} seen lately")
+            parts["postgres"] = _part(False, in_words(error))
+    if redis_says is None:
+        unknown = _part(False, "unknown without Redis")
+        return parts | dict.fromkeys(("sale", "worker", "queue"), unknown)
+    view, news = redis_says
+    parts["sale"] = _sale(view.generation, expected)
+    parts["worker"] = _part(news.workers > 0, f"{news.workers} seen lately")
+    parts["queue"] = _queue(view, news, parts)
     return parts
 
 
@@ -55,12 +126,40 @@ def _part(ok: bool, state: str) -> dict:
     return {"ok": ok, "state": state}
 
 
-def _sale(generation: str | None, expected: str | None) -> dict:
-    if generation is None:
-        return _part(False, "not in Redis: run `flask rebuild`")
-    if expected and generation != expected:
+def _sale(generation: str, expected: str | None) -> dict:
+    if not generation:
+        return _part(False, "not in Redis, or being rebuilt: `flask rebuild` makes it anew")
+    if expected is None:
+        return _part(True, "in Redis, not compared with PostgreSQL")
+    if generation != expected:
         return _part(False, "Redis holds another sale: run `flask rebuild`")
     return _part(True, "in Redis")
+
+
+def _queue(view: View, news: News, parts: dict[str, dict]) -> dict:
+    """Tell whether orders get stored: a worker that lives may still be kept from it."""
+    if not view.waiting:
+        return _part(True, "empty")
+    state = "1 order waits" if view.waiting == 1 else f"{view.waiting} orders wait"
+    if view.oldest_claimed_ms is None:
+        return _part(True, state)
+    age = max(0.0, news.now - view.oldest_claimed_ms / 1000)
+    state += f", the oldest for {age:.0f} s"
+    if age <= QUEUE_SECONDS:
+        return _part(True, state)
+    if all(parts[name]["ok"] for name in ("postgres", "worker", "sale")) and _drain_is_locked():
+        state += "; another session holds the drain's lock"
+    return _part(False, state)
+
+
+def _drain_is_locked() -> bool:
+    try:
+        return db.session.scalar(DRAIN_LOCKED, {"lock": DRAIN_LOCK})
+    except SQLAlchemyError as error:
+        if not is_unavailable(error):
+            raise
+        db.session.rollback()
+        return False
 
 
 @cache
@@ -71,11 +170,6 @@ def newest_migration(directory: str) -> str:
     return ScriptDirectory.from_config(config).get_current_head()
 
 
-def workers_alive() -> int:
-    """Return the number of worker processes seen lately. Raises redis.RedisError."""
-    return stock.client.zcount(Keys.workers, time.time() - WORKER_SEEN_SECONDS, "+inf")
-
-
 def weak_durability() -> list[str]:
     """Return what makes this Redis forget promised orders in a crash; empty when nothing does.
 
@@ -84,11 +178,11 @@ def weak_durability() -> list[str]:
     weak = []
     for name, wanted in DURABLE_REDIS.items():
         try:
-            found = stock.client.config_get(name).get(name)
-        except redis.ResponseError:
-            return ["this Redis does not show its configuration"]
-        except redis.RedisError:
+            found = stock.board.setting(name)
+        except Unavailable:
             return []
+        if found is None:
+            return ["this Redis does not show its configuration"]
         if found != wanted:
             weak.append(f"{name} is {found}, not {wanted}")
     return weak

@@ -4,41 +4,28 @@ Nothing here costs more when there are more orders: products and sums in one sta
 script call and one pipeline.
 """
 
-import json
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from itertools import pairwise
 
-import redis
 from sqlalchemy import select
+from sqlalchemy.exc import SQLAlchemyError
 
+from ..database import is_unavailable
 from ..extensions import db, stock
 from ..models import Product, ProductTotals, Sale
 from ..problems import Unavailable, UnknownProduct
-from ..stock.gateway import HISTORY_SAMPLES
-from ..stock.keys import Keys
-from . import health
+from ..stock.brakes import Brakes
+from . import health, samples, shelf
 
-# A product's states in the order in which the claim checks them.
-ENDED, PAUSED, SCHEDULED, SOLD_OUT, LIVE = "ended", "paused", "scheduled", "sold out", "live"
+# A product's states in the order in which the claim checks them. What the next purchase would meet
+# can't be told without Redis, unless the terms refuse it.
+ENDED, BRAKED, PAUSED, SCHEDULED = "ended", "braked", "paused", "scheduled"
+SOLD_OUT, LIVE, UNKNOWN = "sold out", "live", "unknown"
 
-# A rate is taken over so many seconds: one alone flickers.
-RATE_SECONDS = 3
 # The ledger's proof is written every few seconds; an older one says nothing about now.
 LEDGER_SECONDS = 15
-# Which counters of the claim make up a rate.
-RATES = {
-    "accepted": ("accepted",),
-    "sold_out": ("sold_out", "insufficient"),
-    "limited": ("limited", "limited_address", "limited_network", "limited_early"),
-    "replayed": ("replayed",),
-    "refused": (
-        "mismatched", "too_many", "ended", "paused", "not_open", "capped", "capped_address",
-        "overloaded",
-    ),
-    "persisted": ("persisted",),
-}  # fmt: skip
+NOT_THIS_SALE = "This Redis does not hold this sale. Nothing is sold until it is rebuilt."
 DURABILITY_SECONDS = 30
 
 
@@ -57,7 +44,12 @@ class Item:
     # Seconds until it opens or closes, None where nothing is near.
     opens_in: float | None = None
     closes_in: float | None = None
+    # Nothing while Redis can't be asked.
     counters: dict[str, int] = field(default_factory=dict)
+    # Whether it has a brake of its own; the whole sale's may bind it, too.
+    own_brake: bool = False
+    # Whether its terms can be changed now, which takes both servers.
+    changeable: bool = True
     # The ledger's proof: None when nothing is known.
     balanced: bool | None = None
     difference: int = 0
@@ -68,18 +60,15 @@ class Item:
         return (
             self.state, self.sold, self.held, self.queued, self.free, self.balanced,
             self.difference, self.opens_in and int(self.opens_in),
-            self.closes_in and int(self.closes_in),
+            self.closes_in and int(self.closes_in), self.own_brake, self.changeable,
         )  # fmt: skip
 
     @property
     def bar(self) -> list[tuple[str, float, float]]:
-        """The units as parts of a bar: name, start and width in per cent."""
-        parts = {
-            "sold": self.sold,
-            "queued": self.queued or 0,
-            "held": self.held,
-            "free": self.free or 0,
-        }
+        """The units as parts of a bar: name, start and width in per cent; none if not all known."""
+        if self.queued is None or self.free is None:
+            return []
+        parts = {"sold": self.sold, "queued": self.queued, "held": self.held, "free": self.free}
         total = sum(parts.values()) or 1
         start, bar = 0.0, []
         for name, units in parts.items():
@@ -105,8 +94,12 @@ class Board:
 
     now: datetime
     items: list[Item]
+    # What is wrong with each, in words that name no server; None when nothing is.
     redis_error: str | None
+    postgres_error: str | None
     sale_error: str | None
+    # Whether the brake of the whole sale is set.
+    braked: bool
     workers: int | None
     waiting: int | None
     oldest_seconds: float | None
@@ -123,38 +116,68 @@ class Board:
 
     @property
     def free(self) -> int | None:
-        return None if self.redis_error else sum(item.free or 0 for item in self.items)
+        known = not self.redis_error and not self.sale_error
+        return sum(item.free or 0 for item in self.items) if known else None
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether orders have been waiting for long, although a worker and PostgreSQL are there."""
+        late = (self.oldest_seconds or 0) > health.QUEUE_SECONDS
+        return late and bool(self.workers) and not self.postgres_error
+
+    @property
+    def live(self) -> int | None:
+        """The number of products that sell; None when that can't be told."""
+        states = [item.state for item in self.items]
+        return None if UNKNOWN in states else states.count(LIVE)
 
 
-def state_of(product: Product, free: int | None, now: datetime) -> str:
-    """Return what the next purchase would meet."""
+def state_of(product: Product, free: int | None, now: datetime, braked: bool = False) -> str:
+    """Return what the next purchase would meet, as far as it can be told."""
     if product.closes_at and product.closes_at <= now:
         return ENDED
+    if braked:
+        return BRAKED
     if product.paused:
         return PAUSED
     if product.opens_at and product.opens_at > now:
         return SCHEDULED
-    return SOLD_OUT if free is not None and free <= 0 else LIVE
+    if free is None:
+        return UNKNOWN
+    return SOLD_OUT if free <= 0 else LIVE
 
 
 def items(product_id: int | None = None) -> tuple[list[Item], "_Live"]:
     """Return the products (or the one) by id, and what else Redis said at that instant.
 
-    Redis being away is told in the second value. Raises UnknownProduct.
+    With one of the two servers away it is told in the second value, and what the other knows is
+    returned. Raises UnknownProduct, and PostgreSQL's error when both are away.
     """
-    query = (
-        select(Product, ProductTotals)
-        .join(ProductTotals, ProductTotals.product_id == Product.id)
-        .order_by(Product.id)
-    )
-    if product_id is not None:
-        query = query.where(Product.id == product_id)
-    rows = list(db.session.execute(query))
+    expected, error = None, None
+    try:
+        query = shelf.products_and_totals()
+        if product_id is not None:
+            query = query.where(Product.id == product_id)
+        rows = db.session.execute(query).all()
+        expected = db.session.scalar(select(Sale.generation)) or ""
+    except SQLAlchemyError as failed:
+        if not is_unavailable(failed):
+            raise
+        db.session.rollback()
+        error = failed
+        try:
+            rows = [r for r in shelf.read() if product_id is None or r[0].id == product_id]
+        except Unavailable:
+            raise failed from None
     if product_id is not None and not rows:
         raise UnknownProduct(product_id)
-    live = _Live([product.id for product, _ in rows])
-    now = datetime.now(UTC)
-    return [_item(product, totals, live, now) for product, totals in rows], live
+    live = _Live([product.id for product, _ in rows], expected)
+    if live.foreign and error is None:
+        # Perhaps a rebuild has ended between the two readings.
+        expected = db.session.scalar(select(Sale.generation)) or ""
+        live = _Live([product.id for product, _ in rows], expected)
+    live.postgres_error = error and health.in_words(error)
+    return [_item(product, totals, live) for product, totals in rows], live
 
 
 def item(product_id: int) -> Item:
@@ -162,13 +185,14 @@ def item(product_id: int) -> Item:
     return items(product_id)[0][0]
 
 
-def _item(product: Product, totals: ProductTotals, live: "_Live", now: datetime) -> Item:
+def _item(product: Product, totals: ProductTotals, live: "_Live") -> Item:
+    now = live.now
     figures = live.products.get(product.id)
     free = figures["free"] if figures else None
     proof = live.ledger.products.get(product.id, {})
     return Item(
         product=product,
-        state=state_of(product, free, now),
+        state=state_of(product, free, now, live.brakes.bind(product.id)),
         sold=totals.confirmed_units,
         held=totals.dead_units,
         held_orders=totals.dead_orders,
@@ -178,6 +202,8 @@ def _item(product: Product, totals: ProductTotals, live: "_Live", now: datetime)
         opens_in=_seconds_until(product.opens_at, now),
         closes_in=_seconds_until(product.closes_at, now),
         counters=figures or {},
+        own_brake=product.id in live.brakes.products,
+        changeable=not live.error and not live.postgres_error,
         balanced=proof.get("ok"),
         difference=proof.get("difference", 0),
     )
@@ -187,116 +213,84 @@ def _seconds_until(moment: datetime | None, now: datetime) -> float | None:
     return (moment - now).total_seconds() if moment and moment > now else None
 
 
+_readings = samples.Readings()
+
+
 class _Live:
     """The Redis half: one script call for the sale, one pipeline for everything about it."""
 
-    def __init__(self, product_ids: list[int]) -> None:
+    def __init__(self, product_ids: list[int], expected: str | None) -> None:
+        """`expected` is the sale's name in PostgreSQL, None when that can't tell."""
         self.error: str | None = None
+        self.postgres_error: str | None = None
         self.generation = ""
+        self.foreign = False
+        self.now = datetime.now(UTC)
         self.products: dict[int, dict[str, int]] = {}
-        self.waiting = self.oldest_ms = self.workers = None
+        self.waiting = self.oldest_seconds = self.workers = None
+        self.brakes = Brakes(False, frozenset())
         self.ledger = Ledger()
         self.samples: list[tuple[int, dict]] = []
         try:
             view = stock.view(product_ids)
-            with stock.client.pipeline(transaction=False) as pipe:
-                pipe.zcount(Keys.workers, time.time() - health.WORKER_SEEN_SECONDS, "+inf")
-                pipe.get(Keys.ledger)
-                pipe.xrevrange(Keys.history, count=RATE_SECONDS + 1)
-                self.workers, ledger, samples = pipe.execute()
-        except (Unavailable, redis.RedisError) as error:
-            self.error = str(error)
+            news = stock.board.news(samples.RATE_SECONDS + 1)
+        except Unavailable as error:
+            self.error = health.in_words(error)
             return
+        self.now = datetime.fromtimestamp(news.now, UTC)
+        self.workers = news.workers
         self.generation = view.generation
+        self.brakes = view.brakes
+        self.foreign = not view.generation or expected not in (None, view.generation)
+        if self.foreign:
+            # Whatever it holds, it is not this sale's.
+            return
         self.products = view.products
         self.waiting = view.waiting
-        self.oldest_ms = view.oldest_claimed_ms
-        self.ledger = read_ledger(ledger)
-        self.samples = [
-            (int(stream_id.partition("-")[0]), json.loads(fields["sample"]))
-            for stream_id, fields in reversed(samples)
-        ]
+        if view.oldest_claimed_ms is not None:
+            self.oldest_seconds = max(0.0, news.now - view.oldest_claimed_ms / 1000)
+        self.ledger = read_ledger(news.proof, news.now, view.generation)
+        self.samples = news.sampled
+        self.point = news.now, samples.totals(view)
 
 
-def read_ledger(text: str | None) -> Ledger:
-    """Return the stored proof; one that is too old says nothing."""
-    found = json.loads(text) if text else None
-    if not found or time.time() - found["at"] > LEDGER_SECONDS:
+def read_ledger(proof: dict | None, now: float, generation: str) -> Ledger:
+    """Return the stored proof; one of another sale, of long ago or of the future says nothing."""
+    if not proof or proof.get("generation", generation) != generation:
+        return Ledger()
+    if not -samples.GAP_SECONDS <= now - proof["at"] <= LEDGER_SECONDS:
         return Ledger()
     return Ledger(
-        ok=found["ok"],
-        at=datetime.fromtimestamp(found["at"], UTC),
-        products={int(product_id): proof for product_id, proof in found["products"].items()},
-        problems=found.get("problems", []),
+        ok=proof["ok"],
+        at=datetime.fromtimestamp(proof["at"], UTC),
+        products={int(product_id): found for product_id, found in proof["products"].items()},
+        problems=proof.get("problems", []),
     )
-
-
-def ledger() -> Ledger:
-    """Return the newest proof; when Redis is away, one that knows nothing."""
-    try:
-        return read_ledger(stock.client.get(Keys.ledger))
-    except redis.RedisError:
-        return Ledger()
 
 
 def board() -> Board:
-    """Return what the dashboard shows."""
+    """Return what the dashboard shows. Raises PostgreSQL's error when Redis is away, too."""
     found, live = items()
-    expected = db.session.scalar(select(Sale.generation))
-    now = datetime.now(UTC)
-    oldest = None
-    if live.oldest_ms is not None:
-        oldest = max(0.0, now.timestamp() - live.oldest_ms / 1000)
-    sale_error = None
-    if not live.error and live.generation != expected:
-        sale_error = "This Redis does not hold this sale. Nothing is sold until it is rebuilt."
+    rates: dict[str, float | None] = dict.fromkeys(samples.RATES)
+    if live.products:
+        earlier = [*live.samples, *_readings.add(live.generation, live.point)]
+        rates = samples.rates(live.point, earlier)
     return Board(
-        now=now,
+        now=live.now,
         items=found,
         redis_error=live.error,
-        sale_error=sale_error,
+        postgres_error=live.postgres_error,
+        sale_error=NOT_THIS_SALE if live.foreign else None,
+        braked=live.brakes.sale,
         workers=live.workers,
         waiting=live.waiting,
-        oldest_seconds=oldest,
-        rates=rates(live.samples, now.timestamp()),
+        oldest_seconds=live.oldest_seconds,
+        rates=rates,
         ledger=live.ledger,
         weak=_durability.weak() if not live.error else [],
         dead_orders=sum(item.held_orders for item in found),
-        samples=columns(live.samples),
+        samples=samples.columns(live.samples, live.now.timestamp()),
     )
-
-
-def rates(samples: list[tuple[int, dict]], now: float) -> dict[str, float | None]:
-    """Return each rate per second, None when nobody has sampled of late."""
-    if len(samples) < 2 or now - samples[-1][0] > LEDGER_SECONDS:
-        return dict.fromkeys(RATES)
-    (start, first), (end, last) = samples[0], samples[-1]
-    return {name: _difference(first, last, names) / (end - start) for name, names in RATES.items()}
-
-
-def _difference(before: dict, after: dict, names: tuple[str, ...]) -> int:
-    # A counter that went down was set anew (a reset, a rebuild): that second says nothing.
-    return max(0, sum(after.get(name, 0) - before.get(name, 0) for name in names))
-
-
-def chart(since: int = 0) -> dict[str, list]:
-    """Return the samples after the second `since` as columns. Raises stock.Unavailable."""
-    return columns(stock.history(since, HISTORY_SAMPLES))
-
-
-def columns(samples: list[tuple[int, dict]]) -> dict[str, list]:
-    """Return what the chart shows of successive samples; rates are per second."""
-    found: dict[str, list] = {
-        name: [] for name in ("second", "accepted", "refused", "waiting", "free")
-    }
-    refusals = sum((RATES[name] for name in ("sold_out", "limited", "refused")), ())
-    for (start, before), (end, after) in pairwise(samples):
-        found["second"].append(end)
-        found["accepted"].append(_difference(before, after, ("accepted",)) / (end - start))
-        found["refused"].append(_difference(before, after, refusals) / (end - start))
-        found["waiting"].append(after["waiting"])
-        found["free"].append(after["free"])
-    return found
 
 
 class _Durability:

@@ -5,7 +5,6 @@ The sale's own figures are read from Redis and PostgreSQL when asked for. What o
 """
 
 import contextlib
-import json
 import logging
 import os
 import socket
@@ -14,7 +13,6 @@ import time
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 
-import redis
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -28,7 +26,6 @@ from sqlalchemy.exc import SQLAlchemyError
 from ..extensions import db, stock
 from ..problems import Unavailable
 from ..stock.gateway import REFUSALS, View
-from ..stock.keys import Keys
 from . import health
 
 log = logging.getLogger(__name__)
@@ -87,39 +84,36 @@ class Meter:
             time.sleep(FLUSH_SECONDS)
             try:
                 self.flush()
-            except redis.RedisError:
+            except Unavailable:
                 continue  # kept, and added when Redis is back
             except Exception:
                 log.exception("the figures of this process can't be reported")
 
     def flush(self) -> None:
-        """Add what was counted since the last time. Raises redis.RedisError."""
-        with self._lock, stock.client.pipeline() as pipe:
+        """Add what was counted since the last time. Raises stock.Unavailable."""
+        with self._lock:
             rows = {status: list(row) for status, row in list(self._rows.items())}
+            amounts: dict[str, int | float] = {}
             for status, row in rows.items():
                 sent = self._sent.get(status) or [0] * len(row)
                 for bucket, (now, before) in enumerate(zip(row[:-1], sent[:-1], strict=True)):
                     if now != before:
-                        field = f"duration:{status[:3]}:{bucket}"
-                        pipe.hincrby(Keys.telemetry, field, now - before)
+                        amounts[f"duration:{status[:3]}:{bucket}"] = now - before
                 if row[-1] != sent[-1]:
-                    field = f"duration:{status[:3]}:sum"
-                    pipe.hincrbyfloat(Keys.telemetry, field, row[-1] - sent[-1])
+                    amounts[f"duration:{status[:3]}:sum"] = row[-1] - sent[-1]
             cpu, moment = time.process_time(), time.monotonic()
             state = moment - self._state_at >= STATE_SECONDS
             if state:
-                pipe.hset(Keys.processes, self._name, json.dumps(_state()))
-                pipe.hincrbyfloat(Keys.telemetry, f"cpu:{self.role}", cpu - self._sent_cpu)
-            if pipe.command_stack:
-                pipe.execute()
+                amounts[f"cpu:{self.role}"] = cpu - self._sent_cpu
+            stock.board.count(amounts, (self._name, _state()) if state else None)
             self._sent = rows
             if state:
                 self._state_at, self._sent_cpu = moment, cpu
 
 
 def _state() -> dict[str, float]:
-    """Return what this process uses; where the system doesn't tell, nothing but the time."""
-    state = {"at": time.time()}
+    """Return what this process uses; where the system doesn't tell, nothing."""
+    state = {}
     with contextlib.suppress(OSError, ValueError, IndexError):
         with open("/proc/self/statm") as file:
             state["memory"] = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -129,10 +123,9 @@ def _state() -> dict[str, float]:
 
 def count_batch(orders: int) -> None:
     """Count a batch that was stored. A Redis that fails costs the figure, not the batch."""
-    with contextlib.suppress(redis.RedisError), stock.client.pipeline() as pipe:
-        pipe.hincrby(Keys.telemetry, f"batch:{bisect_left(BATCH_BOUNDS, orders)}", 1)
-        pipe.hincrby(Keys.telemetry, "batch:sum", orders)
-        pipe.execute()
+    with contextlib.suppress(Unavailable):
+        bucket = f"batch:{bisect_left(BATCH_BOUNDS, orders)}"
+        stock.board.count({bucket: 1, "batch:sum": orders})
 
 
 def exposition() -> bytes:
@@ -144,17 +137,31 @@ def exposition() -> bytes:
 
 class _Collector:
     def collect(self) -> Iterator[Metric]:
-        up = GaugeMetricFamily("flashsale_up", "Whether the server answers.", labels=["server"])
-        for server, figures in (("redis", _of_redis), ("postgres", _of_postgres)):
+        up = GaugeMetricFamily(
+            "flashsale_up", "Whether the server answers and takes writes.", labels=["server"]
+        )
+        for server, figures, takes_writes in (
+            ("redis", _of_redis, _redis_takes_writes),
+            ("postgres", _of_postgres, _postgres_takes_writes),
+        ):
+            found = []
             try:
                 found = list(figures())
-            except (Unavailable, redis.RedisError, SQLAlchemyError):
+                up.add_metric([server], takes_writes())
+            except (Unavailable, SQLAlchemyError):
                 db.session.rollback()
                 up.add_metric([server], 0)
-                continue
-            up.add_metric([server], 1)
             yield from found
         yield up
+
+
+def _redis_takes_writes() -> bool:
+    stock.board.try_write()
+    return True
+
+
+def _postgres_takes_writes() -> bool:
+    return db.session.scalar(text("SHOW transaction_read_only")) == "off"
 
 
 def _gauge(name: str, meaning: str, value: float) -> GaugeMetricFamily:
@@ -163,33 +170,29 @@ def _gauge(name: str, meaning: str, value: float) -> GaugeMetricFamily:
 
 def _of_redis() -> Iterator[Metric]:
     view = stock.view(stock.product_ids())
-    with stock.client.pipeline(transaction=False) as pipe:
-        pipe.hgetall(Keys.refused)
-        pipe.hgetall(Keys.telemetry)
-        pipe.hgetall(Keys.processes)
-        pipe.get(Keys.ledger)
-        refused, counted, processes, ledger = pipe.execute()
+    news, found = stock.board.news(0), stock.board.counted(STATE_LASTS_SECONDS)
+    counted = found.telemetry
     yield _gauge("flashsale_sale_prepared", "Whether Redis holds the sale.", bool(view.generation))
-    yield from _of_products(view, refused)
+    yield from _of_products(view, found.refused)
     yield _gauge("flashsale_orders_waiting", "Orders claimed, not yet persisted.", view.waiting)
     oldest = view.oldest_claimed_ms
-    age = max(0.0, time.time() - oldest / 1000) if oldest else 0
+    age = max(0.0, news.now - oldest / 1000) if oldest else 0
     yield _gauge("flashsale_oldest_order_age_seconds", "Age of the oldest waiting order.", age)
     yield _durations(counted)
     yield _batches(counted)
-    yield _gauge("flashsale_workers", "Worker processes seen lately.", health.workers_alive())
+    yield _gauge("flashsale_workers", "Worker processes seen lately.", news.workers)
     weak = health.weak_durability()
     yield _gauge("flashsale_redis_durable", "Whether Redis keeps every promise.", not weak)
-    if ledger:
-        proof = json.loads(ledger)
-        yield _gauge("flashsale_ledger_ok", "Whether the ledger's sums agree.", bool(proof["ok"]))
-        moment = float(proof["at"])
+    if news.proof:
+        ok = bool(news.proof["ok"])
+        yield _gauge("flashsale_ledger_ok", "Whether the ledger's sums agree.", ok)
+        moment = float(news.proof["at"])
         yield _gauge(
             "flashsale_ledger_checked_timestamp_seconds",
             "When the ledger was last added up.",
             moment,
         )
-    yield from _of_processes(processes, counted)
+    yield from _of_processes(found.processes, counted)
 
 
 def _of_products(view: View, refused: dict[str, str]) -> Iterator[Metric]:
@@ -254,7 +257,7 @@ def _batches(counted: dict[str, str]) -> Metric:
     )
 
 
-def _of_processes(processes: dict[str, str], counted: dict[str, str]) -> Iterator[Metric]:
+def _of_processes(processes: dict[str, dict], counted: dict[str, str]) -> Iterator[Metric]:
     families = {
         "count": GaugeMetricFamily(
             "flashsale_processes", "Processes that report.", labels=["role"]
@@ -270,11 +273,7 @@ def _of_processes(processes: dict[str, str], counted: dict[str, str]) -> Iterato
     }
     cpu = CounterMetricFamily("flashsale_process_cpu_seconds", "CPU time by role.", labels=["role"])
     sums: dict[str, dict[str, float]] = {}
-    for name, written in processes.items():
-        state = json.loads(written)
-        if time.time() - state["at"] > STATE_LASTS_SECONDS:
-            stock.client.hdel(Keys.processes, name)
-            continue
+    for name, state in processes.items():
         of_role = sums.setdefault(name.partition(":")[0], dict.fromkeys(families, 0))
         for figure in families:
             of_role[figure] += state.get(figure, figure == "count")

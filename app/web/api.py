@@ -22,8 +22,8 @@ from ..reading import (
     read_text,
 )
 from ..watch import health, telemetry
-from . import openapi
-from .errors import api_error
+from . import openapi, probe
+from .errors import RETRY_AFTER_SECONDS, api_error
 
 bp = Blueprint("api", __name__)
 # No cookie speaks here, so there is nothing that another site could misuse.
@@ -217,4 +217,23 @@ def ready():
     """Each part that a sale needs, named with its state; 503 while one is missing."""
     parts = health.check(current_app)
     ok = all(part["ok"] for part in parts.values())
-    return jsonify(status="ok" if ok else "unavailable", checks=parts), 200 if ok else 503
+    answer = jsonify(status="ok" if ok else "unavailable", checks=parts)
+    answer.headers["Cache-Control"] = "no-store"
+    return _when_unavailable(answer, 200 if ok else 503)
+
+
+@bp.get(probe.PATH)
+@limiter.exempt
+def ready_to_sell():
+    """Whether this process can sell, whatever PostgreSQL and workers do."""
+    status, found = probe.ask_thread_line()
+    answer = jsonify(found)
+    answer.headers["Cache-Control"] = "no-store"
+    return _when_unavailable(answer, status)
+
+
+def _when_unavailable(answer: Response, status: int) -> Response:
+    answer.status_code = status
+    if status == 503:
+        answer.headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
+    return answer

@@ -5,15 +5,9 @@ import logging
 import redis
 from flask import Flask, Response, current_app, jsonify, request
 from flask_wtf.csrf import CSRFError
-from sqlalchemy.exc import (
-    DatabaseError,
-    DBAPIError,
-    InterfaceError,
-    OperationalError,
-    PendingRollbackError,
-)
 from werkzeug.exceptions import HTTPException, TooManyRequests
 
+from ..database import is_unavailable
 from ..extensions import db
 from ..problems import (
     AnotherShopper,
@@ -42,18 +36,6 @@ CODES = {
     503: "unavailable",
 }
 RETRY_AFTER_SECONDS = 1
-
-
-def _is_lost_connection(error: Exception) -> bool:
-    """Tell a PostgreSQL that went away in mid-sentence from one that refuses.
-
-    psycopg2 raises a bare DatabaseError, without a code, for an answer that was cut off.
-    """
-    if isinstance(error, PendingRollbackError):
-        return True
-    return isinstance(error, DBAPIError) and (
-        error.connection_invalidated or type(error) is DatabaseError
-    )
 
 
 def api_error(status: int, message: str, code: str | None = None, **more: object) -> Response:
@@ -138,8 +120,6 @@ def init_app(app: Flask) -> None:
         return show_error(422, message, "idempotency_mismatch")
 
     @app.errorhandler(Unavailable)
-    @app.errorhandler(OperationalError)
-    @app.errorhandler(InterfaceError)
     @app.errorhandler(redis.RedisError)
     def unavailable(error: Exception):
         log.warning("%s %s: unavailable: %s", request.method, request.path, error)
@@ -148,7 +128,7 @@ def init_app(app: Flask) -> None:
 
     @app.errorhandler(Exception)
     def internal(error: Exception):
-        if _is_lost_connection(error):
+        if is_unavailable(error):
             return unavailable(error)
         log.exception("%s %s failed", request.method, request.path)
         return show_error(500, "Internal server error")

@@ -25,7 +25,7 @@ from .. import logs
 from ..extensions import stock
 from ..reading import MAX_BODY_BYTES
 from ..run import serve
-from . import polls
+from . import polls, probe
 from .lane import JSON_TYPE, UNAVAILABLE, UNAVAILABLE_RETRY, PurchaseLane, error_body
 
 # The headers that the lane looks at, by their WSGI names.
@@ -74,6 +74,7 @@ class Pages:
         self.lane: PurchaseLane = app.extensions["lane"]
         self.flask = WSGIMiddleware(app.wsgi_app, workers=settings.web_threads)
         self.polls = polls.Polls()
+        self.probe = probe.Probe()
         self.most = app.config["MAX_CONTENT_LENGTH"] or math.inf
         # Only for what it does to a request's address: the same rule on both ways in.
         self.trust_proxies = None
@@ -81,6 +82,9 @@ class Pages:
             self.trust_proxies = ProxyFix(lambda environ, _: None, x_for=settings.trusted_proxies)
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        if scope["path"] == probe.PATH and scope["method"] in ("GET", "HEAD"):
+            await self.probe.serve(scope, send)
+            return
         body, more = b"", True
         # A little more than is allowed, so that Flask sees that it is too much.
         while more and len(body) <= self.most:

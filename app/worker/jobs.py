@@ -6,12 +6,12 @@ import psycopg2
 import redis
 import rq
 from rq.serializers import JSONSerializer
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import SQLAlchemyError
 
+from ..database import is_unavailable, waiting_at_most
 from ..extensions import db, stock
 from ..orders.drain import drain_batch
 from ..problems import Unavailable
-from ..stock.keys import Keys
 from ..watch import telemetry
 
 log = logging.getLogger(__name__)
@@ -23,8 +23,8 @@ LEASE_MS = 2000
 RESULT_TTL_SECONDS = 300
 FAILURE_TTL_SECONDS = 3600
 JOB_TIMEOUT_SECONDS = 30
-# PostgreSQL is down, full, or gave no answer; through SQLAlchemy, or by its driver alone.
-POSTGRES_FAILED = (DBAPIError, psycopg2.OperationalError, psycopg2.InterfaceError)
+# A drain gives up before RQ ends the job, which would be kept as a failed one.
+DRAIN_WAIT_SECONDS = 20
 
 
 def orders_queue(connection: redis.Redis | None = None) -> rq.Queue:
@@ -34,7 +34,7 @@ def orders_queue(connection: redis.Redis | None = None) -> rq.Queue:
 
 def enqueue_drain() -> rq.job.Job | None:
     """Enqueue one drain unless one is under way."""
-    if not stock.raw_client.set(Keys.drain_lease, b"1", nx=True, px=LEASE_MS):
+    if not stock.board.take_drain_lease(LEASE_MS):
         return None
     return orders_queue().enqueue(
         persist_orders,
@@ -53,15 +53,18 @@ def persist_orders() -> str:
     """
     job = rq.get_current_job()
     try:
-        drained = drain_batch(job.id if job else "by hand", (job and job.worker_name) or "")
-    except (Unavailable, *POSTGRES_FAILED) as error:
+        with waiting_at_most(DRAIN_WAIT_SECONDS):
+            drained = drain_batch(job.id if job else "by hand", (job and job.worker_name) or "")
+    except (Unavailable, SQLAlchemyError, psycopg2.Error) as error:
         reason = str(error).strip().partition("\n")[0]
-        log.warning("nothing stored, the orders wait: %s", reason)
+        known = isinstance(error, Unavailable) or is_unavailable(error)
+        level = logging.WARNING if known else logging.ERROR
+        log.log(level, "nothing stored, the orders wait: %s", reason)
         return f"nothing stored, the orders wait: {reason}"
     finally:
         db.session.remove()
     if not drained.busy:
-        stock.raw_client.delete(Keys.drain_lease)
+        stock.board.end_drain_lease()
     if drained.persisted:
         telemetry.count_batch(drained.persisted)
     if drained.more:

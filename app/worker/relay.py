@@ -1,10 +1,10 @@
-"""What a worker process does beside RQ's work: the relay and the sweeper, each a `run_once`.
+"""What a worker does beside RQ's work: relay, sampler and sweeper, each a `run_once`.
 
-The relay calls for a drain when orders wait. The sweeper samples the sale once a second, and
-finishes what crashes left undone. Any number of worker processes may run; they do no harm together.
+The relay calls for a drain when orders wait. Once a second the sampler tells what Redis holds, and
+the sweeper finishes what crashes left undone. Any number of worker processes may run; they do no
+harm together.
 """
 
-import json
 import logging
 import threading
 import time
@@ -22,8 +22,8 @@ from ..extensions import db, stock
 from ..orders.drain import drain_batch
 from ..problems import Unavailable
 from ..products import brake, inventory
-from ..stock.gateway import HISTORY_SAMPLES, REFUSALS, View
-from ..stock.keys import Keys
+from ..stock.gateway import REFUSALS, View
+from ..watch import samples, shelf
 from . import jobs
 
 log = logging.getLogger(__name__)
@@ -45,14 +45,13 @@ class Relay:
 
     def __init__(self) -> None:
         self._last = 0.0
-        self._head = b""
+        self._head: bytes | None = None
         self._head_since = 0.0
 
     def run_once(self, stopped: threading.Event) -> None:
-        found = stock.raw_client.xread({Keys.outbox: "0"}, count=1, block=WATCH_MS)
-        if not found:
+        head = stock.board.first_waiting(WATCH_MS)
+        if head is None:
             return
-        head = found[0][1][0][0]
         if head != self._head:
             self._head, self._head_since = head, time.monotonic()
         elif time.monotonic() - self._head_since > STUCK_SECONDS:
@@ -69,8 +68,8 @@ class Relay:
         jobs.enqueue_drain()
 
 
-class Sweeper:
-    """Once a second: samples, and what was left half done."""
+class Sampler:
+    """Once a second, with Redis alone: says that this worker is alive, and samples the sale."""
 
     def __init__(self, worker: str) -> None:
         self._worker = worker
@@ -78,20 +77,10 @@ class Sweeper:
 
     def run_once(self, stopped: threading.Event) -> None:
         started = time.monotonic()
-        now = time.time()
-        with stock.client.pipeline(transaction=False) as pipe:
-            pipe.zadd(Keys.workers, {self._worker: now})
-            pipe.zremrangebyscore(Keys.workers, "-inf", now - 3600)
-            pipe.execute()
+        stock.board.alive(self._worker)
         view = stock.view(stock.product_ids())
-        sample(int(now), view)
+        stock.board.sample(samples.totals(view))
         self._keep_counts(view)
-        recovery.close_when_stale()
-        brake.carry_over()
-        if recovery.is_prepared():
-            inventory.publish_stale()
-            inventory.finish_pending()
-        ledger.check_in_turn()
         stopped.wait(max(0.0, started + SWEEP_SECONDS - time.monotonic()))
 
     def _keep_counts(self, view: View) -> None:
@@ -104,27 +93,28 @@ class Sweeper:
         self._kept = counts
 
 
-def sample(second: int, view: View) -> bool:
-    """Keep this second's figures for the charts; False when another worker did it already.
+class Sweeper:
+    """Once a second, with PostgreSQL: finishes what was left half done, and proves the ledger."""
 
-    Counters are stored as they stand; a reader takes differences. Raises stock.Unavailable.
-    """
-    figures = list(view.products.values())
-    names = ("accepted", "claimed", "settled", "persisted", "free", *REFUSALS)
-    totals = {name: sum(figure.get(name, 0) for figure in figures) for name in names}
-    totals["waiting"] = view.waiting
-    totals["oldest_ms"] = view.oldest_claimed_ms
-    try:
-        stock.client.xadd(
-            Keys.history,
-            {"sample": json.dumps(totals, separators=(",", ":"))},
-            id=f"{second}-1",
-            maxlen=HISTORY_SAMPLES,
-            approximate=False,
-        )
-    except redis.ResponseError:
-        # The id is not above the last one: this second is taken.
-        return False
+    def __init__(self) -> None:
+        self._shelf = shelf.Shelf()
+
+    def run_once(self, stopped: threading.Event) -> None:
+        started = time.monotonic()
+        record_issued()
+        recovery.close_when_stale()
+        brake.carry_over()
+        if recovery.is_prepared():
+            inventory.publish_stale()
+            inventory.finish_pending()
+            self._shelf.renew()
+        ledger.check_in_turn()
+        stopped.wait(max(0.0, started + SWEEP_SECONDS - time.monotonic()))
+
+
+def record_issued() -> None:
+    """Put on record which order ids Redis has surely issued. Raises stock.Unavailable."""
+    view = stock.view([])
     if view.generation:
         db.session.execute(
             text(
@@ -134,7 +124,6 @@ def sample(second: int, view: View) -> bool:
             {"last": view.last_order_id, "generation": view.generation},
         )
         db.session.commit()
-    return True
 
 
 def run_forever(app: Flask, run_once: Callable, stopped: threading.Event) -> None:

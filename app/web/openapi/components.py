@@ -188,6 +188,17 @@ SCHEMAS = {
             "stock_remaining": integer(0, MAX_ID, "units free right after it"),
         }
     ),
+    "Selling": json_object(
+        {
+            "status": {"enum": ["ok", "unavailable"]},
+            "unverified": {
+                "const": True,
+                "description": "it sells, and could not yet compare the sale with PostgreSQL",
+            },
+            "reason": {"type": "string", "description": "why it can't sell"},
+        },
+        ["status"],
+    ),
     "Health": json_object(
         {
             "status": {"enum": ["ok", "unavailable"]},

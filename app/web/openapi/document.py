@@ -43,6 +43,9 @@ SHOPPER = [{}, {"shopper": []}]
 ADMIN = [{"admin": []}]
 RATE_NOTE = "The body's shape is checked first, then replay, rate, product, window, cap, stock."
 
+UNVERIFIED = {"status": "ok", "unverified": True}
+SHUT = {"status": "unavailable", "reason": "unreachable"}
+
 
 def _paths() -> dict:
     product = json_content(ref("schemas", "Product"), product=PRODUCT)
@@ -56,9 +59,12 @@ def _paths() -> dict:
         ref("schemas", "Health"),
         ready={"status": "ok", "checks": {"redis": {"ok": True, "state": "reachable"}}},
     )
+    selling = json_content(
+        ref("schemas", "Selling"), selling={"status": "ok"}, unverified=UNVERIFIED, not_selling=SHUT
+    )
     readiness = {
         "200": ok("Ready", health, ()),
-        "503": ok("Not ready; each part is named with its state", health, ()),
+        "503": ok("Not ready; each part is named with its state", health, ("Retry-After",)),
         **failures(),
     }
     purchased = ok(
@@ -297,6 +303,22 @@ def _paths() -> dict:
                 "ready",
                 "Whether each part that a sale needs is there",
                 readiness,
+                parameters=[REQUEST_ID],
+            )
+        },
+        "/readyz/sale": {
+            "get": operation(
+                "Operation",
+                "readyToSell",
+                "Whether this process can sell",
+                {
+                    "200": ok("It can", selling, ()),
+                    "503": ok(
+                        "It can't; a balancer sends purchases elsewhere", selling, ("Retry-After",)
+                    ),
+                    **failures(),
+                },
+                description="The probe for load balancers: PostgreSQL and workers have no say.",
                 parameters=[REQUEST_ID],
             )
         },

@@ -1,0 +1,195 @@
+"""What processes tell one another by Redis: samples, proofs, who is alive, what each has counted.
+
+Every time in it is of Redis's clock, since the machines' own ones differ.
+"""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import redis
+
+from ..problems import Unavailable
+from .keys import Keys
+
+# A worker says that it is alive once a second; after this it counts as gone.
+WORKER_SEEN_SECONDS = 5
+WORKER_FORGOTTEN_SECONDS = 600
+# Two readings of one clock by way of a script and a command; what is further ahead is a mistake.
+AHEAD_SECONDS = 1.0
+# The dashboard's chart: one sample a second, 15 minutes.
+HISTORY_SAMPLES = 900
+
+
+@dataclass(frozen=True)
+class News:
+    """What is on the board at one instant."""
+
+    now: float  # seconds since 1970, by Redis's clock
+    workers: int
+    proof: dict | None  # the ledger's newest, however old
+    samples: list[tuple[int, dict]]  # (second, figures), the oldest first
+
+    @property
+    def sampled(self) -> list[tuple[int, dict]]:
+        """The samples that are not from the future."""
+        return [sample for sample in self.samples if sample[0] <= self.now + AHEAD_SECONDS]
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What the processes have counted, for Prometheus."""
+
+    now: float
+    refused: dict[str, str]
+    telemetry: dict[str, str]
+    processes: dict[str, dict]
+
+
+@contextlib.contextmanager
+def _asking() -> Iterator[None]:
+    try:
+        yield
+    except redis.RedisError as error:
+        raise Unavailable(str(error)) from error
+
+
+class Noticeboard:
+    """Reads and writes it. Every method raises Unavailable when Redis gives no answer."""
+
+    def __init__(self, client: redis.Redis, raw_client: redis.Redis, run: Callable) -> None:
+        """`run` runs a script by its name, with keys and arguments."""
+        self.client = client
+        self.raw_client = raw_client
+        self._run = run
+
+    def now(self) -> float:
+        """Return Redis's clock, in seconds since 1970."""
+        with _asking():
+            return _seconds(self.client.time())
+
+    def alive(self, worker: str) -> None:
+        """Note that a worker process is alive."""
+        self._run("alive", [Keys.workers], [worker, WORKER_FORGOTTEN_SECONDS])
+
+    def gone(self, worker: str) -> None:
+        """Note that a worker process has ended."""
+        with _asking():
+            self.client.zrem(Keys.workers, worker)
+
+    def sample(self, figures: dict) -> bool:
+        """Keep this second's figures; False when somebody else has."""
+        text = json.dumps(figures, separators=(",", ":"))
+        return bool(self._run("sample", [Keys.history], [text, HISTORY_SAMPLES]))
+
+    def news(self, samples: int) -> News:
+        """Return what is on the board, with the newest `samples`."""
+        with _asking(), self.client.pipeline(transaction=False) as pipe:
+            pipe.time()
+            pipe.zrange(Keys.workers, 0, -1, withscores=True)
+            pipe.get(Keys.ledger)
+            if samples:
+                pipe.xrevrange(Keys.history, count=samples)
+            time, workers, proof, *more = pipe.execute()
+        now = _seconds(time)
+        seen = [now - at for _, at in workers]
+        return News(
+            now,
+            sum(-AHEAD_SECONDS <= ago <= WORKER_SEEN_SECONDS for ago in seen),
+            json.loads(proof) if proof else None,
+            [
+                (int(stream_id.partition("-")[0]), json.loads(fields["sample"]))
+                for stream_id, fields in (reversed(more[0]) if more else ())
+            ],
+        )
+
+    def take_turn(self, seconds: int) -> bool:
+        """Return whether it is the caller's turn to prove the ledger; it then is for so long."""
+        with _asking():
+            return bool(self.client.set(Keys.ledger_turn, "1", nx=True, ex=seconds))
+
+    def put_proof(self, proof: dict) -> None:
+        """Keep the ledger's newest proof; its `at` is what `now` said."""
+        with _asking():
+            self.client.set(Keys.ledger, json.dumps(proof))
+
+    def put_shelf(self, products: dict[int, str]) -> None:
+        """Keep what a page needs of these products when PostgreSQL is away, as JSON."""
+        if products:
+            with _asking():
+                self.client.hset(Keys.shelf, mapping=products)
+
+    def shelf(self) -> dict[int, str]:
+        """Return what was kept of the products."""
+        with _asking():
+            return {int(product): text for product, text in self.client.hgetall(Keys.shelf).items()}
+
+    def count(
+        self, amounts: dict[str, int | float], process: tuple[str, dict] | None = None
+    ) -> None:
+        """Add to the sums of all processes; note, if given, a process by name and its state."""
+        with _asking(), self.client.pipeline() as pipe:
+            for field, amount in amounts.items():
+                add = pipe.hincrbyfloat if isinstance(amount, float) else pipe.hincrby
+                add(Keys.telemetry, field, amount)
+            if process:
+                name, state = process
+                pipe.hset(Keys.processes, name, json.dumps(state | {"at": self.now()}))
+            if pipe.command_stack:
+                pipe.execute()
+
+    def counted(self, processes_last: float) -> Counted:
+        """Return what was counted; a process that was silent for longer is forgotten."""
+        with _asking(), self.client.pipeline(transaction=False) as pipe:
+            pipe.time()
+            pipe.hgetall(Keys.refused)
+            pipe.hgetall(Keys.telemetry)
+            pipe.hgetall(Keys.processes)
+            time, refused, telemetry, written = pipe.execute()
+            now = _seconds(time)
+            states = {name: json.loads(text) for name, text in written.items()}
+            gone = [
+                name for name, state in states.items() if abs(now - state["at"]) > processes_last
+            ]
+            if gone:
+                self.client.hdel(Keys.processes, *gone)
+        alive = {name: state for name, state in states.items() if name not in gone}
+        return Counted(now, refused, telemetry, alive)
+
+    def try_write(self) -> None:
+        """Find out whether Redis takes writes, without writing: only an existing key would be set.
+
+        Refused as any write is: out of memory, out of disk, as a replica.
+        """
+        with _asking():
+            self.client.set(Keys.nothing, "1", xx=True)
+
+    def first_waiting(self, wait_ms: int) -> bytes | None:
+        """Return the stream id of the first order in the outbox; wait so long for one."""
+        with _asking():
+            found = self.raw_client.xread({Keys.outbox: "0"}, count=1, block=wait_ms)
+        return found[0][1][0][0] if found else None
+
+    def take_drain_lease(self, milliseconds: int) -> bool:
+        """Return whether no drain is under way; then the caller's is, for so long at most."""
+        with _asking():
+            return bool(self.raw_client.set(Keys.drain_lease, b"1", nx=True, px=milliseconds))
+
+    def end_drain_lease(self) -> None:
+        with _asking():
+            self.raw_client.delete(Keys.drain_lease)
+
+    def setting(self, name: str) -> str | None:
+        """Return one of Redis's own settings; None where it does not tell them."""
+        try:
+            with _asking():
+                return self.client.config_get(name).get(name)
+        except Unavailable as error:
+            if isinstance(error.__cause__, redis.ResponseError):
+                return None
+            raise
+
+
+def _seconds(time: tuple[int, int]) -> float:
+    return time[0] + time[1] / 1e6

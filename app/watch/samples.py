@@ -1,0 +1,126 @@
+"""The sale's counters over time: what a worker samples once a second, rates, and the chart."""
+
+import threading
+from collections import deque
+from itertools import pairwise
+
+from ..extensions import stock
+from ..stock.board import HISTORY_SAMPLES
+from ..stock.gateway import REFUSALS, View
+
+# A moment's counters: when (seconds since 1970, by Redis's clock) and their sums over all products.
+Point = tuple[float, dict[str, int]]
+
+# A rate is taken over so many seconds: one alone flickers.
+RATE_SECONDS = 3
+# Without a worker nobody samples: then a rate goes back to the newest reading of up to so long ago.
+RATE_SECONDS_AT_MOST = 15
+# Two samples that are further apart were not taken by a worker that was there all the time.
+GAP_SECONDS = 3
+# Which counters of the claim make up a rate.
+RATES = {
+    "accepted": ("accepted",),
+    "sold_out": ("sold_out", "insufficient"),
+    "limited": ("limited", "limited_address", "limited_network", "limited_early"),
+    "replayed": ("replayed",),
+    "refused": (
+        "mismatched", "too_many", "ended", "paused", "not_open", "capped", "capped_address",
+        "overloaded",
+    ),
+    "persisted": ("persisted",),
+}  # fmt: skip
+COLUMNS = ("accepted", "refused", "waiting", "free")
+_REFUSALS = sum((RATES[name] for name in ("sold_out", "limited", "refused")), ())
+
+
+def totals(view: View) -> dict[str, int]:
+    """Return the counters as they stand, over all products, and the queue."""
+    figures = list(view.products.values())
+    names = ("accepted", "claimed", "settled", "persisted", "free", *REFUSALS)
+    found = {name: sum(figure.get(name, 0) for figure in figures) for name in names}
+    return found | {"waiting": view.waiting, "oldest_ms": view.oldest_claimed_ms}
+
+
+class Readings:
+    """What this process has read of the counters lately: rates need no worker's samples."""
+
+    def __init__(self) -> None:
+        self._points: deque[Point] = deque(maxlen=64)
+        self._generation = ""
+        self._lock = threading.Lock()
+
+    def add(self, generation: str, point: Point) -> list[Point]:
+        """Return the earlier readings of the same sale, and remember this one."""
+        with self._lock:
+            if generation != self._generation:
+                self._points.clear()
+                self._generation = generation
+            earlier = list(self._points)
+            self._points.append(point)
+        return earlier
+
+
+def rates(now: Point, earlier: list[Point]) -> dict[str, float | None]:
+    """Return each rate per second up to now; None when there is nothing to compare with.
+
+    Of the points of the last seconds the newest is taken that lies RATE_SECONDS back, else the
+    oldest of those that lie at least one second back.
+    """
+    moment, counters = now
+    known = sorted(
+        (point for point in earlier if 1 <= moment - point[0] <= RATE_SECONDS_AT_MOST),
+        key=lambda point: point[0],
+    )
+    if not known:
+        return dict.fromkeys(RATES)
+    far = [point for point in known if moment - point[0] >= RATE_SECONDS]
+    start, before = far[-1] if far else known[0]
+    return {
+        name: _difference(before, counters, names) / (moment - start)
+        for name, names in RATES.items()
+    }
+
+
+def _difference(before: dict, after: dict, names: tuple[str, ...]) -> int:
+    # A counter that went down was set anew (a reset, a rebuild): that second says nothing.
+    return max(0, sum(after.get(name, 0) - before.get(name, 0) for name in names))
+
+
+def chart(since: int = 0) -> dict[str, list]:
+    """Return the samples after the second `since` as columns. Raises stock.Unavailable."""
+    return columns(stock.history(since), stock.board.now())
+
+
+def columns(samples: list[tuple[int, dict]], now: float) -> dict[str, list]:
+    """Return what the chart shows of successive samples; rates are per second.
+
+    Where nobody sampled there is a gap: a second without values. So is what follows the last one.
+    """
+    found: dict[str, list] = {"second": [], **{name: [] for name in COLUMNS}}
+
+    def add(second: int, *values: float | None) -> None:
+        for name, value in zip(found, (second, *values), strict=True):
+            found[name].append(value)
+
+    for (start, before), (end, after) in pairwise(samples):
+        if end - start > GAP_SECONDS:
+            add(start + 1, None, None, None, None)
+            add(end, None, None, after["waiting"], after["free"])
+            continue
+        add(
+            end,
+            _difference(before, after, ("accepted",)) / (end - start),
+            _difference(before, after, _REFUSALS) / (end - start),
+            after["waiting"],
+            after["free"],
+        )
+    newest = samples[-1][0] if samples else 0
+    if samples and now - newest > GAP_SECONDS:
+        # Not up to now: the first sample of a worker that is back must still find its second free.
+        if now - newest > 2 * GAP_SECONDS:
+            add(newest + 1, None, None, None, None)
+        add(int(now) - 2, None, None, None, None)
+    return found
+
+
+__all__ = ["HISTORY_SAMPLES", "Point", "Readings", "chart", "columns", "rates", "totals"]

@@ -1,0 +1,142 @@
+"""What processes tell one another by Redis: every time is of Redis's clock, whatever theirs say."""
+
+import json
+import threading
+import time
+
+import pytest
+
+from app.books import ledger
+from app.extensions import stock
+from app.stock.keys import Keys
+from app.watch import monitor
+from app.watch.telemetry import STATE_LASTS_SECONDS, Meter
+from app.worker.relay import Sampler
+
+HOUR = 3600
+
+
+@pytest.fixture(params=[HOUR, 12, 0, -HOUR], ids=lambda lead: f"clock {lead:+d} s")
+def wrong_clock(app, request, monkeypatch):
+    """This process's clock is wrong; Redis's is not."""
+    right = time.time
+    monkeypatch.setattr(time, "time", lambda: right() + request.param)
+    return request.param
+
+
+def stopped() -> threading.Event:
+    event = threading.Event()
+    event.set()
+    return event
+
+
+def workers() -> int:
+    return stock.board.news(0).workers
+
+
+def seconds() -> list[int]:
+    return [second for second, _ in stock.history(0)]
+
+
+def redis_second() -> int:
+    return int(stock.board.now())
+
+
+def test_a_worker_is_seen_whatever_its_clock_says(wrong_clock, app):
+    Sampler("one").run_once(stopped())
+    assert workers() == 1
+    (second,) = seconds()
+    assert abs(second - redis_second()) <= 1
+    with app.app_context():
+        assert monitor.board().workers == 1
+
+
+def test_a_stamp_of_the_future_is_not_a_worker_and_goes(app):
+    """As a worker of an earlier version leaves it, whose clock was ahead, and which was killed."""
+    stock.client.zadd(Keys.workers, {"ahead": stock.board.now() + HOUR})
+    assert workers() == 0
+    Sampler("right").run_once(stopped())
+    assert workers() == 1
+    assert stock.client.zrange(Keys.workers, 0, -1) == ["right"]
+    stock.client.zadd(Keys.workers, {"right": stock.board.now() - 6})
+    assert workers() == 0
+
+
+def test_samples_of_the_future_hinder_nobody(app):
+    now = redis_second()
+    past = [now - 3, now - 2]
+    for second in (*past, now + 12, now + HOUR):
+        stock.client.xadd(Keys.history, {"sample": json.dumps({"free": second})}, id=f"{second}-1")
+    assert stock.board.sample({"free": 7})
+    found = stock.history(0)
+    assert [second for second, _ in found][:2] == past
+    assert found[0][1] == {"free": past[0]}
+    assert found[-1][1] == {"free": 7}
+    assert found[-1][0] - now <= 1
+
+
+def test_an_emptied_history_that_remembers_a_future_id_is_made_anew(app):
+    stock.client.xadd(Keys.history, {"sample": "{}"}, id=f"{redis_second() + HOUR}-1")
+    stock.client.xtrim(Keys.history, 0)
+    assert stock.board.sample({"free": 7})
+    assert len(seconds()) == 1
+
+
+def test_a_second_is_sampled_once(app):
+    kept = [stock.board.sample({"free": n}) for n in range(20)]
+    assert kept[0]
+    # The clock may have gone on by a second meanwhile.
+    assert kept.count(True) == len(seconds()) <= 2
+
+
+def test_the_history_is_bounded(app):
+    now = redis_second()
+    with stock.client.pipeline() as pipe:
+        for second in range(now - 1000, now - 10):
+            pipe.xadd(Keys.history, {"sample": "{}"}, id=f"{second}-1")
+        pipe.execute()
+    stock.board.sample({"free": 1})
+    assert len(stock.history(0, 2000)) == 900
+
+
+def test_the_ledger_is_proved_by_redis_clock(wrong_clock, app):
+    with app.app_context():
+        ledger.check_in_turn()
+        assert monitor.board().ledger.ok is True
+
+
+@pytest.mark.parametrize(("age", "ok"), [(0, True), (14, True), (16, None), (-60, None)])
+def test_a_proof_of_long_ago_or_of_the_future_says_nothing(age, ok):
+    proof = {"at": 1000.0 - age, "ok": True, "products": {}}
+    assert monitor.read_ledger(proof, 1000.0, "sale").ok is ok
+
+
+def test_a_proof_of_another_sale_says_nothing():
+    proof = {"at": 1000.0, "ok": False, "products": {}, "generation": "before the rebuild"}
+    assert monitor.read_ledger(proof, 1000.0, "sale").ok is None
+
+
+def test_processes_report_by_redis_clock(wrong_clock):
+    Meter("web").flush()
+    assert len(stock.board.counted(STATE_LASTS_SECONDS).processes) == 1
+
+
+@pytest.mark.parametrize("lead", [HOUR, -HOUR])
+def test_a_process_of_another_time_is_forgotten(app, lead):
+    state = json.dumps({"at": stock.board.now() + lead})
+    stock.client.hset(Keys.processes, "web:other:1", state)
+    assert stock.board.counted(STATE_LASTS_SECONDS).processes == {}
+    assert not stock.client.hexists(Keys.processes, "web:other:1")
+
+
+def test_the_age_of_the_queue_is_by_redis_clock(wrong_clock, app, buy):
+    buy(1)
+    with app.app_context():
+        assert monitor.board().oldest_seconds < 5
+
+
+def test_writing_is_tried_without_writing(app):
+    before = stock.client.info("persistence")["rdb_changes_since_last_save"]
+    stock.board.try_write()
+    assert stock.client.info("persistence")["rdb_changes_since_last_save"] == before
+    assert not stock.client.exists(Keys.nothing)
