@@ -1,16 +1,23 @@
 """Signing in and out, sessions, roles, and what stands before every page."""
 
+import re
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
-from conftest import ADMIN_PASSWORD
+from conftest import ADMIN_PASSWORD, free_port
 from flask.sessions import SecureCookieSessionInterface
 from itsdangerous import TimestampSigner
-from people import BROWSER, create_person, csrf_token, send, sign_in
+from people import BROWSER, PASSWORD, cookie_name, create_person, csrf_token, send, sign_in
+from sqlalchemy import func
 
+from app import create_app
 from app.admin.guard import SESSION_LIFETIME, safe_target
-from app.extensions import db
-from app.models import Staff
+from app.audit import CLI
+from app.extensions import db, limiter, stock
+from app.models import Staff, StaffSession
+from app.problems import Unavailable
+from app.staff import people, sessions
 
 ADMIN_PAGES = (
     "/admin/products/", "/admin/products/live", "/admin/products/1", "/admin/products/1/live",
@@ -80,13 +87,147 @@ def test_sign_in_and_out(app, client):
     assert client.get("/admin/").status_code == 302
 
 
+def kept_cookie(app, browser):
+    """Return a second browser with the cookie that the first has now, as a thief keeps it."""
+    thief = app.test_client()
+    name = cookie_name(app)
+    thief.set_cookie(name, browser.get_cookie(name, path="/admin").value, path="/admin")
+    return thief
+
+
+def test_signing_out_ends_the_session_for_whoever_kept_its_cookie(app):
+    create_person(app, "support")
+    browser, other = app.test_client(), app.test_client()
+    for each in (browser, other):
+        sign_in(each, "support-page@example.com")
+    thief = kept_cookie(app, browser)
+    assert thief.get("/admin/orders/").status_code == 200
+    browser.post("/admin/sign-out", data={"csrf_token": csrf_token(browser)})
+    assert thief.get("/admin/orders/").status_code == 302
+    assert thief.post("/admin/orders/1/cancel").status_code == 302
+    assert other.get("/admin/orders/").status_code == 200, "another session of the same person"
+
+
+def test_a_session_ends_after_a_week_however_busy(app, support):
+    with app.app_context():
+        db.session.query(StaffSession).update(
+            {"created_at": func.now() - sessions.LONGEST - timedelta(seconds=1)}
+        )
+        db.session.commit()
+    assert support.get("/admin/").status_code == 302
+
+
+@pytest.fixture
+def blind(settings):
+    """Build the same system with a PostgreSQL that can't be reached."""
+    address = f"postgresql+psycopg2://nobody@127.0.0.1:{free_port()}/nothing"
+    return create_app(replace(settings, database_url=address))
+
+
+def test_without_postgres_a_confirmed_session_reads_and_changes_nothing(app, blind, admin):
+    """The record in Redis lets in whom PostgreSQL confirmed; nobody else."""
+    assert admin.get("/admin/password").status_code == 200
+    kept = kept_cookie(app, admin)
+    kept.application = blind
+    assert kept.get("/admin/password").status_code == 200
+    page = kept.get("/admin/password")
+    assert "admin-page@example.com" in page.text
+    token = re.search(r'name="csrf_token" value="([^"]+)"', page.text)[1]
+    for path in ("/admin/sign-out", "/admin/products/1/sale", "/admin/password"):
+        assert kept.post(path, data={"csrf_token": token}).status_code == 503
+    with app.app_context():
+        stock.client.delete(*stock.client.keys("staff:session:*"))
+    answer = kept.get("/admin/password")
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1"), "not a 302: unknown"
+
+
+def leave(browser):
+    browser.post("/admin/sign-out", data={"csrf_token": csrf_token(browser)})
+
+
+REVOKED = {
+    "signed out": lambda app, browser, person: leave(browser),
+    "another password": lambda app, browser, person: people.set_password(person, PASSWORD, CLI),
+    "deactivated": lambda app, browser, person: people.set_active(person, False, CLI),
+    "another role": lambda app, browser, person: people.set_role(person, "admin", CLI),
+}
+
+
+@pytest.mark.parametrize("how", REVOKED)
+def test_what_is_revoked_is_revoked_without_postgres_too(app, blind, how):
+    create_person(app, "support")
+    browser = app.test_client()
+    sign_in(browser, "support-page@example.com")
+    assert browser.get("/admin/orders/").status_code == 200
+    kept = kept_cookie(app, browser)
+    with app.app_context():
+        REVOKED[how](app, browser, people.find("support-page@example.com"))
+    kept.application = blind
+    assert kept.get("/admin/password").status_code == 503
+
+
+def test_a_record_written_late_by_a_request_that_had_read_before_bars_nobody_in(app, blind):
+    """A request reads PostgreSQL, the person is deactivated, then the request writes to Redis."""
+    create_person(app, "support")
+    browser = app.test_client()
+    sign_in(browser, "support-page@example.com")
+    assert browser.get("/admin/orders/").status_code == 200
+    kept = kept_cookie(app, browser)
+    with app.app_context():
+        (key,) = stock.client.keys("staff:session:*")
+        late = stock.client.get(key)
+        people.set_active(people.find("support-page@example.com"), False, CLI)
+        stock.client.set(key, late)
+    kept.application = blind
+    assert kept.get("/admin/password").status_code == 503
+
+
+def test_after_a_change_of_role_the_new_one_counts_without_postgres(app, blind):
+    create_person(app, "support")
+    browser = app.test_client()
+    sign_in(browser, "support-page@example.com")
+    with app.app_context():
+        people.set_role(people.find("support-page@example.com"), "admin", CLI)
+    assert browser.get("/admin/staff/").status_code == 200
+    kept = kept_cookie(app, browser)
+    kept.application = blind
+    assert ">admin<" in kept.get("/admin/password").text
+
+
+def test_without_redis_nothing_is_revoked_and_nobody_is_shut_out(app, settings, admin, tmp_path):
+    deaf = create_app(replace(settings, redis_url=f"unix://{tmp_path}/none"))
+    try:
+        kept = kept_cookie(app, admin)
+        kept.application = deaf
+        page = kept.get("/admin/password")
+        assert page.status_code == 200
+        token = re.search(r'name="csrf_token" value="([^"]+)"', page.text)[1]
+        assert kept.post("/admin/sign-out", data={"csrf_token": token}).status_code == 503
+        with deaf.app_context():
+            person = people.find("admin-page@example.com")
+            for change in (
+                lambda: people.set_role(person, "support", CLI),
+                lambda: people.set_active(person, False, CLI),
+                lambda: people.set_password(person, "another password", CLI),
+            ):
+                with pytest.raises(Unavailable):
+                    change()
+                db.session.rollback()
+    finally:
+        stock.init_app(settings)
+        limiter.init_app(app)
+    assert admin.get("/admin/staff/").status_code == 200
+
+
 def test_wrong_password_and_unknown_person_look_the_same(app, client):
     create_person(app, "admin")
     texts = set()
     for email in ("admin-page@example.com", "nobody@example.com"):
         answer = sign_in(client, email=email, password="not this one")
         assert answer.status_code == 401
-        texts.add(answer.text.replace(email, "").replace(csrf_token(client, "/admin/sign-in"), ""))
+        texts.add(
+            re.sub(r'(name="csrf_token" value=)"[^"]+"', r"\1", answer.text.replace(email, ""))
+        )
     assert len(texts) == 1
 
 
@@ -158,23 +299,24 @@ def test_a_polled_answer_is_shared_and_holds_nobodys_token(admin, support):
 
 def test_sessions_expire(app, admin, monkeypatch):
     serializer = SecureCookieSessionInterface().get_signing_serializer(app)
-    data = serializer.loads(admin.get_cookie("session").value)
+    name = cookie_name(app)
+    data = serializer.loads(admin.get_cookie(name, path="/admin").value)
     past = TimestampSigner.get_timestamp
     age = (SESSION_LIFETIME + timedelta(seconds=5)).total_seconds()
     monkeypatch.setattr(TimestampSigner, "get_timestamp", lambda self: int(past(self) - age))
     old = serializer.dumps(data)
     monkeypatch.undo()
-    admin.set_cookie("session", old)
+    admin.set_cookie(name, old, path="/admin")
     assert admin.get("/admin/").status_code == 302
 
 
 def test_a_planted_session_is_not_taken_over(app, client):
     create_person(app, "admin")
     csrf_token(client, "/admin/sign-in")
-    with client.session_transaction() as session:
+    with client.session_transaction("/admin/") as session:
         session["planted"] = "by another"
     sign_in(client)
-    with client.session_transaction() as session:
+    with client.session_transaction("/admin/") as session:
         assert "planted" not in session
 
 

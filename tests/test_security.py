@@ -18,11 +18,15 @@ from urllib.parse import urlsplit
 import pytest
 from people import sign_in_once
 
-from app import auth
+from app.audit import CLI
 from app.config import ROOT, SettingsError, load_settings, with_secrets
 from app.extensions import db, stock
 from app.models import ApiToken
 from app.run.embedded import EmbeddedError, embedded_servers
+from app.staff import people as staff
+from app.staff import tokens
+from app.staff.signin import sign_in
+from app.web import access
 from web import call
 
 STRONG = "0123456789abcdef0123456789abcdef"
@@ -319,7 +323,7 @@ def test_no_route_but_the_known_is_open(app):
 
 def test_tokens_are_stored_as_hashes_and_never_shown_again(app, client, admin_headers):
     with app.app_context():
-        token, text = auth.create_token("leak", auth.Actor("test"))
+        token, text = tokens.create("leak", CLI)
         assert text not in repr(vars(token))
         stored = db.session.get(ApiToken, token.id)
         assert text not in (stored.token_hash, stored.name)
@@ -331,13 +335,13 @@ def test_tokens_are_stored_as_hashes_and_never_shown_again(app, client, admin_he
     assert client.post(f"/products/restock?token={text}", json=body).status_code == 401
     assert client.post("/products/restock", json=body, headers={"X-Token": text}).status_code == 401
     with app.app_context():
-        auth.revoke_token(number, auth.Actor("test"))
+        tokens.revoke(number, CLI)
     assert client.post("/products/restock", json=body, headers=bearer).status_code == 401
 
 
 def test_secrets_are_compared_in_constant_time():
     """By the function made for it: differences of time could hardly be measured here."""
-    for function in (auth._token_name, auth.metrics_token_required, auth.load_staff):
+    for function in (tokens.name_of, access.metrics_token_required):
         assert "compare_digest" in inspect.getsource(function)
 
 
@@ -345,12 +349,12 @@ def test_an_unknown_person_takes_as_long_as_a_wrong_password(app):
     def seconds(email):
         started = time.perf_counter()
         with app.app_context():
-            assert auth.sign_in(email, "wrong") is None
+            assert sign_in(email, "wrong") is None
         return time.perf_counter() - started
 
     with app.app_context():
         email = f"timing-{time.time_ns()}@example.com"
-        auth.create_staff(email, "correct horse battery", "support", auth.Actor("test"))
+        staff.create(email, "correct horse battery", "support", CLI)
     known = statistics.median(seconds(email) for _ in range(5))
     unknown = statistics.median(seconds("nobody@example.com") for _ in range(5))
     assert 0.5 < known / unknown < 2

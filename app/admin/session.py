@@ -5,9 +5,11 @@ import hashlib
 from flask import Blueprint, flash, redirect, render_template, request, session, url_for
 from flask_login import current_user, login_user, logout_user
 
-from .. import auth
+from ..auth import staff_actor
 from ..extensions import limiter
 from ..problems import InvalidRequest
+from ..staff import people, sessions
+from ..staff.signin import sign_in as open_session
 from .guard import safe_target
 
 bp = Blueprint("session", __name__, url_prefix="/admin")
@@ -37,7 +39,7 @@ def sign_in():
         if current_user.is_authenticated:
             return redirect(target)
         return render_template("admin/sign_in.html", target=target)
-    person = auth.sign_in(request.form.get("email", ""), request.form.get("password", ""))
+    person = open_session(request.form.get("email", ""), request.form.get("password", ""))
     if person is None:
         return render_template("admin/sign_in.html", target=target, failed=True), 401
     _begin(person)
@@ -53,6 +55,7 @@ def _begin(person) -> None:
 
 @bp.post("/sign-out")
 def sign_out():
+    sessions.end(current_user, staff_actor())
     logout_user()
     session.clear()
     return redirect(url_for("session.sign_in"))
@@ -70,17 +73,17 @@ def change_password():
     new = request.form.get("new", "")
     errors = {}
     try:
-        auth.check_password(new)
+        people.check_password(new)
     except InvalidRequest as error:
         errors["new"] = str(error)
     if new != request.form.get("repeated"):
         errors["repeated"] = "The two do not match"
-    if not auth.sign_in(current_user.email, request.form.get("current", "")):
+    person = people.get(current_user.id)
+    if not people.is_password_of(person, request.form.get("current", "")):
         errors["current"] = "This is not your password"
     if errors:
         return render_template("admin/password.html", errors=errors), 422
-    person = current_user._get_current_object()
-    auth.set_password(person, new, auth.staff_actor())
-    _begin(person)
+    people.set_password(person, new, staff_actor())
+    _begin(open_session(person.email, new))
     flash("Your password is changed. Your other sessions are signed out.", "success")
     return redirect(url_for("session.show_password"))

@@ -63,6 +63,19 @@ class Keys:
         return f"sale:{{0}}:key:{user_id}:{key}"
 
 
+class StaffKeys:
+    """Redis keys of who is signed in. No part of the sale, so that no reset signs anybody out."""
+
+    @staticmethod
+    def session(session_id: str) -> str:
+        return f"staff:session:{session_id}"
+
+    @staticmethod
+    def bar(subject: int | str) -> str:
+        """Of a person (by number) or a session: up to when records of it do not count."""
+        return f"staff:bar:{subject}"
+
+
 class _Cautious:
     """A connection that asks nothing of a Redis which let somebody wait in vain a moment ago."""
 

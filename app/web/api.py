@@ -5,7 +5,6 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from sqlalchemy.exc import SQLAlchemyError
 from werkzeug.exceptions import UnsupportedMediaType
 
-from ..auth import metrics_token_required, token_required
 from ..extensions import csrf, limiter, stock
 from ..orders import lookup as orders
 from ..problems import AnotherShopper, InvalidRequest, UnknownProduct, Unprepared
@@ -22,6 +21,7 @@ from ..reading import (
 )
 from ..watch import health, telemetry
 from . import openapi
+from .access import metrics_token_required, token_required
 from .errors import api_error
 
 bp = Blueprint("api", __name__)
