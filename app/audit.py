@@ -15,6 +15,8 @@ class Actor(NamedTuple):
 
 SYSTEM = Actor("system")
 CLI = Actor("command line")
+# Who is not known, such as somebody with a wrong password.
+NOBODY = Actor("nobody")
 
 
 def record(

@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 from flask import Flask, Request, Response, abort, current_app, redirect, request, session, url_for
 from flask.sessions import SecureCookieSessionInterface, SessionMixin
 from flask_login import current_user
+from flask_wtf.csrf import CSRFError
 from itsdangerous import BadSignature
 from werkzeug.routing import IntegerConverter
 
@@ -123,6 +124,8 @@ def require_person() -> Response | None:
         for _, value in source.items(multi=True)
     ):
         abort(400)
+    if request.method not in READING:
+        require_own_page()
     if request.endpoint in OPEN_ENDPOINTS:
         return None
     if not current_user.is_authenticated:
@@ -134,6 +137,20 @@ def require_person() -> Response | None:
         if not getattr(view, "without_postgres", False):
             raise Unavailable("PostgreSQL can't confirm who is asking")
     return None
+
+
+def require_own_page() -> None:
+    """Refuse a change that a browser says another site asks for. Raises CSRFError.
+
+    A second lock beside the token, so silence is no reason to refuse. Ports and schemes are not
+    compared with Host, which a proxy may have written anew.
+    """
+    site = request.headers.get("Sec-Fetch-Site")
+    if site is None:
+        host = urlsplit(request.headers.get("Origin", "")).hostname
+        site = "cross-site" if host and host != urlsplit(f"//{request.host}").hostname else None
+    if site not in (None, "same-origin", "none"):
+        raise CSRFError("This form was sent from a page of another site. Open the page here.")
 
 
 def to_sign_in() -> Response:
@@ -167,7 +184,7 @@ def add_headers(response: Response) -> Response:
         rq_dashboard = request.blueprint == "rq_dashboard"
         policy = RQ_DASHBOARD_POLICY if rq_dashboard else CONTENT_SECURITY_POLICY
         response.headers.setdefault("Content-Security-Policy", policy)
-        # Flask-WTF checks the referrer of https forms, so the own origin must still see it.
+        # Without any, browsers would send `Origin: null` with our own forms too.
         response.headers.setdefault("Referrer-Policy", "same-origin")
         response.headers.setdefault("Cache-Control", "no-store")
         response.vary.add("HX-Request")

@@ -75,6 +75,11 @@ class StaffKeys:
         """Of a person (by number) or a session: up to when records of it do not count."""
         return f"staff:bar:{subject}"
 
+    @staticmethod
+    def known_address(staff_id: int, client: str) -> str:
+        """Of a client (addresses.py) that a person has signed in from."""
+        return f"staff:known:{staff_id}:{client}"
+
 
 class _Cautious:
     """A connection that asks nothing of a Redis which let somebody wait in vain a moment ago."""

@@ -3,7 +3,7 @@
 import logging
 
 import redis
-from flask import Flask, Response, current_app, jsonify, request
+from flask import Flask, Response, current_app, jsonify, request, session
 from flask_wtf.csrf import CSRFError
 from sqlalchemy.exc import (
     DatabaseError,
@@ -41,6 +41,23 @@ CODES = {
     503: "unavailable",
 }
 RETRY_AFTER_SECONDS = 1
+# By Flask-WTF's own words.
+CSRF_PROBLEMS = {
+    "The CSRF session token is missing.": (
+        "Your browser sent no session with this form. Allow cookies for this address, reload the "
+        "page and try again."
+    ),
+    "The CSRF token is missing.": (
+        "This form came without its token. Go back, reload the page and try again."
+    ),
+    "The CSRF tokens do not match.": (
+        "This form has expired: you have signed in or out since it was opened. Go back, reload the "
+        "page and try again."
+    ),
+    "The CSRF token is invalid.": (
+        "This form's token is not one of ours. Go back, reload the page and try again."
+    ),
+}
 
 
 def _is_lost_connection(error: Exception) -> bool:
@@ -98,7 +115,11 @@ def init_app(app: Flask) -> None:
 
     @app.errorhandler(CSRFError)
     def csrf_error(error: CSRFError):
-        return show_error(400, "This form has expired. Go back, reload the page and try again.")
+        problem = error.description
+        if problem == "The CSRF session token is missing." and session:
+            # There is a session, but a newer one than the form's.
+            problem = "The CSRF tokens do not match."
+        return show_error(400, CSRF_PROBLEMS.get(problem, problem))
 
     @app.errorhandler(TooManyRequests)
     def too_many(error: TooManyRequests):

@@ -1,6 +1,7 @@
 """Headers that every answer has but the purchase's, which writes its own (lane.py)."""
 
 import time
+from urllib.parse import urlsplit, urlunsplit
 
 import redis
 from flask import Flask, Response, request
@@ -28,6 +29,15 @@ def init_app(app: Flask) -> None:
         if request.endpoint != "static":
             # Stock, orders and errors are of this moment, and some are for one reader alone.
             response.headers.setdefault("Cache-Control", "no-store")
+        return response
+
+    @app.after_request
+    def stay_here(response: Response) -> Response:
+        """Lead to paths only (RFC 9110, 10.2.2): a client's Host chooses nobody's next server."""
+        if location := response.headers.get("Location"):
+            url = urlsplit(location)
+            path = "/" + url.path.lstrip("/")
+            response.headers["Location"] = urlunsplit(("", "", path, url.query, url.fragment))
         return response
 
     @app.after_request
