@@ -115,7 +115,7 @@ def test_five_attempts_a_minute(buy, client):
         answer = buy(1)
         assert (answer.status_code, answer.json) == (
             429,
-            {"error": "Too many requests", "code": "rate_limited"},
+            {"error": "Too many requests", "code": "rate_limited", "limit": "user"},
         )
         seconds = int(answer.headers["Retry-After"])
         assert 1 <= seconds <= 60

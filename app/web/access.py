@@ -8,25 +8,26 @@ from flask import current_app, g, request
 from ..audit import Actor
 from ..staff import tokens
 from .errors import api_error
-
-
-def bearer_of(authorization: str | None) -> str | None:
-    """Return the token of an Authorization header, None where it holds none."""
-    scheme, _, token = (authorization or "").partition(" ")
-    return token.strip() or None if scheme.lower() == "bearer" else None
+from .identity import bearer_of
+from .limits import token_limit
 
 
 def token_required(view):
     """Let only a valid `Authorization: Bearer` in; the actor is then in `g.actor`."""
 
+    @token_limit
+    @functools.wraps(view)
+    def limited(*args, **kwargs):
+        if g.actor is None:
+            return _refused("admin", "A valid API token is required")
+        return view(*args, **kwargs)
+
     @functools.wraps(view)
     def guarded(*args, **kwargs):
         token = bearer_of(request.headers.get("Authorization"))
         name = tokens.name_of(token) if token else None
-        if name is None:
-            return _refused("admin", "A valid API token is required")
-        g.actor = Actor(name, request.remote_addr)
-        return view(*args, **kwargs)
+        g.actor = Actor(name, request.remote_addr) if name else None
+        return limited(*args, **kwargs)
 
     return guarded
 

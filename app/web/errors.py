@@ -25,6 +25,8 @@ from ..problems import (
     UnknownOrder,
     UnknownProduct,
 )
+from ..times import in_words
+from . import limits
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +97,9 @@ def show_error(status: int, message: str, code: str | None = None, **more: objec
         return message, status, headers | {"Content-Type": "text/plain; charset=utf-8"}
     # Past Flask's context processors: one of them asks PostgreSQL who is signed in.
     page = current_app.jinja_env.get_template("error.html")
-    return page.render(status=status, message=message), status, headers
+    limit = limits.told() if status == 429 else None
+    wait = in_words(limit.seconds) if limit else "in a minute"
+    return page.render(status=status, message=message, wait=wait), status, headers
 
 
 def init_app(app: Flask) -> None:
@@ -123,7 +127,8 @@ def init_app(app: Flask) -> None:
 
     @app.errorhandler(TooManyRequests)
     def too_many(error: TooManyRequests):
-        return show_error(429, "Too many requests")
+        limit = limits.told()
+        return show_error(429, "Too many requests", **({"limit": limit.name} if limit else {}))
 
     @app.errorhandler(InvalidRequest)
     def invalid(error: InvalidRequest):

@@ -63,8 +63,14 @@ REFUSALS: dict[bytes, tuple[str, bytes | Callable[[int], bytes]]] = {
         "422 Unprocessable Content",
         error_body("Idempotency-Key was used with another request", "idempotency_mismatch"),
     ),
-    b"limited": ("429 Too Many Requests", error_body("Too many requests", "rate_limited")),
-    b"limited_address": ("429 Too Many Requests", error_body("Too many requests", "rate_limited")),
+    b"limited": (
+        "429 Too Many Requests",
+        error_body("Too many requests", "rate_limited", limit="user"),
+    ),
+    b"limited_address": (
+        "429 Too Many Requests",
+        error_body("Too many requests", "rate_limited", limit="address"),
+    ),
     b"unprepared": ("503 Service Unavailable", UNAVAILABLE),
     b"overloaded": ("503 Service Unavailable", UNAVAILABLE),
 }

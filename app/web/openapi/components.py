@@ -44,6 +44,11 @@ SCHEMAS = {
                 "format": "date-time",
                 "description": "with `not_open`: when the sale opens",
             },
+            "limit": {
+                "type": "string",
+                "description": "with `rate_limited`: which limit, as in `RateLimit-Policy`",
+                "pattern": "^[a-z_]+$",
+            },
             "queued": {
                 "type": "array",
                 "items": ref("schemas", "Order"),
@@ -220,7 +225,7 @@ ERRORS = {
     "body_too_large": ("The body is larger than 16 KiB", {}),
     "unsupported_media_type": ("Content-Type must be application/json", {}),
     "idempotency_mismatch": ("Idempotency-Key was used with another request", {}),
-    "rate_limited": ("Too many requests", {}),
+    "rate_limited": ("Too many requests", {"limit": "user"}),
     "internal_error": ("Internal server error", {}),
     "unavailable": ("Service unavailable", {}),
 }
