@@ -273,7 +273,7 @@ def test_keys_that_are_of_no_use_are_left_out_and_named(rsa_key, ec_key, tmp_pat
         "oaep": good | {"kid": "oaep", "alg": "RSA-OAEP"},
         "sign only": good | {"kid": "sign only", "key_ops": ["sign"]},
         "wrong alg": good | {"kid": "wrong alg", "alg": "ES256"},
-        "okp": {"kty": "OKP", "crv": "Ed25519", "kid": "okp", "x": "11qYAYKxCrfVS_7TyWQHOg7hcvPapiM"},
+        "okp": {"kty": "OKP", "crv": "Ed25519", "kid": "okp", "x": "11qYAYKxCrfVS_7TyWQHOg"},
         "oct": {"kty": "oct", "k": "c2VjcmV0", "kid": "oct"},
         "broken": {"kty": "RSA", "kid": "broken", "n": "!", "e": "AQAB"},
         "no numbers": {"kty": "EC", "kid": "no numbers", "crv": "P-256"},

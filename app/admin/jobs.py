@@ -7,7 +7,6 @@ import redis
 import rq_dashboard
 from flask import Flask, Response, abort, request
 from flask_wtf.csrf import generate_csrf
-from rq import Queue
 from rq.exceptions import InvalidJobOperation, NoSuchJobError
 from rq.serializers import JSONSerializer
 from rq_dashboard import web
@@ -35,7 +34,6 @@ def init_app(app: Flask) -> None:
     app.register_error_handler(InvalidJobOperation, _gone)
     app.register_blueprint(rq_dashboard.blueprint, url_prefix="/admin/rq")
     views = app.view_functions
-    views["rq_dashboard.jobs_overview"] = of_a_queue(views["rq_dashboard.jobs_overview"])
     for endpoint, view in views.items():
         if endpoint.startswith("rq_dashboard."):
             views[endpoint] = never_failing(view)
@@ -59,18 +57,6 @@ def check_request() -> None:
         number = str(arguments.get(name, 1))
         if not number.isascii() or not number.isdigit() or not 1 <= int(number) <= most:
             abort(404)
-
-
-def of_a_queue(view):
-    """Show the first queue where none is named; RQ's own "default" is not in use here."""
-
-    @functools.wraps(view)
-    def chosen(queue_name, **arguments):
-        if queue_name is None and (queues := Queue.all(connection=stock.raw_client)):
-            queue_name = queues[0].name
-        return view(queue_name=queue_name, **arguments)
-
-    return chosen
 
 
 def never_failing(view):

@@ -14,7 +14,7 @@ from ..config import RateLimit
 from ..extensions import limited_client, limiter
 
 # Wrong tokens of one address: guessing is hopeless, this is for the sake of PostgreSQL.
-FAILED_TOKEN_LIMIT = "600/minute"
+FAILED_TOKEN_LIMIT = "600/minute"  # noqa: S105
 
 
 class Told(NamedTuple):
