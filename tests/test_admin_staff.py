@@ -144,8 +144,9 @@ def test_audit_finds_what_people_type(admin, query):
 
 @pytest.mark.parametrize(
     "query",
-    ["actor=sue", "target=product 11", "target=%", "actor=%25", "target=item 1", "to=2020-01-01T00:00",
-     "from=2999-01-01T00:00", "target=99999999999999999999", "actor=\\", "target='"],
+    ["actor=sue", "target=product 11", "target=%", "actor=%25", "target=item 1",
+     "to=2020-01-01T00:00", "from=2999-01-01T00:00", "target=99999999999999999999", "actor=\\",
+     "target='"],
 )  # fmt: skip
 def test_audit_finds_nothing_else(admin, query):
     send(admin, "/admin/products/1/sale", act="pause")

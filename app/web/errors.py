@@ -109,9 +109,7 @@ def init_app(app: Flask) -> None:
     def http_error(error: HTTPException):
         if error.response is not None:
             return error.response
-        response = app.make_response(
-            show_error(error.code, error.name if error.code != 429 else "Too many requests")
-        )
+        response = app.make_response(show_error(error.code, error.name))
         for name, value in error.get_headers():
             if name not in ("Content-Type", "Content-Length"):
                 response.headers[name] = value
