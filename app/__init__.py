@@ -26,6 +26,8 @@ def create_app(settings: Settings | None = None) -> Flask:
     )
     app.config.from_mapping(flask_config(settings))
     app.json.sort_keys = False
+    # Such a path is not there; a redirect to the right one would be built from the client's Host.
+    app.url_map.merge_slashes = False
     database.limit_waits()
 
     db.init_app(app)
@@ -71,6 +73,9 @@ def flask_config(settings: Settings) -> dict:
         # The purchase API has its own, tighter bound; this one is for the forms.
         "MAX_CONTENT_LENGTH": 64 * 1024,
         "WTF_CSRF_TIME_LIMIT": None,
+        # The token is the lock. A Referer may be missing for good reasons; what browsers say of
+        # where a request comes from is looked at in admin/guard.py.
+        "WTF_CSRF_SSL_STRICT": False,
     }
 
 

@@ -8,21 +8,20 @@ import flask_migrate
 import psycopg2
 from flask import Flask, current_app
 from flask.cli import AppGroup, with_appcontext
-from sqlalchemy import select, text
+from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
-from . import auth
 from .audit import CLI
 from .books import ledger, recovery
 from .config import was_generated
 from .database import is_unavailable
 from .extensions import db
-from .models import ApiToken, Staff
 from .orders import deadletters
 from .problems import Conflict, InvalidRequest, Unavailable, UnknownProduct
 from .products import brake as brakes
 from .products import inventory
 from .reading import MAX_ID, MAX_REASON
+from .staff import people, tokens
 
 # Two starts at once must not migrate at once.
 PREPARE_LOCK = 7_316_002
@@ -70,9 +69,9 @@ def prepare() -> None:
     with db.engine.connect() as connection:
         connection.execute(text(f"SELECT pg_advisory_xact_lock({PREPARE_LOCK})"))
         flask_migrate.upgrade()
-        if not db.session.scalar(select(Staff.id).limit(1)):
+        if not people.everybody():
             try:
-                auth.create_staff(settings.admin_email, settings.admin_password, "admin", CLI)
+                people.create(settings.admin_email, settings.admin_password, "admin", CLI)
             except InvalidRequest as error:
                 raise click.ClickException(f"ADMIN_EMAIL, ADMIN_PASSWORD: {error}") from None
             # What was generated has to be told; what was given is known, and this may be a log.
@@ -282,12 +281,12 @@ def correct_stock(product_id: int, units: int, reason: str) -> None:
 
 @staff.command("create")
 @click.argument("email")
-@click.option("--role", type=click.Choice(auth.ROLES), default="support", show_default=True)
+@click.option("--role", type=click.Choice(people.ROLES), default="support", show_default=True)
 @click.password_option()
 def create_staff(email: str, role: str, password: str) -> None:
     """Let somebody sign in."""
     try:
-        person = auth.create_staff(email, password, role, CLI)
+        person = people.create(email, password, role, CLI)
     except (InvalidRequest, Conflict) as error:
         raise click.ClickException(str(error)) from None
     click.echo(f"{person.email} may sign in as {person.role}.")
@@ -296,7 +295,7 @@ def create_staff(email: str, role: str, password: str) -> None:
 @staff.command("list")
 def list_staff() -> None:
     """Show who may sign in."""
-    for person in db.session.scalars(select(Staff).order_by(Staff.email)):
+    for person in people.everybody():
         state = "" if person.active else "  deactivated"
         click.echo(f"{person.email}  {person.role}{state}")
 
@@ -306,12 +305,12 @@ def list_staff() -> None:
 @click.password_option()
 def change_password(email: str, password: str) -> None:
     """Set somebody's password; their sessions end."""
-    person = db.session.scalar(select(Staff).where(Staff.email == email.strip().lower()))
+    person = people.find(email)
     if person is None:
         raise click.ClickException(f"There is nobody with the address {email}")
     try:
-        auth.set_password(person, password, CLI)
-    except InvalidRequest as error:
+        people.set_password(person, password, CLI)
+    except (InvalidRequest, Unavailable) as error:
         raise click.ClickException(str(error)) from None
     click.echo(f"{person.email} has a new password.")
 
@@ -321,7 +320,7 @@ def change_password(email: str, password: str) -> None:
 def create_token(name: str) -> None:
     """Create a token and show it, this once."""
     try:
-        created, secret = auth.create_token(name, CLI)
+        created, secret = tokens.create(name, CLI)
     except InvalidRequest as error:
         raise click.ClickException(str(error)) from None
     click.echo(f"Token {created.id}: {secret}")
@@ -330,9 +329,9 @@ def create_token(name: str) -> None:
 @token.command("list")
 def list_tokens() -> None:
     """Show the tokens, without their text."""
-    for found in db.session.scalars(select(ApiToken).order_by(ApiToken.id)):
+    for found in tokens.all_tokens():
         state = "revoked" if found.revoked_at else f"last used {found.last_used_at or 'never'}"
-        click.echo(f"{found.id}  {found.name}  {state}")
+        click.echo(f"{found.id}  {found.hint or ''}…  {found.name}  {state}")
 
 
 @token.command("revoke")
@@ -340,7 +339,7 @@ def list_tokens() -> None:
 def revoke_token(token_id: int) -> None:
     """Revoke a token at once."""
     try:
-        auth.revoke_token(token_id, CLI)
+        tokens.revoke(token_id, CLI)
     except LookupError as error:
         raise click.ClickException(str(error)) from None
     click.echo(f"Token {token_id} is revoked.")

@@ -179,6 +179,19 @@ class Settings:
         "units of one product that one client address may buy in all, whatever users it names; "
         "`off` by default",
     )
+    lookup_limit: RateLimit = setting(
+        "LOOKUP_LIMIT",
+        RateLimit(600, 60_000),
+        _limit(10_000_000),
+        "look-ups (orders, products, figures) of one client address, each route by itself; "
+        "`off` disables",
+    )
+    api_token_limit: RateLimit = setting(
+        "API_TOKEN_LIMIT",
+        NO_LIMIT,
+        _limit(10_000_000),
+        "requests of one API token, each route by itself; `off` disables",
+    )
     shopper_auth: str = setting(
         "SHOPPER_AUTH",
         "trusted",

@@ -236,7 +236,7 @@ class Sale(db.Model):
 
 
 class Staff(db.Model):
-    """A person who signs in. `session_key` changes with the password and ends other sessions."""
+    """A person who signs in. `session_key` changes with the password and ends all sessions."""
 
     __tablename__ = "staff"
     __table_args__ = (
@@ -253,20 +253,18 @@ class Staff(db.Model):
     created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
     last_sign_in_at: Mapped[datetime | None] = mapped_column(Timestamp)
 
-    # Flask-Login's protocol. The session names the key, so a changed password ends the session.
-    is_authenticated = True
-    is_anonymous = False
 
-    @property
-    def is_active(self) -> bool:
-        return self.active
+class StaffSession(db.Model):
+    """A session of a person in one browser. It ends with the row, and with another password."""
 
-    @property
-    def is_admin(self) -> bool:
-        return self.role == "admin"
+    __tablename__ = "staff_sessions"
+    __table_args__ = (Index("ix_staff_sessions_staff_id", "staff_id"),)
 
-    def get_id(self) -> str:
-        return f"{self.id}:{self.session_key}"
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    staff_id: Mapped[int] = mapped_column(ForeignKey("staff.id", ondelete="CASCADE"))
+    # The person's at the sign-in.
+    session_key: Mapped[str] = mapped_column(String(32))
+    created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
 
 
 class ApiToken(db.Model):
@@ -277,6 +275,8 @@ class ApiToken(db.Model):
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
     name: Mapped[str] = mapped_column(String(100))
     token_hash: Mapped[str] = mapped_column(String(64), unique=True)
+    # The first characters, by which people tell tokens apart; older tokens have none.
+    hint: Mapped[str | None] = mapped_column(String(16))
     created_by: Mapped[str] = mapped_column(Text)
     created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
     last_used_at: Mapped[datetime | None] = mapped_column(Timestamp)
@@ -291,6 +291,7 @@ class AuditEntry(db.Model):
         Index("ix_audit_log_target_id", "target", "id"),
         Index("ix_audit_log_actor_id", "actor", "id"),
         Index("uq_audit_log_act_id", "act_id", unique=True),
+        Index("ix_audit_log_at", "at"),
     )
 
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)

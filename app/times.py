@@ -11,3 +11,9 @@ def utc_text(moment: datetime) -> str:
 def from_ms(milliseconds: int) -> datetime:
     """Return the moment that is so many milliseconds after 1970, in UTC."""
     return datetime.fromtimestamp(milliseconds / 1000, UTC)
+
+
+def in_words(seconds: int) -> str:
+    """Return a waiting time as people say it, rounded up: "in 1 second", "in 11 minutes"."""
+    count, unit = (seconds, "second") if seconds <= 90 else (-(-seconds // 60), "minute")
+    return f"in {count} {unit}{'' if count == 1 else 's'}"

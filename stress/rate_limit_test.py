@@ -6,7 +6,7 @@ from client import arguments, counted, fresh_user, run, rush
 
 REQUESTS, LIMIT, WINDOW_SECONDS = 10, 5, 60
 STOCK = 2 * REQUESTS
-REFUSAL = {"error": "Too many requests", "code": "rate_limited"}
+REFUSAL = {"error": "Too many requests", "code": "rate_limited", "limit": "user"}
 
 
 def test(server, options, promises):

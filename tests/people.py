@@ -2,10 +2,10 @@
 
 import re
 
-from app import auth
 from app.audit import CLI
 from app.extensions import db
 from app.models import Staff
+from app.staff import people
 
 PASSWORD = "correct horse battery"
 BROWSER = {"HX-Request": "true"}
@@ -17,7 +17,7 @@ def create_person(app, role: str) -> str:
     with app.app_context():
         db.session.query(Staff).filter_by(email=email).delete()
         db.session.commit()
-        auth.create_staff(email, PASSWORD, role, CLI)
+        people.create(email, PASSWORD, role, CLI)
     return email
 
 
@@ -32,17 +32,23 @@ def sign_in(client, email="admin-page@example.com", password=PASSWORD, **more):
     )
 
 
+def cookie_name(app, url: str = "http://localhost") -> str:
+    """Return the name of the session's cookie."""
+    with app.test_request_context("/admin/", base_url=url):
+        return app.session_interface.get_cookie_name(app)
+
+
 _cookies: dict[str, str] = {}
 
 
 def sign_in_once(app, browser, role: str) -> None:
     """Sign in, by an earlier test's session where it still holds: passwords are slow by design."""
     if role in _cookies:
-        browser.set_cookie("session", _cookies[role])
+        browser.set_cookie(cookie_name(app), _cookies[role], path="/admin")
         if browser.get("/admin/password").status_code == 200:
             return
     sign_in(browser, create_person(app, role))
-    _cookies[role] = browser.get_cookie("session").value
+    _cookies[role] = browser.get_cookie(cookie_name(app), path="/admin").value
 
 
 def send(client, path: str, headers: dict | None = None, **data):

@@ -1,12 +1,19 @@
 """Staff, tokens, the audit, dead letters, the ledger, rq-dashboard."""
 
+import ast
+import csv
+import io
 import json
 import re
 import time
+from urllib.parse import quote
 
 import pytest
 from people import BROWSER, csrf_token, send, sign_in
 
+from app.admin.orders import CSV_CHUNK_ROWS
+from app.audit import ACTIONS
+from app.config import ROOT
 from app.extensions import db, stock
 from app.models import AuditEntry, Staff
 from app.stock.keys import Keys
@@ -115,9 +122,82 @@ def test_audit_tells_who_what_and_what_was_before(admin):
     assert "<del>false</del>" in page
     assert "<ins>true</ins>" in page
     assert "127.0.0.1" in page
-    assert "No changes found" in admin.get("/admin/audit/?actor=nobody").text
+    assert "No changes found" in admin.get("/admin/audit/?actor=somebody else").text
     fragment = admin.get("/admin/audit/", headers=BROWSER | {"HX-Target": "results"}).text
     assert "<html" not in fragment
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "actor=admin-page@example.com", "actor=ADMIN-page", "actor=staff admin-page@example.com",
+        "target=product 1", "target=Product 1", "target=product %231", "target=1",
+        "target=flash-sale", "target=Flash-sale item",
+        "from=2026-01-01T00:00", "from=2026-01-01T00:00&to=2999-01-01T00:00",
+    ],
+)  # fmt: skip
+def test_audit_finds_what_people_type(admin, query):
+    send(admin, "/admin/products/1/sale", act="pause")
+    page = admin.get(f"/admin/audit/?action=product.change&{query}")
+    assert "<ins>true</ins>" in page.text
+
+
+@pytest.mark.parametrize(
+    "query",
+    ["actor=sue", "target=product 11", "target=%", "actor=%25", "target=item 1",
+     "to=2020-01-01T00:00", "from=2999-01-01T00:00", "target=99999999999999999999", "actor=\\",
+     "target='"],
+)  # fmt: skip
+def test_audit_finds_nothing_else(admin, query):
+    send(admin, "/admin/products/1/sale", act="pause")
+    assert "No changes found" in admin.get(f"/admin/audit/?action=product.change&{query}").text
+
+
+def test_audit_by_person_and_by_token(admin, newcomer):
+    send(admin, "/admin/staff/tokens", name="checkout of berlin")
+    assert ">staff.create<" in admin.get("/admin/audit/?target=new@example.com").text
+    page = admin.get("/admin/audit/?target=Berlin&action=token.create").text
+    assert "checkout of berlin" in page
+
+
+def test_audit_refuses_a_time_that_is_none(admin):
+    page = admin.get("/admin/audit/?from=yesterday")
+    assert "This is not a date and time" in page.text
+    assert admin.get("/admin/audit/audit.csv?from=yesterday").status_code == 400
+
+
+def test_audit_as_csv(app, admin):
+    with app.app_context():
+        for number in range(CSV_CHUNK_ROWS + 1):
+            db.session.add(
+                AuditEntry(actor="csv", action="test", target="=1+1", before={"n": number})
+            )
+        db.session.commit()
+    answer = admin.get("/admin/audit/audit.csv?actor=csv&target=%3D1%2B1")
+    assert answer.mimetype == "text/csv"
+    rows = list(csv.reader(io.StringIO(answer.text.lstrip("\ufeff"))))
+    assert rows[0] == ["id", "at", "who", "from", "change", "of", "before", "after"]
+    assert len(rows) == CSV_CHUNK_ROWS + 2
+    assert rows[1][2:] == ["csv", "", "test", "'=1+1", f'{{"n": {CSV_CHUNK_ROWS}}}', ""]
+
+
+def recorded(tree) -> set[str]:
+    """Return the actions that a module's calls of `record` name."""
+    return {
+        constant.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "record"
+        for constant in ast.walk(node.args[1])
+        if isinstance(constant, ast.Constant)
+    }
+
+
+def test_every_action_is_in_the_list_of_the_filter(admin):
+    called = [recorded(ast.parse(path.read_text())) for path in (ROOT / "app").rglob("*.py")]
+    assert set().union(*called) == set(ACTIONS)
+    page = admin.get("/admin/audit/").text
+    for action in ACTIONS:
+        assert f"<option >{action}</option>" in page
 
 
 def test_audit_is_paged(app, admin):
@@ -129,6 +209,14 @@ def test_audit_is_paged(app, admin):
     assert page.count(">test<") == 50
     older = re.search(r'href="(/admin/audit/\?before=\d+&amp;actor=pages)"', page)[1]
     assert admin.get(older.replace("&amp;", "&")).text.count(">test<") >= 10
+
+
+def test_tokens_of_one_name_can_be_told_apart(admin):
+    first, second = (secret_of(send(admin, "/admin/staff/tokens", name="twin")) for _ in "12")
+    page = admin.get("/admin/staff/").text
+    for token in (first, second):
+        assert f"{token[:10]}…" in page
+        assert token[:12] not in page
 
 
 @pytest.fixture
@@ -219,6 +307,17 @@ def test_rebuild_from_the_page(client, admin, buy, drain):
     send(admin, "/admin/ledger/rebuild", confirmed="yes")
     assert "1 products with 99 free units are on sale" in admin.get("/admin/ledger/").text
     assert buy(8).status_code == 200
+    page = admin.get("/admin/audit/?target=sale", headers={"HX-Target": "results"}).text
+    assert page.count(">sale.rebuild.start<") == 1
+    assert page.count(">sale.rebuild.done<") == 1
+
+
+def test_a_rebuild_that_fails_is_told_too(app, admin):
+    with app.app_context():
+        stock.client.set(Keys.generation, "another sale")
+    send(admin, "/admin/ledger/rebuild", confirmed="yes")
+    page = admin.get("/admin/audit/?action=sale.rebuild.failed").text
+    assert "Redis holds another sale" in page
 
 
 def test_jobs_are_shown_with_their_result(app, admin, buy):
@@ -249,10 +348,38 @@ def test_jobs_are_shown_with_their_result(app, admin, buy):
     "path",
     ["0/view/job/gone", "0/data/job/gone.json", "5/", "5/view/jobs",
      "0/view/jobs/orders/nonsense/8/asc/1", "0/data/jobs/orders/queued/0/asc/1.json",
-     "0/data/jobs/orders/queued/8/asc/x.json", "0/data/jobs/orders/queued/9999/asc/1.json"],
+     "0/data/jobs/orders/queued/8/asc/x.json", "0/data/jobs/orders/queued/9999/asc/1.json",
+     "0/data/job/a%20b.json", "0/view/job/a%20b", "0/data/job/%00.json", "0/data/job/*.json",
+     "0/data/job/%F0%9F%9B%92.json", "0/view/job/a:b", "0/data/job/" + "x" * 2000 + ".json"],
 )  # fmt: skip
 def test_what_rq_dashboard_would_answer_with_500(admin, path):
     assert admin.get(f"/admin/rq/{path}").status_code == 404
+
+
+@pytest.mark.parametrize("job", ["a%20b", "gone", "%00", "a:b", "x" * 2000])
+@pytest.mark.parametrize("act", ["delete", "requeue"])
+def test_what_rq_dashboard_would_change_and_fail(admin, job, act):
+    answer = admin.post(f"/admin/rq/job/{job}/{act}", headers={"X-CSRFToken": csrf_token(admin)})
+    assert answer.status_code in (200, 404)
+    if answer.status_code == 200:
+        assert answer.json == {"status": "ERROR"}
+
+
+ODD = ("a b", "x", "0", "-1", "%", "*", "\u2028", "null", "..")
+
+
+def test_no_path_below_jobs_is_a_500(app, admin):
+    """Every route with odd values in every place."""
+    token = {"X-CSRFToken": csrf_token(admin)}
+    for rule in app.url_map.iter_rules():
+        if not rule.endpoint.startswith("rq_dashboard."):
+            continue
+        for value in ODD:
+            path = re.sub(r"<int:[^>]+>", "0", rule.rule)
+            path = re.sub(r"<[^>]+>", quote(value, safe=""), path)
+            for method in rule.methods - {"HEAD", "OPTIONS"}:
+                answer = admin.open(path, method=method, headers=token)
+                assert answer.status_code < 500, (method, path)
 
 
 def test_no_change_of_state_by_get(admin):

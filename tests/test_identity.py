@@ -260,6 +260,47 @@ def test_a_key_set(rsa_key, ec_key, tmp_path):
         refused(token(stranger, "RS256", {"kid": "RS256"} | more), by=by)
 
 
+def test_keys_that_are_of_no_use_are_left_out_and_named(rsa_key, ec_key, tmp_path, caplog):
+    """An issuer adds what it likes to its key set (RFC 7517, 5); ours go on."""
+    p384 = jwk(ec.generate_private_key(ec.SECP384R1()), "ES256", kid="p384")
+    good = jwk(rsa_key, "RS256")
+    private = json.loads(jwt.algorithms.RSAAlgorithm.to_jwk(rsa_key)) | {"kid": "private"}
+    weak = jwk(rsa.generate_private_key(public_exponent=65537, key_size=1024), "RS256", kid="weak")
+    unfit = {
+        "p384": p384,
+        "p384 with alg": p384 | {"alg": "ES384", "kid": "p384 with alg"},
+        "enc": good | {"kid": "enc", "use": "enc"},
+        "oaep": good | {"kid": "oaep", "alg": "RSA-OAEP"},
+        "sign only": good | {"kid": "sign only", "key_ops": ["sign"]},
+        "wrong alg": good | {"kid": "wrong alg", "alg": "ES256"},
+        "okp": {"kty": "OKP", "crv": "Ed25519", "kid": "okp", "x": "11qYAYKxCrfVS_7TyWQHOg"},
+        "oct": {"kty": "oct", "k": "c2VjcmV0", "kid": "oct"},
+        "broken": {"kty": "RSA", "kid": "broken", "n": "!", "e": "AQAB"},
+        "no numbers": {"kty": "EC", "kid": "no numbers", "crv": "P-256"},
+        "unknown": {"kty": "LATTICE", "kid": "unknown"},
+        "no kty": {"kid": "no kty"},
+        "private": private,
+        "weak": weak,
+        "RS256": good,
+    }  # fmt: skip
+    path = tmp_path / "keys.json"
+    keys = [good, jwk(ec_key, "ES256", kid="RS256"), *unfit.values(), {**good, "kid": 5}, "x", None]
+    path.write_text(json.dumps({"keys": keys}))
+    by = shoppers(path)
+    assert by.identify(f"Bearer {token(rsa_key, 'RS256', {'kid': 'RS256'}, sub='7')}") == 7
+    # Two keys of one id, for different algorithms.
+    assert by.identify(f"Bearer {token(ec_key, 'ES256', {'kid': 'RS256'}, sub='8')}") == 8
+    for name in unfit:
+        assert f"({name!r}) is left out" in caplog.text
+        if name != "RS256":
+            refused(token(rsa_key, "RS256", {"kid": name}), by=by)
+    assert caplog.text.count("is left out") == len(unfit) + 3
+    path.write_text(json.dumps({"keys": list(unfit.values())[:-1]}))
+    assert "no RSA or P-256 key" in wrong_settings(
+        **HS256 | {"jwt_secret": None, "jwt_key_file": path}
+    )
+
+
 def test_a_verified_token_is_remembered_until_it_expires(monkeypatch):
     by, text = shoppers(), token()
     verified = []

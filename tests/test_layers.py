@@ -24,22 +24,23 @@ ROOMS = {
     "database": {"breaker"},
     "models": {"extensions", "reading"},
     "audit": {"extensions", "models"},
+    "staff": GROUND | {"extensions", "models", "audit", "stock"},
+    # Who of the staff is asking.
+    "auth": {"audit", "extensions", "staff"},
     "watch": GROUND | {"extensions", "database", "models", "stock"},
     "products": GROUND | {"extensions", "models", "audit", "stock"},
     "orders": GROUND | {"extensions", "database", "models", "audit", "stock", "products"},
     "books": GROUND | {"extensions", "database", "models", "audit", "stock", "products", "orders"},
 }
-USE_CASES = {"products", "orders", "books"}
+USE_CASES = {"products", "orders", "books", "staff"}
 BELOW = set(ROOMS) - {"run"}
 ROOMS |= {
-    # To be parted: staff and tokens are a use case, who may ask belongs to the web.
-    "auth": BELOW | {"web"},
     # The server's limits (backlog) are told by who owns its sockets.
-    "web": BELOW | {"auth", "run"},
+    "web": BELOW | {"run"},
     # The pages show errors as the web does, and share their polls with it.
-    "admin": BELOW | {"auth", "web"},
+    "admin": BELOW | {"web"},
     "worker": BELOW,
-    "cli": BELOW | {"auth"},
+    "cli": BELOW,
     "__init__": BELOW | {"admin", "cli", "web"},
 }
 

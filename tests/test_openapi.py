@@ -126,7 +126,7 @@ def test_every_setting_is_in_the_table():
         elif isinstance(default, (int, str)) and str(default) not in lines[0].replace(",", ""):
             wrong.append(f"the default of {name}, {default}, is missing")
         elif isinstance(default, RateLimit):
-            limit = f"{default.count}/minute"
+            limit = f"{default.count}/minute" if default else "off"
             if limit not in lines[0]:
                 wrong.append(f"the default of {name}, {limit}, is missing")
     assert not wrong

@@ -7,11 +7,11 @@ import time
 
 import pytest
 from flask import request
+from people import cookie_name
 from wire import serving
 
-from app import auth
 from app.admin import dashboard
-from app.extensions import db
+from app.extensions import db, login
 from app.models import Staff
 from app.watch import monitor
 from app.web import polls
@@ -24,10 +24,11 @@ def get(path: str, *headers: str) -> bytes:
 
 
 def session_of(client) -> tuple[str, str]:
-    """Return the headers of a browser that has seen the dashboard; a session knows its browser."""
+    """Return the headers of a browser that has seen the dashboard; as a poll sends them."""
     client.get("/admin/")
-    agent = client.environ_base["HTTP_USER_AGENT"]
-    return f"Cookie: session={client.get_cookie('session').value}", f"User-Agent: {agent}"
+    name = cookie_name(client.application)
+    cookie = client.get_cookie(name, path="/admin")
+    return f"Cookie: {name}={cookie.value}", "User-Agent: a"
 
 
 @pytest.fixture
@@ -46,8 +47,8 @@ def renders(monkeypatch) -> list:
 
 @pytest.fixture
 def sessions_read(monkeypatch) -> list:
-    seen, load = [], auth.login._user_callback
-    monkeypatch.setattr(auth.login, "_user_callback", lambda id: seen.append(id) or load(id))
+    seen, load = [], login._user_callback
+    monkeypatch.setattr(login, "_user_callback", lambda id: seen.append(id) or load(id))
     return seen
 
 
@@ -116,7 +117,9 @@ def test_roles_do_not_share(app, admin, support):
 
 def test_who_is_not_signed_in_gets_nothing(app, admin):
     poll = get("/admin/live", *POLL, *session_of(admin))
-    forged = poll.replace(b"session=", b"session=x")
+    name = cookie_name(app).encode()
+    forged = poll.replace(name + b"=", name + b"=x")
+    assert forged != poll
     bare = get("/admin/live", *POLL)
 
     async def polling(ask, _):

@@ -1,46 +1,101 @@
 """Every change: who, what, from where, and what it was before."""
 
-from flask import Blueprint, render_template, request
-from sqlalchemy import select
+import csv
+import io
+import json
+from collections.abc import Iterator
+from datetime import UTC, datetime
 
-from ..extensions import db
+from flask import Blueprint, Response, render_template, request, stream_with_context
+
+from .. import audit
+from ..extensions import limiter
 from ..models import AuditEntry
+from ..problems import InvalidRequest
+from ..times import utc_text
 from . import forms
+from .orders import CSV_CHUNK_ROWS, EXPORT_LIMIT, safe_cell
 
 bp = Blueprint("audit", __name__, url_prefix="/admin/audit")
 
 PAGE_ENTRIES = 50
-ACTIONS = (
-    "product.create", "product.change", "product.restock", "product.correct", "movement.refused",
-    "order.cancel", "staff.create", "staff.activate", "staff.deactivate", "staff.role",
-    "staff.password", "token.create", "token.revoke", "sale.reset",
-    "sale.brake", "sale.release",
-)  # fmt: skip
+CSV_HEADER = ("id", "at", "who", "from", "change", "of", "before", "after")
+
+
+def read_filter() -> tuple[audit.Filter, dict[str, str]]:
+    """Return the filter in the URL, and its errors by field."""
+    errors: dict[str, str] = {}
+    values: dict[str, object] = {
+        name: request.args.get(name, "").strip() or None for name in ("actor", "action", "target")
+    }
+    for field, name in (("from", "since"), ("to", "until")):
+        try:
+            values[name] = forms.moment_as_datetime(field, request.args)
+        except InvalidRequest as error:
+            errors[field] = str(error)
+    return audit.Filter(**values), errors
 
 
 @bp.get("/")
 def index():
-    actor, action, target = (
-        request.args.get(name, "").strip() for name in ("actor", "action", "target")
-    )
+    wanted, errors = read_filter()
     before = forms.cursor()
-    query = select(AuditEntry).order_by(AuditEntry.id.desc()).limit(PAGE_ENTRIES + 1)
-    if actor:
-        query = query.where(AuditEntry.actor == actor)
-    if action:
-        query = query.where(AuditEntry.action == action)
-    if target:
-        query = query.where(AuditEntry.target == target)
-    if before:
-        query = query.where(AuditEntry.id < before)
-    entries = list(db.session.scalars(query))
+    entries = [] if errors else audit.find(wanted, before, PAGE_ENTRIES + 1)
     return render_template(
         "admin/_audit.html"
         if request.headers.get("HX-Target") == "results"
         else "admin/audit.html",
         entries=entries[:PAGE_ENTRIES],
         older=entries[PAGE_ENTRIES - 1].id if len(entries) > PAGE_ENTRIES else None,
-        actions=ACTIONS,
+        actions=audit.ACTIONS,
         query={name: value for name, value in request.args.items() if value and name != "before"},
         before=before,
+        errors=errors,
+    )
+
+
+@bp.get("/audit.csv")
+@limiter.limit(EXPORT_LIMIT)
+def export():
+    """Stream the filter's entries as CSV, a chunk at a time."""
+    wanted, errors = read_filter()
+    if errors:
+        raise InvalidRequest(next(iter(errors.values())))
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    return Response(
+        stream_with_context(csv_chunks(audit.export(wanted))),
+        mimetype="text/csv",
+        headers={"Content-Disposition": f'attachment; filename="audit-{stamp}.csv"'},
+    )
+
+
+def csv_chunks(found: Iterator[AuditEntry]) -> Iterator[str]:
+    buffer = io.StringIO()
+    writer = csv.writer(buffer)
+    writer.writerow(CSV_HEADER)
+    for count, entry in enumerate(found, 1):
+        writer.writerow([safe_cell(value) for value in row_of(entry)])
+        if count % CSV_CHUNK_ROWS == 0:
+            yield buffer.getvalue()
+            if request.environ.get("asgi.scope", {}).get("gone"):
+                return
+            buffer.seek(0)
+            buffer.truncate()
+    yield buffer.getvalue()
+
+
+def row_of(entry: AuditEntry) -> tuple[str, ...]:
+    before, after = (
+        json.dumps(value, ensure_ascii=False) if value else ""
+        for value in (entry.before, entry.after)
+    )
+    return (
+        str(entry.id),
+        utc_text(entry.at),
+        entry.actor,
+        entry.address or "",
+        entry.action,
+        entry.target,
+        before,
+        after,
     )

@@ -1,13 +1,17 @@
 """What stands before every page: the sign-in, the roles, and the headers that browsers enforce."""
 
+import hashlib
 from datetime import timedelta
 from urllib.parse import urlsplit
 
-from flask import Flask, Response, abort, redirect, request, session, url_for
-from flask.sessions import SecureCookieSessionInterface
+from flask import Flask, Request, Response, abort, current_app, redirect, request, session, url_for
+from flask.sessions import SecureCookieSessionInterface, SessionMixin
 from flask_login import current_user
+from flask_wtf.csrf import CSRFError
+from itsdangerous import BadSignature
 from werkzeug.routing import IntegerConverter
 
+from ..problems import Unavailable
 from ..reading import MAX_ID
 
 # Everything below /admin needs a person, but for the page where one becomes known.
@@ -27,6 +31,7 @@ RQ_DASHBOARD_POLICY = (
     " script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline';"
     " form-action 'self'; frame-ancestors 'none'"
 )
+READING = {"GET", "HEAD", "OPTIONS"}
 YEAR_SECONDS = 365 * 24 * 60 * 60
 
 
@@ -38,18 +43,61 @@ class IdConverter(IntegerConverter):
 
 
 class Sessions(SecureCookieSessionInterface):
-    """Cookies that are Secure on https and in production, and that polling does not keep alive."""
+    """Cookies of our own, given and taken below /admin alone, and not kept alive by polling.
+
+    On https the name begins with `__Host-` (RFC 6265bis, 4.1.3.2): a browser takes such a cookie
+    from this very host only, so that no other site of the domain can plant one. That asks for
+    `Path=/`, which guards nothing anyway (8.6); what matters is that no answer outside of /admin
+    sets a cookie. A digest of the key keeps systems on two ports of one host apart.
+    """
+
+    def get_cookie_name(self, app: Flask) -> str:
+        key = hashlib.sha256(b"cookie-name" + app.secret_key.encode()).hexdigest()[:8]
+        return f"{'__Host-' if self.get_cookie_secure(app) else ''}flash-sale-{key}"
+
+    def get_cookie_path(self, app: Flask) -> str:
+        return "/" if self.get_cookie_secure(app) else "/admin"
 
     def get_cookie_secure(self, app: Flask) -> bool:
         return app.config["SESSION_COOKIE_SECURE"] or request.is_secure
 
-    def should_set_cookie(self, app: Flask, session) -> bool:
-        return session.modified or (session.permanent and not is_poll())
+    def open_session(self, app: Flask, request: Request) -> SessionMixin | None:
+        if not below_admin():
+            return None
+        serializer = self.get_signing_serializer(app)
+        max_age = int(app.permanent_session_lifetime.total_seconds())
+        # Of several cookies of this name the browser sends them all; one may be ours.
+        for value in request.cookies.getlist(self.get_cookie_name(app)):
+            try:
+                return self.session_class(serializer.loads(value, max_age=max_age))
+            except BadSignature:
+                continue
+        return self.session_class()
+
+    def save_session(self, app: Flask, session: SessionMixin, response: Response) -> None:
+        # What a browser may keep, and what a page fetches by itself, carries nobody's cookie.
+        if not is_poll() and not is_file():
+            super().save_session(app, session, response)
 
 
 def is_poll() -> bool:
     """Return whether a page asks by itself, without a person having done anything."""
-    return request.headers.get("X-Poll") == "1"
+    return request.headers.get("X-Poll") == "1" or (
+        # rq-dashboard's pages ask for their figures every few seconds, and don't say so.
+        request.blueprint == "rq_dashboard"
+        and request.method == "GET"
+        and request.path.endswith(".json")
+    )
+
+
+def is_file() -> bool:
+    return (request.endpoint or "").rpartition(".")[2] == "static"
+
+
+def without_postgres(view):
+    """Mark a change that a person may make though PostgreSQL can't confirm their session."""
+    view.without_postgres = True
+    return view
 
 
 def init_app(app: Flask) -> None:
@@ -76,13 +124,33 @@ def require_person() -> Response | None:
         for _, value in source.items(multi=True)
     ):
         abort(400)
+    if request.method not in READING:
+        require_own_page()
     if request.endpoint in OPEN_ENDPOINTS:
         return None
     if not current_user.is_authenticated:
         return to_sign_in()
     if request.blueprint and request.blueprint not in SUPPORT_PAGES and not current_user.is_admin:
         abort(403)
+    if not current_user.confirmed and request.method not in READING:
+        view = current_app.view_functions.get(request.endpoint)
+        if not getattr(view, "without_postgres", False):
+            raise Unavailable("PostgreSQL can't confirm who is asking")
     return None
+
+
+def require_own_page() -> None:
+    """Refuse a change that a browser says another site asks for. Raises CSRFError.
+
+    A second lock beside the token, so silence is no reason to refuse. Ports and schemes are not
+    compared with Host, which a proxy may have written anew.
+    """
+    site = request.headers.get("Sec-Fetch-Site")
+    if site is None:
+        host = urlsplit(request.headers.get("Origin", "")).hostname
+        site = "cross-site" if host and host != urlsplit(f"//{request.host}").hostname else None
+    if site not in (None, "same-origin", "none"):
+        raise CSRFError("This form was sent from a page of another site. Open the page here.")
 
 
 def to_sign_in() -> Response:
@@ -116,7 +184,7 @@ def add_headers(response: Response) -> Response:
         rq_dashboard = request.blueprint == "rq_dashboard"
         policy = RQ_DASHBOARD_POLICY if rq_dashboard else CONTENT_SECURITY_POLICY
         response.headers.setdefault("Content-Security-Policy", policy)
-        # Flask-WTF checks the referrer of https forms, so the own origin must still see it.
+        # Without any, browsers would send `Origin: null` with our own forms too.
         response.headers.setdefault("Referrer-Policy", "same-origin")
         response.headers.setdefault("Cache-Control", "no-store")
         response.vary.add("HX-Request")

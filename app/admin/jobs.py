@@ -1,14 +1,21 @@
 """rq-dashboard below /admin/rq: RQ's queues, jobs and workers, made fit to be seen from outside."""
 
+import functools
+import logging
+
+import redis
 import rq_dashboard
 from flask import Flask, Response, abort, request
 from flask_wtf.csrf import generate_csrf
 from rq.exceptions import InvalidJobOperation, NoSuchJobError
 from rq.serializers import JSONSerializer
 from rq_dashboard import web
+from werkzeug.exceptions import HTTPException
 
 from ..extensions import stock
 from ..web.errors import show_error
+
+log = logging.getLogger(__name__)
 
 REGISTRIES = {"queued", "scheduled", "deferred", "started", "finished", "failed", "canceled"}
 MOST_PER_PAGE = 200
@@ -26,6 +33,10 @@ def init_app(app: Flask) -> None:
     app.register_error_handler(NoSuchJobError, _gone)
     app.register_error_handler(InvalidJobOperation, _gone)
     app.register_blueprint(rq_dashboard.blueprint, url_prefix="/admin/rq")
+    views = app.view_functions
+    for endpoint, view in views.items():
+        if endpoint.startswith("rq_dashboard."):
+            views[endpoint] = never_failing(view)
 
 
 def check_request() -> None:
@@ -48,10 +59,27 @@ def check_request() -> None:
             abort(404)
 
 
+def never_failing(view):
+    """Answer with an error of the path's, where rq-dashboard or RQ trips over what it was given."""
+
+    @functools.wraps(view)
+    def guarded(*args, **kwargs):
+        try:
+            return view(*args, **kwargs)
+        except (HTTPException, NoSuchJobError, InvalidJobOperation):
+            raise
+        except (redis.ConnectionError, redis.TimeoutError):
+            raise
+        except Exception as error:
+            log.warning("rq-dashboard, %s: %r", request.path, error)
+            return show_error(404, "RQ has nothing here that can be read.")
+
+    return guarded
+
+
 def offer_csrf_token(response: Response) -> Response:
     """Give rq-dashboard's scripts the token in the cookie that they look for."""
-    page = request.blueprint == "rq_dashboard" and request.endpoint != "rq_dashboard.static"
-    if page and request.method == "GET":
+    if request.blueprint == "rq_dashboard" and response.mimetype == "text/html":
         response.set_cookie(
             "_csrf_token",
             generate_csrf(),

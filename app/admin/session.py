@@ -1,50 +1,51 @@
 """Signing in and out, and one's own password."""
 
-import hashlib
-
 from flask import Blueprint, flash, redirect, render_template, request, session, url_for
 from flask_login import current_user, login_user, logout_user
 
-from .. import auth
-from ..extensions import limiter
+from ..auth import staff_actor
 from ..problems import InvalidRequest
+from ..staff import people, sessions, signin
+from ..staff.guesses import TooManyGuesses
+from ..times import in_words
+from . import devices
 from .guard import safe_target
 
 bp = Blueprint("session", __name__, url_prefix="/admin")
 
-# Failures only: who gets in at once is not counted. The second limit slows down guessing at one
-# person from many addresses.
-ADDRESS_LIMIT = "20/minute"
-EMAIL_LIMIT = "10/15 minutes"
-
-
-def _email() -> str:
-    """The key of the limit: hashed, since an empty key would skip it and a long one fill Redis."""
-    email = request.form.get("email", "").strip().lower()
-    return "email " + hashlib.sha256(email.encode()).hexdigest()
-
-
-def _failed(response) -> bool:
-    return response.status_code != 302
+WRONG = "The e-mail address and the password do not match."
+MISSING = "Enter your e-mail address and your password."
 
 
 @bp.route("/sign-in", methods=["GET", "POST"])
-@limiter.limit(ADDRESS_LIMIT, methods=["POST"], deduct_when=_failed)
-@limiter.limit(EMAIL_LIMIT, methods=["POST"], key_func=_email, deduct_when=_failed)
 def sign_in():
     target = safe_target(request.values.get("next")) or url_for("dashboard.show")
     if request.method == "GET":
         if current_user.is_authenticated:
             return redirect(target)
         return render_template("admin/sign_in.html", target=target)
-    person = auth.sign_in(request.form.get("email", ""), request.form.get("password", ""))
+    email, password = request.form.get("email", "").strip(), request.form.get("password", "")
+    if not email or not password:
+        return render_template("admin/sign_in.html", target=target, problem=MISSING), 422
+    try:
+        person = signin.sign_in(email, password, request.remote_addr or "", devices.known())
+    except TooManyGuesses as error:
+        return _wait("admin/sign_in.html", error, target=target)
     if person is None:
-        return render_template("admin/sign_in.html", target=target, failed=True), 401
+        return render_template("admin/sign_in.html", target=target, problem=WRONG), 401
     _begin(person)
-    return redirect(target)
+    response = redirect(target)
+    devices.remember(response, person.id)
+    return response
 
 
-def _begin(person) -> None:
+def _wait(page: str, error: TooManyGuesses, **more):
+    """Return a page that tells how long no password is looked at."""
+    problem = f"Too many wrong passwords. Try again {in_words(error.seconds)}."
+    return render_template(page, problem=problem, **more), 429, {"Retry-After": str(error.seconds)}
+
+
+def _begin(person: sessions.SignedIn) -> None:
     """Start a session from nothing, so that none that was planted before can be used."""
     session.clear()
     login_user(person)
@@ -53,6 +54,7 @@ def _begin(person) -> None:
 
 @bp.post("/sign-out")
 def sign_out():
+    sessions.end(current_user, staff_actor())
     logout_user()
     session.clear()
     return redirect(url_for("session.sign_in"))
@@ -64,23 +66,25 @@ def show_password():
 
 
 @bp.post("/password")
-@limiter.limit(EMAIL_LIMIT, key_func=lambda: f"password {current_user.get_id()}")
 def change_password():
     """Change one's own password; every other session of this person ends."""
-    new = request.form.get("new", "")
+    current, new = request.form.get("current", ""), request.form.get("new", "")
     errors = {}
     try:
-        auth.check_password(new)
+        people.check_password(new)
     except InvalidRequest as error:
         errors["new"] = str(error)
     if new != request.form.get("repeated"):
         errors["repeated"] = "The two do not match"
-    if not auth.sign_in(current_user.email, request.form.get("current", "")):
+    try:
+        person = signin.confirm_password(current_user, current, request.remote_addr or "")
+    except TooManyGuesses as error:
+        return _wait("admin/password.html", error, errors={})
+    if person is None:
         errors["current"] = "This is not your password"
     if errors:
         return render_template("admin/password.html", errors=errors), 422
-    person = current_user._get_current_object()
-    auth.set_password(person, new, auth.staff_actor())
-    _begin(person)
+    people.set_password(person, new, staff_actor())
+    _begin(sessions.renew(person))
     flash("Your password is changed. Your other sessions are signed out.", "success")
     return redirect(url_for("session.show_password"))

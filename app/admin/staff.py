@@ -4,13 +4,13 @@ import secrets
 
 from flask import Blueprint, render_template, request, url_for
 from flask_login import current_user
-from sqlalchemy import select
 from werkzeug.exceptions import NotFound
 
-from .. import auth
-from ..extensions import db, limiter
-from ..models import ApiToken, Staff
+from ..auth import staff_actor
+from ..extensions import limiter
+from ..models import Staff
 from ..problems import Conflict, InvalidRequest
+from ..staff import people, tokens
 from . import forms
 
 bp = Blueprint("staff", __name__, url_prefix="/admin/staff")
@@ -20,13 +20,13 @@ limiter.limit(CHANGE_LIMIT, methods=["POST"])(bp)
 
 def page(status: int = 200, **more):
     """The page; secrets are shown in the very answer that made them, and stored nowhere."""
-    people = db.session.scalars(select(Staff).order_by(Staff.active.desc(), Staff.email))
-    tokens = db.session.scalars(
-        select(ApiToken).order_by(ApiToken.revoked_at.is_not(None), ApiToken.id.desc())
-    )
     shown = {"errors": {}, "token_errors": {}, "values": {}, "secret": None} | more
     return render_template(
-        "admin/staff.html", people=list(people), tokens=list(tokens), roles=auth.ROLES, **shown
+        "admin/staff.html",
+        people=people.everybody(),
+        tokens=tokens.all_tokens(),
+        roles=people.ROLES,
+        **shown,
     ), status
 
 
@@ -40,11 +40,11 @@ def create():
     """Let somebody sign in, with a password made here and shown once."""
     password = secrets.token_urlsafe(12)
     try:
-        person = auth.create_staff(
+        person = people.create(
             request.form.get("email", ""),
             password,
             request.form.get("role", ""),
-            auth.staff_actor(),
+            staff_actor(),
         )
     except InvalidRequest as error:
         return page(422, errors={error.field: str(error)}, values=request.form)
@@ -55,7 +55,7 @@ def create():
 
 def colleague(staff_id: int) -> Staff:
     """Return somebody else: nobody locks themselves out, so one admin is always left."""
-    person = db.session.get(Staff, staff_id)
+    person = people.get(staff_id)
     if person is None:
         raise NotFound
     if person.id == current_user.id:
@@ -76,7 +76,7 @@ def set_active(staff_id: int):
         )
     ):
         return question
-    auth.set_active(person, active, auth.staff_actor())
+    people.set_active(person, active, staff_actor())
     told = "may sign in again" if active else "can no longer sign in"
     return forms.done(f"{person.email} {told}.", url_for("staff.index"))
 
@@ -84,7 +84,7 @@ def set_active(staff_id: int):
 @bp.post("/<id:staff_id>/role")
 def set_role(staff_id: int):
     person = colleague(staff_id)
-    auth.set_role(person, request.form.get("role", ""), auth.staff_actor())
+    people.set_role(person, request.form.get("role", ""), staff_actor())
     return forms.done(f"{person.email} is now {person.role}.", url_for("staff.index"))
 
 
@@ -100,14 +100,14 @@ def reset_password(staff_id: int):
     ):
         return question
     password = secrets.token_urlsafe(12)
-    auth.set_password(person, password, auth.staff_actor())
+    people.set_password(person, password, staff_actor())
     return page(secret=("password", person.email, password))
 
 
 @bp.post("/tokens")
 def create_token():
     try:
-        token, text = auth.create_token(request.form.get("name", ""), auth.staff_actor())
+        token, text = tokens.create(request.form.get("name", ""), staff_actor())
     except InvalidRequest as error:
         message = str(error).replace("name must", "The name must", 1)
         return page(422, token_errors={"name": message}, values=request.form)
@@ -124,7 +124,7 @@ def revoke_token(token_id: int):
     ):
         return question
     try:
-        token = auth.revoke_token(token_id, auth.staff_actor())
+        token = tokens.revoke(token_id, staff_actor())
     except LookupError:
         raise NotFound from None
     return forms.done(f"The token {token.name} is revoked.", url_for("staff.index"))

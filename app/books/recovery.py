@@ -1,5 +1,6 @@
 """Starting a sale in Redis: the first time, after a reset, and after Redis lost everything."""
 
+import functools
 import logging
 import secrets
 import time
@@ -135,8 +136,32 @@ class Rebuilt:
         )
 
 
+def _told(rebuild):
+    """Let the audit tell when a rebuild began and how it ended, also if it ended badly."""
+
+    @functools.wraps(rebuild)
+    def told(actor: Actor, replace: bool = False) -> Rebuilt:
+        db.session.rollback()
+        record(actor, "sale.rebuild.start", "sale", after={"replace": replace})
+        db.session.commit()
+        try:
+            report = rebuild(actor, replace)
+        except Exception as error:
+            with suppress(SQLAlchemyError):
+                db.session.rollback()
+                record(actor, "sale.rebuild.failed", "sale", after={"error": str(error)[:500]})
+                db.session.commit()
+            raise
+        record(actor, "sale.rebuild.done", "sale", after={"result": str(report)})
+        db.session.commit()
+        return report
+
+    return told
+
+
+@_told
 def rebuild(actor: Actor, replace: bool = False) -> Rebuilt:
-    """Make the sale in Redis anew out of PostgreSQL.
+    """Make the sale in Redis anew out of PostgreSQL; the audit tells its start and its result.
 
     Nothing is sold meanwhile. What still waits in Redis is stored first, so a rebuild at the wrong
     time costs seconds of selling and no order. Safe to repeat when it was interrupted.

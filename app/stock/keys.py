@@ -84,6 +84,24 @@ class Keys:
         return f"sale:{{0}}:key:{user_id}:{key}"
 
 
+class StaffKeys:
+    """Redis keys of who is signed in. No part of the sale, so that no reset signs anybody out."""
+
+    @staticmethod
+    def session(session_id: str) -> str:
+        return f"staff:session:{session_id}"
+
+    @staticmethod
+    def bar(subject: int | str) -> str:
+        """Of a person (by number) or a session: up to when records of it do not count."""
+        return f"staff:bar:{subject}"
+
+    @staticmethod
+    def known_address(staff_id: int, client: str) -> str:
+        """Of a client (addresses.py) that a person has signed in from."""
+        return f"staff:known:{staff_id}:{client}"
+
+
 def code_of(error: Exception) -> str:
     """Return the code that an error of Redis begins with, such as READONLY."""
     # redis-py cuts the codes that it knows off the message.

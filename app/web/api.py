@@ -5,7 +5,6 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from sqlalchemy.exc import SQLAlchemyError
 from werkzeug.exceptions import UnsupportedMediaType
 
-from ..auth import metrics_token_required, token_required
 from ..extensions import csrf, limiter, stock
 from ..orders import lookup as orders
 from ..problems import AnotherShopper, InvalidRequest, UnknownProduct, Unprepared
@@ -23,7 +22,9 @@ from ..reading import (
 )
 from ..watch import health, telemetry
 from . import openapi, probe
+from .access import metrics_token_required, token_required
 from .errors import RETRY_AFTER_SECONDS, api_error
+from .limits import lookup_limit
 
 bp = Blueprint("api", __name__)
 # No cookie speaks here, so there is nothing that another site could misuse.
@@ -31,8 +32,6 @@ csrf.exempt(bp)
 
 # One style sheet of our own, and nothing else.
 DOCS_POLICY = "default-src 'none'; style-src 'self'; img-src data:; frame-ancestors 'none'"
-LOOKUP_LIMIT = "600/minute"
-ADMIN_LIMIT = "600/minute"
 
 
 def read_json() -> dict:
@@ -64,7 +63,7 @@ def query_integer(name: str, low: int, high: int) -> int | None:
 
 
 @bp.get("/purchase/orders/<user>")
-@limiter.limit(LOOKUP_LIMIT)
+@lookup_limit
 def list_orders(user: str):
     """A shopper's orders, newest first; those of the last moment included."""
     if not user.isascii() or not user.isdigit() or len(user) > 16 or not 1 <= int(user) <= MAX_ID:
@@ -85,7 +84,7 @@ def list_orders(user: str):
 
 
 @bp.get("/purchase/metrics")
-@limiter.limit(LOOKUP_LIMIT)
+@lookup_limit
 def metrics():
     """The sale in figures, from Redis alone: it costs the same however many orders there are."""
     product_id = query_integer("productId", 1, MAX_ID)
@@ -104,13 +103,13 @@ def metrics():
 
 
 @bp.get("/products")
-@limiter.limit(LOOKUP_LIMIT)
+@lookup_limit
 def list_products():
     return jsonify([inventory.describe(*pair) for pair in inventory.products_with_stock()])
 
 
 @bp.get("/products/<int:product_id>")
-@limiter.limit(LOOKUP_LIMIT)
+@lookup_limit
 def show_product(product_id: int):
     if not 1 <= product_id <= MAX_ID:
         raise UnknownProduct(product_id)
@@ -118,7 +117,6 @@ def show_product(product_id: int):
 
 
 @bp.post("/products")
-@limiter.limit(ADMIN_LIMIT)
 @token_required
 def create_product():
     product, free = inventory.create_product(read_json(), g.actor)
@@ -129,7 +127,6 @@ def create_product():
 
 
 @bp.patch("/products/<int:product_id>")
-@limiter.limit(ADMIN_LIMIT)
 @token_required
 def change_product(product_id: int):
     data = read_json()
@@ -139,7 +136,6 @@ def change_product(product_id: int):
 
 
 @bp.post("/products/restock")
-@limiter.limit(ADMIN_LIMIT)
 @token_required
 def restock():
     data = read_json()
@@ -156,7 +152,6 @@ def restock():
 
 
 @bp.post("/sale/brake")
-@limiter.limit(ADMIN_LIMIT)
 @token_required
 def brake_sale():
     """Stop one product or every one at once, or release them; Redis alone is asked."""

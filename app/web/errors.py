@@ -3,7 +3,7 @@
 import logging
 
 import redis
-from flask import Flask, Response, current_app, jsonify, request
+from flask import Flask, Response, current_app, jsonify, request, session
 from flask_wtf.csrf import CSRFError
 from werkzeug.exceptions import HTTPException, TooManyRequests
 
@@ -20,6 +20,8 @@ from ..problems import (
     UnknownOrder,
     UnknownProduct,
 )
+from ..times import in_words
+from . import limits
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +38,23 @@ CODES = {
     503: "unavailable",
 }
 RETRY_AFTER_SECONDS = 1
+# By Flask-WTF's own words.
+CSRF_PROBLEMS = {
+    "The CSRF session token is missing.": (
+        "Your browser sent no session with this form. Allow cookies for this address, reload the "
+        "page and try again."
+    ),
+    "The CSRF token is missing.": (
+        "This form came without its token. Go back, reload the page and try again."
+    ),
+    "The CSRF tokens do not match.": (
+        "This form has expired: you have signed in or out since it was opened. Go back, reload the "
+        "page and try again."
+    ),
+    "The CSRF token is invalid.": (
+        "This form's token is not one of ours. Go back, reload the page and try again."
+    ),
+}
 
 
 def api_error(status: int, message: str, code: str | None = None, **more: object) -> Response:
@@ -61,7 +80,9 @@ def show_error(status: int, message: str, code: str | None = None, **more: objec
         return message, status, headers | {"Content-Type": "text/plain; charset=utf-8"}
     # Past Flask's context processors: one of them asks PostgreSQL who is signed in.
     page = current_app.jinja_env.get_template("error.html")
-    return page.render(status=status, message=message), status, headers
+    limit = limits.told() if status == 429 else None
+    wait = in_words(limit.seconds) if limit else "in a minute"
+    return page.render(status=status, message=message, wait=wait), status, headers
 
 
 def init_app(app: Flask) -> None:
@@ -71,9 +92,7 @@ def init_app(app: Flask) -> None:
     def http_error(error: HTTPException):
         if error.response is not None:
             return error.response
-        response = app.make_response(
-            show_error(error.code, error.name if error.code != 429 else "Too many requests")
-        )
+        response = app.make_response(show_error(error.code, error.name))
         for name, value in error.get_headers():
             if name not in ("Content-Type", "Content-Length"):
                 response.headers[name] = value
@@ -81,11 +100,16 @@ def init_app(app: Flask) -> None:
 
     @app.errorhandler(CSRFError)
     def csrf_error(error: CSRFError):
-        return show_error(400, "This form has expired. Go back, reload the page and try again.")
+        problem = error.description
+        if problem == "The CSRF session token is missing." and session:
+            # There is a session, but a newer one than the form's.
+            problem = "The CSRF tokens do not match."
+        return show_error(400, CSRF_PROBLEMS.get(problem, problem))
 
     @app.errorhandler(TooManyRequests)
     def too_many(error: TooManyRequests):
-        return show_error(429, "Too many requests")
+        limit = limits.told()
+        return show_error(429, "Too many requests", **({"limit": limit.name} if limit else {}))
 
     @app.errorhandler(InvalidRequest)
     def invalid(error: InvalidRequest):

@@ -1,12 +1,10 @@
 """Headers that every answer has but the purchase's, which writes its own (lane.py)."""
 
-import time
+from urllib.parse import urlsplit, urlunsplit
 
-import redis
 from flask import Flask, Response, request
-from limits.errors import StorageError
 
-from ..extensions import limiter
+from . import limits
 
 # JSON needs nothing of a browser; a page brings a policy of its own.
 DEFAULTS = {
@@ -31,21 +29,21 @@ def init_app(app: Flask) -> None:
         return response
 
     @app.after_request
+    def stay_here(response: Response) -> Response:
+        """Lead to paths only (RFC 9110, 10.2.2): a client's Host chooses nobody's next server."""
+        if location := response.headers.get("Location"):
+            url = urlsplit(location)
+            path = "/" + url.path.lstrip("/")
+            response.headers["Location"] = urlunsplit(("", "", path, url.query, url.fragment))
+        return response
+
+    @app.after_request
     def tell_limit(response: Response) -> Response:
         """Tell the limit that was applied (draft-ietf-httpapi-ratelimit-headers-10)."""
-        applied = limiter.current_limit
-        if applied is None or not limiter.enabled:
-            return response
-        try:
-            left, reset_at = applied.remaining, applied.window.reset_time
-        except (redis.RedisError, StorageError):
-            return response
-        # Rounded up: who waits so long is surely let in.
-        seconds = max(1, -int(-(reset_at - time.time()) // 1))
-        name = applied.request_args[-1].rpartition(".")[2]
-        item = applied.limit
-        response.headers["RateLimit-Policy"] = f'"{name}";q={item.amount};w={item.get_expiry()}'
-        response.headers["RateLimit"] = f'"{name}";r={max(0, left)};t={seconds}'
-        if applied.breached:
-            response.headers["Retry-After"] = str(seconds)
+        if limit := limits.told():
+            policy = f'"{limit.name}";q={limit.count};w={limit.window_seconds}'
+            response.headers["RateLimit-Policy"] = policy
+            response.headers["RateLimit"] = f'"{limit.name}";r={limit.left};t={limit.seconds}'
+            if limit.breached:
+                response.headers["Retry-After"] = str(limit.seconds)
         return response

@@ -6,6 +6,7 @@ named by us and never by the token, and issuer, audience and expiry always check
 
 import hashlib
 import json
+import logging
 import re
 import time
 from binascii import a2b_base64
@@ -22,6 +23,8 @@ from ..config import Settings, SettingsError
 from ..problems import CHALLENGE, Unauthenticated
 from ..reading import MAX_ID
 
+log = logging.getLogger(__name__)
+
 # Clocks of two machines that keep time differ by less.
 LEEWAY_SECONDS = 10
 # Longer ones are refused unread: a verification is the dearest thing an unknown client can ask for.
@@ -35,7 +38,15 @@ REMEMBERED = 50_000
 ALGORITHMS = {name: get_default_algorithms()[name] for name in ("HS256", "RS256", "ES256")}
 # Of the two alphabets only the URL's is let through (RFC 7515, 2).
 URL_SAFE = bytes.maketrans(b"-_+/=", b"+/!!!")
+# By the key's id (None where it has none) and its algorithm: two of one id differ in that.
+Keys = dict[tuple[str | None, str], object]
 USER_ID = re.compile("[1-9][0-9]{0,15}").fullmatch
+
+
+def bearer_of(authorization: str | None) -> str | None:
+    """Return the token of an Authorization header, None where it holds none."""
+    scheme, _, token = (authorization or "").partition(" ")
+    return token.strip() or None if scheme.lower() == "bearer" else None
 
 
 class Shoppers:
@@ -53,9 +64,9 @@ class Shoppers:
 
     def identify(self, authorization: str | None) -> int:
         """Return the id of the token's shopper. Raises Unauthenticated."""
-        if not authorization or authorization[:7].lower() != "bearer ":
+        token = bearer_of(authorization)
+        if token is None:
             raise Unauthenticated("A bearer token is required")
-        token = authorization[7:].strip()
         # Only a hash is kept: a dump of the memory shows no token that could be used.
         digest = hashlib.sha256(token.encode("utf-8", "replace")).digest()
         known = self._young.get(digest) or self._old.get(digest)
@@ -107,15 +118,14 @@ class Shoppers:
         # Extensions that must be understood (RFC 7515, 4.1.11) are not understood here.
         if type(header) is not dict or "crit" in header or "b64" in header:
             raise ValueError
-        name = header.get("kid")
+        name, algorithm = header.get("kid"), header["alg"]
         if "kid" in header and type(name) is not str:
             raise ValueError
-        if len(self._keys) == 1 and (name is None or None in self._keys):
-            name = next(iter(self._keys))
-        algorithm, key = self._keys[name]
-        if header["alg"] != algorithm:
-            raise ValueError
-        return ALGORITHMS[algorithm], key
+        if len(self._keys) == 1:
+            ((only, _),) = self._keys
+            if name is None or only is None:
+                name = only
+        return ALGORITHMS[algorithm], self._keys[name, algorithm]
 
 
 def _decode(text: bytes) -> bytes:
@@ -129,10 +139,10 @@ def _invalid(reason: str) -> Unauthenticated:
     )
 
 
-def _keys(settings: Settings) -> dict[str | None, tuple[str, object]]:
-    """Return {key id, None for a single nameless key: (algorithm, key)}. Raises SettingsError."""
+def _keys(settings: Settings) -> Keys:
+    """Return the keys that tokens may be verified with. Raises SettingsError."""
     if settings.jwt_secret:
-        return {None: ("HS256", ALGORITHMS["HS256"].prepare_key(settings.jwt_secret))}
+        return {(None, "HS256"): ALGORITHMS["HS256"].prepare_key(settings.jwt_secret)}
     path = Path(settings.jwt_key_file)
     try:
         text = path.read_text()
@@ -142,32 +152,53 @@ def _keys(settings: Settings) -> dict[str | None, tuple[str, object]]:
         if text.lstrip().startswith("{"):
             return _jwks(json.loads(text))
         key = load_pem_public_key(text.encode())
-        return {None: (_algorithm(key), key)}
-    except (ValueError, TypeError, AttributeError, jwt.PyJWTError) as error:
+        return {(None, _algorithm(key)): key}
+    except (ValueError, TypeError, KeyError, AttributeError, jwt.PyJWTError) as error:
         raise SettingsError(
             f"JWT_KEY_FILE {path} must hold a public key (PEM) or a key set (JWKS): {error}"
         ) from None
 
 
-def _jwks(document: dict) -> dict[str | None, tuple[str, object]]:
-    """Return the signing keys of a key set (RFC 7517) that fit; others are left out."""
-    keys = {}
-    for entry in document.get("keys", ()):
-        if entry.get("kty") not in ("RSA", "EC") or entry.get("use", "sig") != "sig":
+def _jwks(document: dict) -> Keys:
+    """Return the keys of a key set that can be used here.
+
+    Others are left out and named in the log (RFC 7517, 5): an issuer may add what it likes. Raises
+    ValueError when there is none left.
+    """
+    keys: Keys = {}
+    for number, entry in enumerate(document["keys"], 1):
+        try:
+            name, algorithm, key = _jwk(entry)
+            if (name, algorithm) in keys:
+                raise ValueError(f"another {algorithm} key has this kid")
+        except (ValueError, TypeError, KeyError, AttributeError, jwt.PyJWTError) as error:
+            named = entry.get("kid") if isinstance(entry, dict) else None
+            log.warning("JWT_KEY_FILE: key %s (%.64r) is left out: %s", number, named, error)
             continue
-        if entry.get("alg") not in (None, "RS256", "ES256"):
-            continue
-        if "d" in entry:
-            raise ValueError("it holds a private key, which must not be here")
-        if entry.get("kid") in keys:
-            raise ValueError(f"two keys have the kid {entry.get('kid')}")
-        key = jwt.PyJWK(entry, entry.get("alg")).key
-        if entry.get("alg") not in (None, _algorithm(key)):
-            raise ValueError(f"the key {entry.get('kid')} is not for {entry['alg']}")
-        keys[entry.get("kid")] = _algorithm(key), key
+        keys[name, algorithm] = key
     if not keys:
         raise ValueError("it holds no RSA or P-256 key for signatures")
     return keys
+
+
+def _jwk(entry: dict) -> tuple[str | None, str, object]:
+    """Return kid, algorithm and key of a key set's entry. Raises what makes it unfit."""
+    name = entry.get("kid")
+    if name is not None and type(name) is not str:
+        raise ValueError("its kid is not a text")
+    if entry.get("kty") not in ("RSA", "EC"):
+        raise ValueError("it is neither RSA nor EC")
+    if entry.get("use", "sig") != "sig" or "verify" not in entry.get("key_ops", ["verify"]):
+        raise ValueError("it is not for signatures")
+    if "d" in entry:
+        raise ValueError("it is a private key, which must not be here")
+    if entry.get("alg") not in (None, "RS256", "ES256"):
+        raise ValueError("its alg is neither RS256 nor ES256")
+    key = jwt.PyJWK(entry, entry.get("alg")).key
+    algorithm = _algorithm(key)
+    if entry.get("alg") not in (None, algorithm):
+        raise ValueError(f"it is not for {entry['alg']}")
+    return name, algorithm, key
 
 
 def _algorithm(key: object) -> str:

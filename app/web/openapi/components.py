@@ -45,9 +45,11 @@ SCHEMAS = {
                 "description": "with `not_open`: when the sale opens",
             },
             "limit": {
-                "enum": ["user", "early", "address", "network"],
-                "description": "which limit refused a purchase; `early`: attempts before the "
-                "sale opens or while it is paused. With `purchase_limit`: `address`",
+                "type": "string",
+                "description": "with `rate_limited`: which limit, as in `RateLimit-Policy`; of "
+                "purchases `user`, `early` (attempts before the sale opens or while it is paused), "
+                "`address` or `network`. With `purchase_limit`: `address`",
+                "pattern": "^[a-z_]+$",
             },
             "executed": {
                 "const": False,
@@ -275,7 +277,7 @@ ERRORS = {
     "body_too_large": ("The body is larger than 16 KiB", {}),
     "unsupported_media_type": ("Content-Type must be application/json", {}),
     "idempotency_mismatch": ("Idempotency-Key was used with another request", {}),
-    "rate_limited": ("Too many requests", {}),
+    "rate_limited": ("Too many requests", {"limit": "user"}),
     "internal_error": ("Internal server error", {}),
     "unavailable": ("Service unavailable", {}),
 }

@@ -1,0 +1,1 @@
+"""Who may sign in, who is signed in, and the tokens of programs."""

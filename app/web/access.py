@@ -1,0 +1,53 @@
+"""Which programs may ask: those with a bearer token (RFC 6750)."""
+
+import functools
+import hmac
+
+from flask import current_app, g, request
+
+from ..audit import Actor
+from ..staff import tokens
+from .errors import api_error
+from .identity import bearer_of
+from .limits import token_limit
+
+
+def token_required(view):
+    """Let only a valid `Authorization: Bearer` in; the actor is then in `g.actor`."""
+
+    @token_limit
+    @functools.wraps(view)
+    def limited(*args, **kwargs):
+        if g.actor is None:
+            return _refused("admin", "A valid API token is required")
+        return view(*args, **kwargs)
+
+    @functools.wraps(view)
+    def guarded(*args, **kwargs):
+        token = bearer_of(request.headers.get("Authorization"))
+        name = tokens.name_of(token) if token else None
+        g.actor = Actor(name, request.remote_addr) if name else None
+        return limited(*args, **kwargs)
+
+    return guarded
+
+
+def metrics_token_required(view):
+    """Let only METRICS_TOKEN in, or ADMIN_API_TOKEN where there is none. No server is asked."""
+
+    @functools.wraps(view)
+    def guarded(*args, **kwargs):
+        settings = current_app.config["SETTINGS"]
+        expected = settings.metrics_token or settings.admin_api_token
+        token = bearer_of(request.headers.get("Authorization")) or ""
+        if not hmac.compare_digest(token.encode(), expected.encode()):
+            return _refused("metrics", "The metrics token is required")
+        return view(*args, **kwargs)
+
+    return guarded
+
+
+def _refused(realm: str, message: str):
+    response = api_error(401, message)
+    response.headers["WWW-Authenticate"] = f'Bearer realm="{realm}"'
+    return response
