@@ -14,7 +14,7 @@ from .extensions import db
 from .models import ApiToken, Staff
 from .orders import deadletters
 from .problems import Conflict, InvalidRequest, Unavailable, UnknownProduct
-from .products import inventory
+from .products import movements
 from .reading import MAX_REASON
 
 # Two starts at once must not migrate at once.
@@ -221,7 +221,7 @@ def abandon_dead_letters(ids: tuple[int, ...], reason: str, yes: bool) -> None:
 def correct_stock(product_id: int, units: int, reason: str) -> None:
     """Add UNITS, or take them away when negative, because a count was wrong."""
     try:
-        free = inventory.correct(product_id, units, reason.strip()[:MAX_REASON], CLI)
+        free = movements.correct(product_id, units, reason.strip()[:MAX_REASON], CLI)
     except UnknownProduct:
         raise click.ClickException(f"There is no product {product_id}") from None
     except (InvalidRequest, Conflict, Unavailable) as error:

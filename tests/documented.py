@@ -27,7 +27,7 @@ def routes() -> list[tuple]:
     return found
 
 
-TOLD_HEADERS = {"RateLimit", "RateLimit-Policy", "Retry-After", "Idempotent-Replayed", "Location"}
+TOLD_HEADERS = {"RateLimit", "RateLimit-Policy", "Retry-After", "Idempotent-Replayed", "Location", "ETag"}
 
 
 class DocumentedClient(FlaskClient):

@@ -10,6 +10,7 @@ APP = ROOT / "app"
 
 # Each room, and the rooms that it may import; its own is always allowed.
 GROUND = {"problems", "reading", "config", "times", "addresses", "breaker", "logs"}
+TABLES = GROUND | {"extensions", "models", "audit", "idempotency"}
 ROOMS = {
     "problems": set(),
     "times": set(),
@@ -24,10 +25,11 @@ ROOMS = {
     "database": {"breaker"},
     "models": {"extensions", "reading"},
     "audit": {"extensions", "models"},
+    "idempotency": {"extensions", "models", "problems"},
     "watch": GROUND | {"extensions", "models", "stock"},
-    "products": GROUND | {"extensions", "models", "audit", "stock"},
-    "orders": GROUND | {"extensions", "models", "audit", "stock", "products"},
-    "books": GROUND | {"extensions", "database", "models", "audit", "stock", "products", "orders"},
+    "products": TABLES | {"stock"},
+    "orders": TABLES | {"stock", "products"},
+    "books": TABLES | {"database", "stock", "products", "orders"},
 }
 USE_CASES = {"products", "orders", "books"}
 BELOW = set(ROOMS) - {"run"}

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 
 from app.config import ROOT, RateLimit, Settings
 from app.orders.lookup import MAX_LISTED as MOST_ORDERS
+from app.products import terms
 from app.web.errors import CODES
 from app.web.openapi import document
 from app.web.openapi.components import ERRORS, MAX_LISTED, SCHEMAS
@@ -69,7 +70,7 @@ def test_every_error_code_of_the_program_is_documented():
 
 def test_bounds_are_the_programs_own():
     assert MAX_LISTED == MOST_ORDERS
-    assert SCHEMAS["Terms"]["properties"].keys() >= {"name", "priceCents", "paused"}
+    assert SCHEMAS["ProductChange"]["properties"].keys() == terms.TERMS.keys()
 
 
 class Page(HTMLParser):

@@ -1,9 +1,13 @@
 """Products and restocks over the API."""
 
+import pytest
 from test_claim import at_once
 
+from app.audit import CLI
 from app.extensions import db, stock
-from app.models import AuditEntry, StockMovement
+from app.models import AuditEntry, Product, StockMovement
+from app.problems import Conflict
+from app.products import movements, sale
 
 LAMP = {"name": "Lamp", "priceCents": 1999, "currency": "EUR", "stock": 3}
 
@@ -113,8 +117,6 @@ def test_a_restock_with_a_key_happens_once(client, admin_headers):
 
 def test_what_a_crash_left_pending_is_finished_once(app):
     """The row exists, Redis was never told; and: Redis was told, the mark is missing."""
-    from app.products import inventory
-
     with app.app_context():
         for told in (False, True):
             movement = StockMovement(product_id=1, kind="restock", units=5, actor="test")
@@ -122,23 +124,20 @@ def test_what_a_crash_left_pending_is_finished_once(app):
             db.session.commit()
             if told:
                 stock.move(stock.generation(), movement.id, 1, 5)
-        assert inventory.finish_pending() == 2
-        assert inventory.finish_pending() == 0
+        assert movements.finish_pending() == 2
+        assert movements.finish_pending() == 0
         assert stock.view([1]).products[1]["free"] == 110
 
 
 def test_terms_that_never_reached_redis_are_published(app, buy):
-    from app.models import Product
-    from app.products import inventory
-
     with app.app_context():
         product = db.session.get(Product, 1)
         product.paused = True
         product.version += 1
         db.session.commit()
         assert buy(1).status_code == 200
-        assert inventory.publish_stale() == 1
-        assert inventory.publish_stale() == 0
+        assert sale.publish_stale() == 1
+        assert sale.publish_stale() == 0
         assert buy(2).json["code"] == "paused"
 
 
@@ -150,14 +149,9 @@ def test_an_older_version_never_overwrites_a_newer_one(app):
 
 
 def test_a_correction_never_takes_more_than_is_free(app):
-    import pytest
-
-    from app.audit import CLI
-    from app.products import inventory
-
     with app.app_context():
-        assert inventory.correct(1, -40, "broken", CLI) == 60
-        with pytest.raises(inventory.Conflict):
-            inventory.correct(1, -61, "more broken", CLI)
-        assert inventory.finish_pending() == 0
+        assert movements.correct(1, -40, "broken", CLI) == 60
+        with pytest.raises(Conflict):
+            movements.correct(1, -61, "more broken", CLI)
+        assert movements.finish_pending() == 0
         assert stock.view([1]).products[1]["free"] == 60

@@ -6,7 +6,7 @@ from .. import auth
 from ..extensions import limiter
 from ..orders import deadletters
 from ..problems import InvalidRequest
-from ..products import inventory
+from ..products import catalogue
 from ..reading import MAX_ID, MAX_REASON, read_text
 from . import forms
 
@@ -47,7 +47,7 @@ def index():
         before=before,
         state=state,
         states=STATES,
-        names=inventory.names(),
+        names=catalogue.names(),
         query={name: value for name, value in request.args.items() if value and name != "before"},
     )
 
@@ -78,7 +78,7 @@ def show_review(ids: list[int], errors: dict[str, str] | None = None, status: in
         effects=effects,
         returned=returned,
         replayable=sum(effect.obstacle is None for effect in effects),
-        names=inventory.names(),
+        names=catalogue.names(),
         errors=errors or {},
     ), status
 

@@ -9,7 +9,7 @@ from ..audit import Actor
 from ..books import recovery
 from ..extensions import limiter
 from ..problems import Conflict, Unavailable
-from ..products import inventory
+from ..products import catalogue
 from ..watch import monitor
 from . import forms
 
@@ -32,7 +32,7 @@ def live():
 
 
 def newest() -> dict:
-    return {"ledger": monitor.ledger(), "board": monitor.board(), "names": inventory.names()}
+    return {"ledger": monitor.ledger(), "board": monitor.board(), "names": catalogue.names()}
 
 
 @bp.post("/rebuild")

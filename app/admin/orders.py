@@ -21,7 +21,7 @@ from ..extensions import limiter
 from ..orders import lookup as orders
 from ..orders import search
 from ..problems import Conflict, InvalidRequest, Unavailable, UnknownOrder
-from ..products import inventory
+from ..products import catalogue
 from ..reading import MAX_ID, MAX_REASON, read_text
 from ..times import utc_text
 from . import forms
@@ -88,7 +88,7 @@ def find() -> dict:
         "only_order": only_order,
         "page": page,
         "before": before,
-        "names": inventory.names(),
+        "names": catalogue.names(),
         "query": {
             name: value for name, value in request.args.items() if value and name != "before"
         },
@@ -110,7 +110,7 @@ def export():
     wanted, errors = read_filter()
     if errors:
         raise InvalidRequest(next(iter(errors.values())))
-    names = inventory.names()
+    names = catalogue.names()
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     return Response(
         stream_with_context(csv_chunks(search.export(wanted), names)),
@@ -164,7 +164,7 @@ def safe_cell(value: object) -> object:
 @bp.get("/<id:order_id>")
 def show(order_id: int):
     story = search.story(order_id)
-    product = inventory.names().get(story.order.product_id)
+    product = catalogue.names().get(story.order.product_id)
     return render_template("admin/order.html", story=story, product=product, errors={})
 
 
@@ -172,7 +172,7 @@ def show(order_id: int):
 def live(order_id: int):
     """The story again; the page asks while the order is on its way."""
     story = search.story(order_id)
-    product = inventory.names().get(story.order.product_id)
+    product = catalogue.names().get(story.order.product_id)
     return render_template("admin/_order.html", story=story, product=product, errors={})
 
 
@@ -184,7 +184,7 @@ def cancel(order_id: int):
         reason = read_text(request.form, "reason", MAX_REASON)
     except InvalidRequest as error:
         story = search.story(order_id)
-        product = inventory.names().get(story.order.product_id)
+        product = catalogue.names().get(story.order.product_id)
         errors = {"reason": str(error).replace("reason", "The reason", 1)}
         return render_template("admin/order.html", story=story, product=product, errors=errors), 422
     try:

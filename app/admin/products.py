@@ -8,7 +8,7 @@ from .. import auth
 from ..extensions import limiter
 from ..orders import search
 from ..problems import InvalidRequest, Unavailable
-from ..products import inventory
+from ..products import catalogue, movements, terms
 from ..reading import MAX_REASON, MAX_RESTOCK, MAX_STOCK, VALID_KEY, read_integer
 from ..watch import monitor
 from . import forms
@@ -62,7 +62,7 @@ def live():
 @bp.get("/<id:product_id>")
 def show(product_id: int):
     before = forms.cursor()
-    movements = inventory.movements_of(product_id, before, MOVEMENTS + 1)
+    movements = movements.movements_of(product_id, before, MOVEMENTS + 1)
     return render_template(
         "admin/product.html",
         item=monitor.item(product_id),
@@ -71,7 +71,7 @@ def show(product_id: int):
         older=movements[MOVEMENTS - 1].id if len(movements) > MOVEMENTS else None,
         before=before,
         page=search.search(search.Filter(product_id=product_id), limit=ORDERS),
-        names=inventory.names(),
+        names=catalogue.names(),
     )
 
 
@@ -96,7 +96,7 @@ def new():
         errors["stock"] = in_words(error)
     if not errors:
         try:
-            product, _ = inventory.create_product(terms | {"stock": stock}, auth.staff_actor())
+            product, _ = catalogue.create(terms | {"stock": stock}, auth.staff_actor())
             return forms.done(
                 f"{product.name} is created with {stock:,} units.",
                 url_for("products.show", product_id=product.id),
@@ -122,7 +122,7 @@ def edit(product_id: int):
             del terms[name]
     if not errors:
         try:
-            product, _ = inventory.change_product(product_id, terms, auth.staff_actor())
+            product, _ = catalogue.change(product_id, terms, auth.staff_actor())
             return forms.done(
                 f"{product.name} is saved. It binds the next purchase.",
                 url_for("products.show", product_id=product_id),
@@ -150,7 +150,7 @@ def read_terms(form) -> tuple[dict, dict[str, str]]:
     for name, take in read.items():
         try:
             terms[name] = take()
-            inventory.read_terms({name: terms[name]})
+            terms.read({name: terms[name]})
         except InvalidRequest as error:
             terms.pop(name, None)
             errors[FIELDS[name][0]] = in_words(error)
@@ -190,16 +190,16 @@ def form_values(product) -> dict:
 
 # What each button does, and what it tells.
 ACTS = {
-    "open": (inventory.open_now, "is open"),
+    "open": (catalogue.open_now, "is open"),
     "pause": (
-        lambda product_id, actor: inventory.change_product(product_id, {"paused": True}, actor),
+        lambda product_id, actor: catalogue.change(product_id, {"paused": True}, actor),
         "is paused",
     ),
     "resume": (
-        lambda product_id, actor: inventory.change_product(product_id, {"paused": False}, actor),
+        lambda product_id, actor: catalogue.change(product_id, {"paused": False}, actor),
         "is on sale again",
     ),
-    "end": (inventory.end_now, "is ended"),
+    "end": (catalogue.end_now, "is ended"),
 }
 
 
@@ -259,7 +259,7 @@ def restock(product_id: int):
     if errors:
         return refuse_restock(product_id, errors)
     try:
-        done = inventory.restock(product_id, units, reason or None, auth.staff_actor(), key)
+        done = movements.restock(product_id, units, reason or None, auth.staff_actor(), key)
     except Unavailable:
         message = "Redis did not answer. If the restock was recorded, it is carried out by itself."
         return refuse_restock(product_id, {"amount": message}, 503)

@@ -21,7 +21,7 @@ from ..database import waiting_at_most
 from ..extensions import db, stock
 from ..orders.drain import drain_batch
 from ..problems import Unavailable
-from ..products import inventory
+from ..products import movements, sale
 from ..stock.gateway import HISTORY_SAMPLES, REFUSALS, View
 from ..stock.keys import Keys
 from . import jobs
@@ -88,8 +88,8 @@ class Sweeper:
         self._keep_counts(view)
         recovery.close_when_stale()
         if recovery.is_prepared():
-            inventory.publish_stale()
-            inventory.finish_pending()
+            sale.publish_stale()
+            movements.finish_pending()
         ledger.check_in_turn()
         stopped.wait(max(0.0, started + SWEEP_SECONDS - time.monotonic()))
 
