@@ -31,9 +31,7 @@ def take(route: str, resource: str, key: str, content: object) -> RequestKey:
     identity = {"route": route, "resource": resource, "key": key}
     fingerprint = _fingerprint(content)
     db.session.execute(
-        insert(RequestKey)
-        .values(**identity, fingerprint=fingerprint)
-        .on_conflict_do_nothing()
+        insert(RequestKey).values(**identity, fingerprint=fingerprint).on_conflict_do_nothing()
     )
     row = db.session.scalars(select(RequestKey).filter_by(**identity)).one()
     if row.fingerprint != fingerprint:

@@ -7,7 +7,7 @@ from ..extensions import limiter
 from ..orders import deadletters
 from ..problems import InvalidRequest
 from ..products import catalogue
-from ..reading import MAX_ID, MAX_REASON, read_text
+from ..reading import MAX_ID
 from . import forms
 
 bp = Blueprint("dead_letters", __name__, url_prefix="/admin/dead-letters")
@@ -90,9 +90,9 @@ def decide(decision: str):
     if decision not in DECISIONS:
         raise InvalidRequest("There is no such decision", "decision")
     try:
-        reason = read_text(request.form, "reason", MAX_REASON)
+        reason = forms.reason()
     except InvalidRequest as error:
-        errors = {"reason": str(error).replace("reason", "The reason", 1)}
+        errors = {"reason": str(error)}
         return show_review(ids, errors, 422)
     results = DECISIONS[decision](ids, reason, auth.staff_actor())
     done = sum(result.done for result in results)

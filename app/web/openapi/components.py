@@ -225,7 +225,7 @@ STATUSES = {
     404: ("There is no such product", ["unknown_product", "not_found"], ()),
     408: ("The body did not come within 10 s", ["request_timeout"], ()),
     409: (
-        "The product no longer has a version that `If-Match` names: it is in `product`, with its ETag",
+        "The product no longer has a version that `If-Match` names; `product` is what it is now",
         ["stale_version"],
         ("ETag",),
     ),
@@ -286,7 +286,7 @@ KEY = parameter(
     {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"},
     "One for each intent, such as a UUID; kept for 24 hours.",
 )
-RESTOCK_KEY = KEY | {"description": "One for each intent, such as a UUID; never forgotten."}
+RESTOCK_KEY = KEY | {"description": "One for each intent, such as a UUID; it is never forgotten."}
 CREATION_KEY = KEY | {
     "description": "One for each intent, such as a UUID; kept for 30 days. Sent again, it makes "
     "nothing anew: the first answer comes again, with `Idempotent-Replayed`.",
@@ -295,8 +295,8 @@ VERSION = parameter(
     "If-Match",
     "header",
     {"type": "string", "pattern": r'^\*$|^(W/)?"[0-9]{1,18}"(, *(W/)?"[0-9]{1,18}")*$'},
-    "The ETag of the product that the change was made for. Has it been changed since, the answer is "
-    "409, and nothing is. Without it, or with `*`, the change is made in any case.",
+    "The ETag of the product that the change was made for. If the product was changed since, the"
+    " answer is 409 and nothing happens. Without it, or with `*`, the change is made in any case.",
 )
 REQUEST_ID = parameter(
     "X-Request-Id", "header", {"type": "string"}, "1 to 128 of A-Z a-z 0-9 . _ : / + = -"

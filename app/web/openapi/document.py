@@ -230,7 +230,7 @@ def _paths() -> dict:
                     ),
                     **failures(400, 401, 404, 408, 409, 413, 415, 429, 431, 503),
                 },
-                description="Sent again, a change changes nothing more: it takes no Idempotency-Key.",
+                description="Sent again, it changes nothing more: it needs no Idempotency-Key.",
                 security=ADMIN,
                 parameters=[PRODUCT_ID, VERSION, REQUEST_ID],
                 requestBody=body("ProductChange", pause={"paused": True}),
