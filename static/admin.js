@@ -16,7 +16,8 @@
   }
 
   // Time fields: a person types the time of their zone, and what is sent is the instant it names, in
-  // the hidden field beside. What nobody touched goes back as it came, to the microsecond.
+  // UTC as without a script, and beside it exactly. What nobody touched goes back as it came, to the
+  // microsecond.
   const two = (n) => String(n).padStart(2, '0')
   const wallOf = (moment) => `${String(moment.getFullYear()).padStart(4, '0')}-${two(moment.getMonth() + 1)}-` +
     `${two(moment.getDate())}T${two(moment.getHours())}:${two(moment.getMinutes())}:${two(moment.getSeconds())}`
@@ -37,8 +38,9 @@
     const { name } = input
     const instant = input.form?.elements[`${name}_at`]
     if (!instant) return
-    // Without its name the field is not sent: the server knows by it that the instant is right.
+    const utc = Object.assign(document.createElement('input'), { type: 'hidden', name })
     input.removeAttribute('name')
+    instant.before(utc)
     const note = document.getElementById(`utc-${name}`)
     const first = { instant: instant.value, wall: '' }
     if (isTime(new Date(first.instant))) {
@@ -51,9 +53,9 @@
       if (input.validity.badInput || (input.value && !isTime(moment))) instant.value = 'incomplete'
       else if (!touched || (input.value && input.value === first.wall)) instant.value = first.instant
       else instant.value = input.value ? moment.toISOString() : ''
-      if (!note) return
       const told = new Date(instant.value)
-      note.textContent = isTime(told)
+      utc.value = isTime(told) ? told.toISOString().slice(0, 19) : instant.value
+      if (note) note.textContent = isTime(told)
         ? `${told.toISOString().slice(0, 19).replace('T', ' ')} UTC${oddity(input.value, told)}` : ''
     }
     tell()

@@ -65,9 +65,9 @@ def fields_of(answer) -> dict[str, str]:
 
 
 def scripted(fields: dict[str, str], **instants: str) -> dict[str, str]:
-    """Return the fields as the page's script sends them: of a time the instant alone."""
-    fields = {name: value for name, value in fields.items() if f"{name}_at" not in fields}
-    return fields | {f"{name}_at": instant for name, instant in instants.items()}
+    """Return the fields as the page's script sends them: the instants that were typed, twice."""
+    exact = {f"{name}_at": instant for name, instant in instants.items()}
+    return fields | exact | {name: instant[:19] for name, instant in instants.items()}
 
 
 def send(client, path: str, headers: dict | None = None, **data):

@@ -11,6 +11,7 @@ import shutil
 import threading
 import time
 from datetime import UTC, datetime, timedelta
+from zoneinfo import ZoneInfo
 
 import psycopg2
 import pytest
@@ -421,6 +422,24 @@ def test_a_form_shown_again_forgets_the_offset_of_another_season(open_page, shop
     product = shop.show(int(page.url.rpartition("/")[2]))
     assert product["opensAt"] == "2031-07-01T08:00:00.000Z"
     assert (product["priceCents"], product["stockRemaining"]) == (129_900, 1500)
+
+
+def test_orders_are_found_by_local_time(open_page, shop):
+    product, user = shop.product(), next(users)
+    shop.buy(product, user)
+    now = datetime.now(ZoneInfo("Asia/Kathmandu"))
+    page = open_page(f"/admin/orders/?q={user}", timezone_id="Asia/Kathmandu")
+    for field, minutes, found in (("#f-from", -5, 1), ("#f-from", 5, 0), ("#f-from", -5, 1)):
+        wall = f"{now + timedelta(minutes=minutes):%Y-%m-%dT%H:%M}"
+        page.fill(field, wall)
+        page.locator(field).blur()
+        rows = page.locator("#results tbody tr")
+        rows.first.wait_for(state="attached" if found else "detached")
+        assert rows.count() == found
+    # The address finds the same, and shows the same.
+    page.reload()
+    assert page.input_value("#f-from").startswith(wall)
+    page.locator("#results tbody tr").wait_for()
 
 
 def test_a_half_typed_date_is_no_empty_one(open_page, shop):

@@ -47,7 +47,7 @@ def test_one_group_after_a_dot_is_asked_back():
 
 @pytest.mark.parametrize("text", ["10000001", "10,000,001", "9" * 16, "9" * 30, "9" * 60_000])
 def test_out_of_range(text):
-    with pytest.raises(InvalidRequest, match=r"^The stock must be from 0 to 10000000$"):
+    with pytest.raises(InvalidRequest, match=r"^The stock must be from 0 to 10,000,000$"):
         numbers.whole(text, "stock", "The stock", 0, 10_000_000)
 
 

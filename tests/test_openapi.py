@@ -37,6 +37,18 @@ def test_every_route_is_documented_and_nothing_else(built_app):
     assert documented() == routed(built_app)
 
 
+def test_no_post_ignores_an_idempotency_key():
+    posts = {path: item["post"] for path, item in document()["paths"].items() if "post" in item}
+    assert len(posts) >= 3
+    for path, post in posts.items():
+        assert "Idempotency-Key" in {parameter["name"] for parameter in post["parameters"]}, path
+
+
+def test_a_change_has_no_defaults():
+    assert '"default"' not in json.dumps(SCHEMAS["ProductChange"])
+    assert SCHEMAS["NewProduct"]["properties"]["maxQuantity"]["default"] == 10
+
+
 def test_the_document_is_served_as_it_is(client):
     answer = client.get("/openapi.json")
     assert (answer.status_code, answer.mimetype) == (200, "application/json")

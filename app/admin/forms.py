@@ -31,23 +31,21 @@ def cursor() -> int | None:
 def moment_text(name: str, source: Mapping[str, str]) -> str:
     """Return the instant that a time field sends, as RFC 3339; empty for none.
 
-    The page's script sends the instant alone, as `<name>_at`. Without it the field itself comes,
-    in UTC, and beside it the instant that was shown: where it still shows that, nothing was typed.
+    The field is in UTC, to the second. Beside it, as `<name>_at`, comes the exact instant: what was
+    shown, or what the page's script has made of the local time that was typed. Where the two don't
+    agree there was no script, and somebody typed in UTC.
     """
-    shown = source.get(f"{name}_at", "").strip()
-    if name in source:
-        wall = source[name].strip()
-        if not WALL_TIME(wall):
-            return wall
-        if len(wall) == len("2026-01-01T00:00"):
-            wall += ":00"
-        if wall_time(shown) != wall:
-            # A page of 0.1.0 sends the browser's offset along.
-            shown = wall + (source.get(f"{name}_offset") or "Z")
+    wall, exact = source.get(name, "").strip(), source.get(f"{name}_at", "").strip()
+    if not WALL_TIME(wall):
+        return wall
+    if len(wall) == len("2026-01-01T00:00"):
+        wall += ":00"
+    # A page of 0.1.0 sends local time, and the browser's offset along.
+    typed = wall + (source.get(f"{name}_offset") or "Z")
     try:
-        return terms.moment(shown, name).isoformat()
+        return terms.moment(exact if wall_time(exact) == wall else typed, name).isoformat()
     except InvalidRequest:
-        return shown
+        return typed
 
 
 def wall_time(instant: str) -> str:

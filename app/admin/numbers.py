@@ -41,7 +41,7 @@ def whole(text: str, field: str, called: str, low: int, high: int) -> int:
             field,
         )
     if not low <= number <= high:
-        raise InvalidRequest(f"{called} must be from {low} to {high}", field)
+        raise InvalidRequest(f"{called} must be from {low:,} to {high:,}", field)
     return number
 
 

@@ -142,6 +142,13 @@ def edit(product_id: int):
         changed, _ = catalogue.change(product_id, values, auth.staff_actor(), {edit.version})
     except terms.WrongWindow:
         return show_form(edit.typed, product_form.WRONG_WINDOW, 422, **kept)
+    except Unavailable:
+        db.session.rollback()
+        alert = (
+            "Redis did not answer. If the change was recorded, it comes in force by itself; save it"
+            " once more to be sure."
+        )
+        return show_form(edit.typed, {}, 503, alert=alert, **kept)
     except catalogue.StaleVersion:
         changed = monitor.item(product_id).product
         if not edit.is_done(changed):
