@@ -66,7 +66,7 @@ def cents(text: str, field: str, called: str) -> int:
     return amount
 
 
-def _read(text: str) -> re.Match | None:
+def _read(text: str) -> re.Match[str] | None:
     """Return the parts of a number, None for what is none."""
     plain = "".join(
         str(unicodedata.decimal(character, character)) for character in text.strip()
@@ -74,7 +74,7 @@ def _read(text: str) -> re.Match | None:
     return NUMBER(plain)
 
 
-def _one_group(found: re.Match, separators: str) -> bool:
+def _one_group(found: re.Match[str], separators: str) -> bool:
     """Tell whether the only separator parts three digits from the rest, and may be a point."""
     group = found["group"]
     return bool(group) and group in separators and found["whole"].count(group) == 1

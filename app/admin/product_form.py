@@ -5,7 +5,7 @@ written, and where another change came first, each field can tell the three apar
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC
 from typing import Any
@@ -17,7 +17,7 @@ from ..reading import MAX_ID, MAX_QUANTITY, MAX_STOCK, read_digits, read_text
 from . import forms, numbers
 
 # Each field with its label, the column that it sets, and how it is read.
-FIELDS = {
+FIELDS: dict[str, tuple[str, str, Callable[[Mapping[str, str]], object]]] = {
     "name": ("Name", "name", lambda form: read_text(form, "name", terms.MAX_NAME, "The name")),
     "price": (
         "Price",
@@ -72,7 +72,9 @@ def typed(form: Mapping[str, str]) -> dict[str, str]:
     return texts | {name: forms.moment_text(name, form) for name in TIMES}
 
 
-def read(form: Mapping[str, str], names=FIELDS) -> tuple[dict[str, Any], dict[str, str]]:
+def read(
+    form: Mapping[str, str], names: Iterable[str] = FIELDS
+) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the named fields' terms by column, and the errors by field."""
     values, errors = {}, {}
     for name in names:
@@ -111,11 +113,10 @@ class Edit:
     def __init__(self, form: Mapping[str, str], product: Product) -> None:
         self.form = form
         self.typed = typed(form)
-        self.version = read_digits(form.get("version", ""), 1, MAX_ID)
-        self.was = _what_it_showed(form)
-        if self.version is None or self.was is None:
-            # A page that does not say what it showed may be of any age: it is taken for stale.
-            self.version, self.was = 0, shown(product)
+        was = _what_it_showed(form)
+        # A page that does not say what it showed may be of any age: it is taken for stale.
+        self.version = (read_digits(form.get("version", ""), 1, MAX_ID) or 0) if was else 0
+        self.was = was if was and self.version else shown(product)
 
     @property
     def touched(self) -> list[str]:

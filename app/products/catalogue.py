@@ -6,6 +6,7 @@ PostgreSQL is told first and Redis second; the sweeper finishes what a crash lea
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 from sqlalchemy import select
 
@@ -56,7 +57,7 @@ def names() -> dict[int, str]:
 class Created:
     """A product as it was when it was created, and whether this is a repeated answer."""
 
-    product: dict
+    product: dict[str, Any]
     version: int
     replayed: bool = False
 
@@ -114,12 +115,12 @@ def _put_on_sale(product_id: int) -> None:
         )
     )
     if movement is not None:
-        publish(db.session.get(Product, product_id))
+        publish(db.session.get_one(Product, product_id))
         apply_movement(movement)
 
 
 def change(
-    product_id: int, values: dict[str, object], actor: Actor, versions: Container[int] | None = None
+    product_id: int, values: dict[str, Any], actor: Actor, versions: Container[int] | None = None
 ) -> tuple[Product, int]:
     """Change terms of sale, given by column; return the product and its free stock.
 
@@ -155,8 +156,8 @@ def planned_end(product: Product, now: datetime) -> datetime | None:
     return planned if planned and planned > now else None
 
 
-def _opened(product: Product, now: datetime) -> dict[str, object]:
-    values: dict[str, object] = {"paused": False}
+def _opened(product: Product, now: datetime) -> dict[str, Any]:
+    values: dict[str, Any] = {"paused": False}
     if is_ended(product, now):
         return values | {
             "opens_at": product.planned_opens_at or product.opens_at,
@@ -167,10 +168,10 @@ def _opened(product: Product, now: datetime) -> dict[str, object]:
     return values
 
 
-def _ended(product: Product, now: datetime) -> dict[str, object]:
+def _ended(product: Product, now: datetime) -> dict[str, Any]:
     if is_ended(product, now):
         return {}
-    values: dict[str, object] = {
+    values: dict[str, Any] = {
         "closes_at": now,
         "planned_opens_at": product.opens_at,
         "planned_closes_at": product.closes_at,
@@ -182,7 +183,7 @@ def _ended(product: Product, now: datetime) -> dict[str, object]:
 
 def _change(
     product_id: int,
-    decide: Callable[[Product], dict[str, object]],
+    decide: Callable[[Product], dict[str, Any]],
     actor: Actor,
     versions: Container[int] | None = None,
 ) -> tuple[Product, int]:

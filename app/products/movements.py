@@ -73,7 +73,7 @@ def _replayed(movement: StockMovement, product_id: int, units: int) -> Restocked
         raise KeyMismatch
     if movement.applied_at is None:
         return Restocked(apply_movement(movement), replayed=True)
-    return Restocked(movement.stock_after, replayed=True)
+    return Restocked(movement.stock_after or 0, replayed=True)
 
 
 def correct(product_id: int, units: int, reason: str, actor: Actor) -> int:
@@ -108,19 +108,18 @@ def apply_movement(movement: StockMovement) -> int:
     movement_id = movement.id
     db.session.execute(text(f"SELECT pg_advisory_xact_lock_shared({SALE_LOCK})"))
     generation = expected_generation()
-    movement = db.session.get(
-        StockMovement, movement_id, with_for_update=True, populate_existing=True
-    )
-    if movement is None:
+    found = db.session.get(StockMovement, movement_id, with_for_update=True, populate_existing=True)
+    if found is None:
         db.session.rollback()
         raise Conflict("The movement was refused: too few units were free", "insufficient_stock")
+    movement = found
     if movement.applied_at is not None:
         db.session.commit()
-        return movement.stock_after
+        return movement.stock_after or 0
     identity = (movement_id, movement.product_id, movement.units, movement.user_id)
     outcome, free = stock.move(generation, *identity)
     if outcome == "unknown":
-        publish(db.session.get(Product, movement.product_id))
+        publish(db.session.get_one(Product, movement.product_id))
         outcome, free = stock.move(generation, *identity)
     if outcome == "short":
         target, units = f"product {movement.product_id}", movement.units

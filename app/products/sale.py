@@ -49,7 +49,7 @@ def publish(product: Product) -> bool:
 
 
 def _milliseconds(moment: datetime | None) -> int | None:
-    return moment and round(moment.timestamp() * 1000)
+    return None if moment is None else round(moment.timestamp() * 1000)
 
 
 def publish_stale() -> int:

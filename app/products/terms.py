@@ -1,8 +1,10 @@
 """The terms on which a product is sold: how they are read, checked, described and offered."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 from ..models import Product
 from ..problems import InvalidRequest
@@ -46,19 +48,23 @@ def currency(value: object, called: str = "currency") -> str:
     return value
 
 
-def _flag(data: dict, name: str) -> bool:
-    if type(data.get(name)) is not bool:
+def _flag(data: dict[str, Any], name: str) -> bool:
+    value = data.get(name)
+    if not isinstance(value, bool):
         raise InvalidRequest(f"{name} must be true or false", name)
-    return data[name]
+    return value
 
 
-def _or_none(read):
+Read = Callable[[dict[str, Any], str], object]
+
+
+def _or_none(read: Read) -> Read:
     """Let null stand for "none"."""
     return lambda data, name: None if data[name] is None else read(data, name)
 
 
 # The JSON name of each term, the column it is stored in, and how it is read.
-TERMS = {
+TERMS: dict[str, tuple[str, Read]] = {
     "name": ("name", lambda data, name: read_text(data, name, MAX_NAME)),
     "priceCents": ("price_cents", lambda data, name: read_integer(data, name, 0, MAX_ID)),
     "currency": ("currency", lambda data, name: currency(data[name])),
@@ -78,11 +84,11 @@ REQUIRED_TERMS = ("name", "priceCents", "currency")
 class NewProduct:
     """What is to be put on sale: its terms by column, and its first stock in units."""
 
-    terms: dict[str, object]
+    terms: dict[str, Any]
     units: int
 
 
-def read(data: dict) -> dict[str, object]:
+def read(data: dict[str, Any]) -> dict[str, Any]:
     """Return a change's terms by column. Raises InvalidRequest for the first wrong one."""
     if "stock" in data:
         raise InvalidRequest("stock is changed by a restock", "stock")
@@ -95,7 +101,7 @@ def read(data: dict) -> dict[str, object]:
     return values
 
 
-def read_new(data: dict) -> NewProduct:
+def read_new(data: dict[str, Any]) -> NewProduct:
     """Return a new product's terms and stock. Raises InvalidRequest for the first wrong one."""
     for name in (*REQUIRED_TERMS, "stock"):
         if name not in data:
@@ -110,7 +116,7 @@ def check_window(opens_at: datetime | None, closes_at: datetime | None) -> None:
         raise WrongWindow
 
 
-def terms_of(product: Product) -> dict:
+def terms_of(product: Product) -> dict[str, Any]:
     """Return the terms by their JSON names, as the API shows and the audit keeps them."""
     return {
         "name": product.name,
@@ -124,6 +130,6 @@ def terms_of(product: Product) -> dict:
     }
 
 
-def describe(product: Product, free: int) -> dict:
+def describe(product: Product, free: int) -> dict[str, Any]:
     """Return the product as the API shows it."""
     return {"id": product.id, **terms_of(product), "stockRemaining": free}
