@@ -19,8 +19,8 @@ from .extensions import db
 from .orders import deadletters
 from .problems import Conflict, InvalidRequest, Unavailable, UnknownProduct
 from .products import brake as brakes
-from .products import inventory
-from .reading import MAX_ID, MAX_REASON
+from .products import movements
+from .reading import MAX_ID, MAX_REASON, read_text
 from .staff import people, tokens
 
 # Two starts at once must not migrate at once.
@@ -59,6 +59,14 @@ def _told_in_words(command: click.Command) -> click.Command:
         command.callback = functools.wraps(carry_out)(told)
         command.callback.told_in_words = True
     return command
+
+
+def read_reason(context: click.Context, option: click.Option, text: str) -> str:
+    """Return a reason as the pages and the API would take it, or refuse it."""
+    try:
+        return read_text({"reason": text}, "reason", MAX_REASON)
+    except InvalidRequest as error:
+        raise click.BadParameter(str(error)) from None
 
 
 @click.command()
@@ -230,7 +238,7 @@ def list_dead_letters(state: str, limit: int) -> None:
 
 def _resolve(act, ids: tuple[int, ...], reason: str) -> None:
     try:
-        results = act(list(ids), reason.strip()[:MAX_REASON], CLI)
+        results = act(list(ids), reason, CLI)
     except Unavailable as error:
         raise click.ClickException(str(error)) from None
     for result in results:
@@ -241,7 +249,7 @@ def _resolve(act, ids: tuple[int, ...], reason: str) -> None:
 
 @dead_letters.command("replay")
 @click.argument("ids", type=int, nargs=-1, required=True)
-@click.option("--reason", required=True)
+@click.option("--reason", required=True, callback=read_reason)
 @with_appcontext
 def replay_dead_letters(ids: tuple[int, ...], reason: str) -> None:
     """Store the orders after all; their stock is held already."""
@@ -250,7 +258,7 @@ def replay_dead_letters(ids: tuple[int, ...], reason: str) -> None:
 
 @dead_letters.command("abandon")
 @click.argument("ids", type=int, nargs=-1, required=True)
-@click.option("--reason", required=True)
+@click.option("--reason", required=True, callback=read_reason)
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @with_appcontext
 def abandon_dead_letters(ids: tuple[int, ...], reason: str, yes: bool) -> None:
@@ -266,12 +274,12 @@ def abandon_dead_letters(ids: tuple[int, ...], reason: str, yes: bool) -> None:
 @stock_commands.command("correct", context_settings={"ignore_unknown_options": True})
 @click.argument("product_id", type=int)
 @click.argument("units", type=int)
-@click.option("--reason", required=True)
+@click.option("--reason", required=True, callback=read_reason)
 @with_appcontext
 def correct_stock(product_id: int, units: int, reason: str) -> None:
     """Add UNITS, or take them away when negative, because a count was wrong."""
     try:
-        free = inventory.correct(product_id, units, reason.strip()[:MAX_REASON], CLI)
+        free = movements.correct(product_id, units, reason, CLI)
     except UnknownProduct:
         raise click.ClickException(f"There is no product {product_id}") from None
     except (InvalidRequest, Conflict, Unavailable) as error:

@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from sqlalchemy import (
+    JSON,
     BigInteger,
     CheckConstraint,
     ForeignKey,
@@ -50,6 +51,9 @@ class Product(db.Model):
     currency: Mapped[str] = mapped_column(String(3))
     opens_at: Mapped[datetime | None] = mapped_column(Timestamp)
     closes_at: Mapped[datetime | None] = mapped_column(Timestamp)
+    # The window that ending the sale by hand has set aside, for whoever reopens it.
+    planned_opens_at: Mapped[datetime | None] = mapped_column(Timestamp)
+    planned_closes_at: Mapped[datetime | None] = mapped_column(Timestamp)
     per_user_limit: Mapped[int | None] = mapped_column(Integer)
     max_quantity: Mapped[int] = mapped_column(Integer, server_default="10")
     paused: Mapped[bool] = mapped_column(server_default=text("false"))
@@ -281,6 +285,22 @@ class ApiToken(db.Model):
     created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
     last_used_at: Mapped[datetime | None] = mapped_column(Timestamp)
     revoked_at: Mapped[datetime | None] = mapped_column(Timestamp)
+
+
+class RequestKey(db.Model):
+    """An Idempotency-Key that an act has used up; `answer` is what was answered, to be repeated."""
+
+    __tablename__ = "request_keys"
+    # What is past its time is found without reading the rest.
+    __table_args__ = (Index("ix_request_keys_created_at", "created_at"),)
+
+    route: Mapped[str] = mapped_column(Text, primary_key=True)
+    resource: Mapped[str] = mapped_column(Text, primary_key=True)
+    key: Mapped[str] = mapped_column(String(255), primary_key=True)
+    fingerprint: Mapped[str] = mapped_column(String(64))
+    # JSON, not JSONB: the members keep their order.
+    answer: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
 
 
 class AuditEntry(db.Model):

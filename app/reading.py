@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 
 from .problems import InvalidRequest
 
@@ -16,6 +17,8 @@ MAX_REASON = 500
 decode = json.JSONDecoder().decode
 # draft-ietf-httpapi-idempotency-key-header leaves the form to the server: visible ASCII here.
 VALID_KEY = re.compile(r"[\x21-\x7e]{1,255}").fullmatch
+# The longest of them all, 2^53 - 1, has 16.
+DIGITS = re.compile(r"[0-9]{1,16}").fullmatch
 # All but tab, line feed and carriage return: PostgreSQL refuses NUL, and none of them is text.
 CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]").search
 
@@ -48,13 +51,23 @@ def read_integer(data: dict, name: str, low: int, high: int) -> int:
     return value
 
 
-def read_text(data: dict, name: str, longest: int) -> str:
-    """Return a member that is a text of 1 to `longest` characters. Raises InvalidRequest."""
+def read_digits(text: str, low: int, high: int) -> int | None:
+    """Return the number that a text of ASCII digits names; None for any other, or out of range."""
+    number = int(text) if DIGITS(text) else None
+    return number if number is not None and low <= number <= high else None
+
+
+def read_text(data: Mapping, name: str, longest: int, called: str | None = None) -> str:
+    """Return a member that is a text of 1 to `longest` characters.
+
+    `called` is what an error calls it, where that is not its name. Raises InvalidRequest.
+    """
+    called = called or name
     value = data.get(name)
     if not isinstance(value, str) or not 1 <= len(value.strip()) <= longest or CONTROLS(value):
-        raise InvalidRequest(f"{name} must be a text of 1 to {longest} characters", name)
+        raise InvalidRequest(f"{called} must be a text of 1 to {longest} characters", name)
     value = value.strip()
     # A lone surrogate is legal in JSON and in Python, but not in UTF-8.
     if any("\ud800" <= character <= "\udfff" for character in value):
-        raise InvalidRequest(f"{name} must be Unicode text", name)
+        raise InvalidRequest(f"{called} must be Unicode text", name)
     return value

@@ -15,32 +15,56 @@
     }
   }
 
-  // Inputs: the server speaks UTC; the person types local time, and the zone's offset goes along.
+  // Time fields: a person types the time of their zone, and what is sent is the instant it names, in
+  // UTC as without a script, and beside it exactly. What nobody touched goes back as it came, to the
+  // microsecond.
   const two = (n) => String(n).padStart(2, '0')
-  const offsetOf = (moment) => {
-    const minutes = -moment.getTimezoneOffset()
-    const size = Math.abs(minutes)
-    return `${minutes < 0 ? '-' : '+'}${two(Math.floor(size / 60))}:${two(size % 60)}`
+  const wallOf = (moment) => `${String(moment.getFullYear()).padStart(4, '0')}-${two(moment.getMonth() + 1)}-` +
+    `${two(moment.getDate())}T${two(moment.getHours())}:${two(moment.getMinutes())}:${two(moment.getSeconds())}`
+  const isTime = (moment) => !Number.isNaN(moment.getTime())
+  // Where clocks are put forward a time is missing, where they are put back it comes twice.
+  const oddity = (wall, moment) => {
+    const typed = wall.length === 16 ? `${wall}:00` : wall.slice(0, 19)
+    if (wallOf(moment) !== typed) return ` · ${typed.slice(11, 16)} is skipped that day; ${wallOf(moment).slice(11, 16)} is meant`
+    for (const near of [-1, 1]) {
+      const offset = new Date(moment.getTime() + near * 86400000).getTimezoneOffset()
+      const other = new Date(Date.parse(`${typed}Z`) + offset * 60000)
+      if (other.getTime() === moment.getTime() || wallOf(other) !== typed) continue
+      return ` · ${typed.slice(11, 16)} comes twice that day; the ${moment < other ? 'first' : 'second'} is meant`
+    }
+    return ''
   }
-  const sayUtc = (input) => {
-    const note = document.getElementById(`utc-${input.name}`)
-    const moment = new Date(input.value)
-    const known = input.value && !Number.isNaN(moment.getTime())
-    input.form.elements[`${input.name}_offset`].value = known ? offsetOf(moment) : ''
-    if (note) note.textContent = known ? `${moment.toISOString().slice(0, 19).replace('T', ' ')} UTC` : ''
+  const localInput = (input) => {
+    const { name } = input
+    const instant = input.form?.elements[`${name}_at`]
+    if (!instant) return
+    const utc = Object.assign(document.createElement('input'), { type: 'hidden', name })
+    input.removeAttribute('name')
+    instant.before(utc)
+    const note = document.getElementById(`utc-${name}`)
+    const first = { instant: instant.value, wall: '' }
+    if (isTime(new Date(first.instant))) {
+      input.value = wallOf(new Date(first.instant))
+      first.wall = input.value
+    }
+    let touched = false
+    const tell = () => {
+      const moment = new Date(input.value)
+      if (input.validity.badInput || (input.value && !isTime(moment))) instant.value = 'incomplete'
+      else if (!touched || (input.value && input.value === first.wall)) instant.value = first.instant
+      else instant.value = input.value ? moment.toISOString() : ''
+      const told = new Date(instant.value)
+      utc.value = isTime(told) ? told.toISOString().slice(0, 19) : instant.value
+      if (note) note.textContent = isTime(told)
+        ? `${told.toISOString().slice(0, 19).replace('T', ' ')} UTC${oddity(input.value, told)}` : ''
+    }
+    tell()
+    input.addEventListener('input', () => { touched = true; tell() })
+    // A date that was half typed tells nobody until now.
+    input.form.addEventListener('submit', tell, true)
   }
   const localInputs = (root) => {
-    for (const input of root.querySelectorAll?.('input[type="datetime-local"]') ?? []) {
-      if (input.dataset.local) continue
-      input.dataset.local = 'yes'
-      if (input.value) {
-        const moment = new Date(`${input.value}Z`)
-        const local = new Date(moment.getTime() - moment.getTimezoneOffset() * 60000)
-        input.value = local.toISOString().slice(0, 19)
-      }
-      sayUtc(input)
-      input.addEventListener('input', () => sayUtc(input))
-    }
+    for (const input of root.querySelectorAll?.('input[type="datetime-local"][name]') ?? []) localInput(input)
     const zone = Intl.DateTimeFormat().resolvedOptions().timeZone
     for (const place of root.querySelectorAll?.('[data-zone]') ?? []) place.textContent = zone
   }
@@ -196,6 +220,20 @@
     form.requestSubmit(submitter)
     yes.remove()
   }, true)
+
+  // A second press while the first is under way would be answered instead of it, and an answer may
+  // show a password that is shown once. (The form's key makes sure that nothing is done twice.)
+  const UNDER_WAY = 5000
+  const sentAt = new WeakMap()
+  document.addEventListener('submit', (event) => {
+    const form = event.target
+    if (event.defaultPrevented || form.method !== 'post') return
+    if (Date.now() - (sentAt.get(form) ?? 0) < UNDER_WAY) event.preventDefault()
+    else sentAt.set(form, Date.now())
+  })
+  window.addEventListener('pageshow', ({ persisted }) => {
+    if (persisted) for (const form of document.forms) sentAt.delete(form)
+  })
 
   document.addEventListener('click', (event) => {
     const at = (selector) => event.target.closest(selector)

@@ -18,7 +18,7 @@ from sqlalchemy import text
 from app.audit import Actor
 from app.books import recovery
 from app.extensions import db
-from app.products import inventory
+from app.products import catalogue, terms
 from wsgi import app
 
 ACTOR = Actor("stress/generate.py")
@@ -62,11 +62,14 @@ def generate(orders: int, users: int, products: int) -> None:
     """Add the rows and rebuild the sale in Redis. Raises stock.Unavailable."""
     ids = []
     for number in range(products):
-        product, _ = inventory.create_product(
-            {"name": f"Item {number + 1}", "priceCents": 1999, "currency": "EUR", "stock": 1000},
-            ACTOR,
-        )
-        ids.append(product.id)
+        new = {
+            "name": f"Item {number + 1}",
+            "priceCents": 1999,
+            "currency": "EUR",
+            "stock": 1000,
+        }
+        product = catalogue.create(terms.read_new(new), ACTOR).product
+        ids.append(product["id"])
     base = db.session.scalar(LAST_ID)
     for first in range(1, orders + 1, CHUNK):
         last = min(first + CHUNK - 1, orders)

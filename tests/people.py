@@ -1,6 +1,7 @@
 """What the tests of the pages share: people, forms, and what htmx sends along."""
 
 import re
+from html.parser import HTMLParser
 
 from app.audit import CLI
 from app.extensions import db
@@ -49,6 +50,30 @@ def sign_in_once(app, browser, role: str) -> None:
             return
     sign_in(browser, create_person(app, role))
     _cookies[role] = browser.get_cookie(cookie_name(app), path="/admin").value
+
+
+class _Fields(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.values = {}
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        if tag == "input" and "name" in attributes:
+            self.values[attributes["name"]] = attributes.get("value", "")
+
+
+def fields_of(answer) -> dict[str, str]:
+    """Return what a browser without a script would send back of the forms on a page."""
+    page = _Fields()
+    page.feed(answer.text[answer.text.index("<main") : answer.text.index("</main")])
+    return page.values
+
+
+def scripted(fields: dict[str, str], **instants: str) -> dict[str, str]:
+    """Return the fields as the page's script sends them: the instants that were typed, twice."""
+    exact = {f"{name}_at": instant for name, instant in instants.items()}
+    return fields | exact | {name: instant[:19] for name, instant in instants.items()}
 
 
 def send(client, path: str, headers: dict | None = None, **data):

@@ -9,13 +9,13 @@ import time
 from urllib.parse import quote
 
 import pytest
-from people import BROWSER, csrf_token, send, sign_in
+from people import BROWSER, csrf_token, fields_of, send, sign_in
 
 from app.admin.orders import CSV_CHUNK_ROWS
 from app.audit import ACTIONS
 from app.config import ROOT
 from app.extensions import db, stock
-from app.models import AuditEntry, Staff
+from app.models import ApiToken, AuditEntry, RequestKey, Staff
 from app.stock.keys import Keys
 from app.watch import monitor
 from app.worker import jobs
@@ -45,6 +45,47 @@ def test_create_a_person(app, admin, newcomer):
     assert browser.get("/admin/staff/").status_code == 403
     # The password is shown once, and nowhere again.
     assert newcomer not in admin.get("/admin/staff/").text
+
+
+def test_a_form_sent_again_makes_nothing_again(app, admin):
+    with app.app_context():
+        db.session.query(Staff).filter_by(email="twice@example.com").delete()
+        db.session.commit()
+    form = {"email": "twice@example.com", "role": "support"}
+    key = fields_of(admin.get("/admin/staff/"))["key"]
+    password = secret_of(send(admin, "/admin/staff/", **form, key=key))
+    again = send(admin, "/admin/staff/", **form, key=key)
+    assert again.status_code == 302
+    page = admin.get("/admin/staff/").text
+    assert "twice@example.com was added already, and the password was shown once." in page
+    assert sign_in(app.test_client(), "twice@example.com", password).status_code == 302
+
+    # A reset that is reloaded leaves the password that was passed on as it is.
+    path = f"/admin/staff/{person(app, 'twice@example.com').id}/password"
+    asked = send(admin, path, key=f"{key}-reset")
+    confirmed = fields_of(asked)
+    password = secret_of(send(admin, path, **confirmed))
+    assert send(admin, path, **confirmed).status_code == 302
+    assert sign_in(app.test_client(), "twice@example.com", password).status_code == 302
+
+    for _ in range(2):
+        answer = send(admin, "/admin/staff/tokens", name="twice", key=f"{key}-token")
+    assert answer.status_code == 302
+    with app.app_context():
+        assert db.session.query(ApiToken).filter_by(name="twice").count() == 1
+    # With something else in it the form says so, and works when it is sent once more.
+    answer = send(admin, "/admin/staff/tokens", name="other", key=f"{key}-token")
+    assert answer.status_code == 422
+    assert "This form has been sent before" in answer.text
+    assert secret_of(send(admin, "/admin/staff/tokens", name="other", key=f"{key}-more"))
+
+
+def test_a_person_who_could_not_be_made_leaves_the_form_usable(app, admin):
+    key = f"form-{time.time_ns()}"
+    answer = send(admin, "/admin/staff/", email="nonsense", role="support", key=key)
+    assert answer.status_code == 422
+    with app.app_context():
+        assert db.session.query(RequestKey).filter_by(key=key).count() == 0
 
 
 @pytest.mark.parametrize(

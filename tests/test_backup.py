@@ -16,7 +16,7 @@ COMMANDS = """
 from app import create_app
 from app.books import ledger, recovery
 from app.orders import lookup as orders
-from app.products import inventory
+from app.products import movements
 from app.audit import CLI
 from app.orders.drain import drain_batch
 from app.extensions import db, stock

@@ -13,7 +13,7 @@ from app.books import recovery
 from app.extensions import db, stock
 from app.models import AuditEntry
 from app.problems import Conflict
-from app.products import inventory
+from app.products import catalogue, sale
 from app.products.brake import brake, carry_over
 from app.stock.keys import Keys
 from app.worker.relay import Sweeper
@@ -143,7 +143,7 @@ def test_nothing_but_its_own_act_releases_it(app, client, buy, post, lamp, admin
     with app.app_context():
         Sweeper().run_once(threading.Event())
         recovery.rebuild(CLI)
-        inventory.publish_stale()
+        sale.publish_stale()
     assert code(buy(1)) == (409, "paused")
     brakes = stock.braked()
     assert (brakes.sale, set(brakes.products)) == (True, {lamp})
@@ -153,10 +153,10 @@ def test_open_now_says_that_a_brake_is_set(app, post):
     post({"on": True, "productId": 1})
     with app.app_context():
         with pytest.raises(Conflict) as refused:
-            inventory.open_now(1, CLI)
+            catalogue.open_now(1, CLI)
         assert refused.value.code == "braked"
         post({"on": False, "productId": 1})
-        inventory.open_now(1, CLI)
+        catalogue.open_now(1, CLI)
 
 
 def test_a_seed_clears_the_brakes_and_loses_no_entry_of_the_audit(app, runner, buy, post):

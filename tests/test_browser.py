@@ -10,6 +10,8 @@ import os
 import shutil
 import threading
 import time
+from datetime import UTC, datetime, timedelta
+from zoneinfo import ZoneInfo
 
 import psycopg2
 import pytest
@@ -346,6 +348,162 @@ def test_times_are_the_browsers(open_page, shop):
     assert "03:30:00 UTC" in page.inner_text(".facts")
     page.goto(f"/admin/products/{product}/edit")
     assert page.input_value("#f-opens").startswith("2031-01-01T09:00")
+
+
+@pytest.mark.parametrize(
+    ("zone", "instant", "wall"),
+    [
+        # The second of the two half past ones of that night.
+        ("America/New_York", "2027-11-07T06:30:00.123456Z", "2027-11-07T01:30"),
+        ("Europe/Berlin", "2027-10-31T01:30:15.000001Z", "2027-10-31T02:30:15"),
+        ("Asia/Kathmandu", "2031-01-01T00:00:59.999Z", "2031-01-01T05:45:59"),
+    ],
+)
+def test_a_time_that_nobody_touched_stays(open_page, shop, zone, instant, wall):
+    product = shop.product(closesAt=instant)
+    known = shop.show(product)["closesAt"]
+    page = open_page(f"/admin/products/{product}/edit", timezone_id=zone)
+    assert page.input_value("#f-closes").startswith(wall)
+    assert page.inner_text("#utc-closes").startswith(instant[:19].replace("T", " "))
+    page.fill("#f-name", "Renamed")
+    # Typed and taken back is not touched either.
+    page.fill("#f-closes", "2032-01-01T00:00")
+    page.fill("#f-closes", wall)
+    page.get_by_role("button", name="Save terms").click()
+    page.get_by_text("Renamed is saved.").wait_for()
+    assert shop.show(product) | {"name": "Lamp"} == shop.show(product) | {
+        "name": "Lamp", "closesAt": known,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("zone", "wall", "told", "instant"),
+    [
+        ("Europe/Berlin", "2027-03-28T02:30", "02:30 is skipped that day; 03:30 is meant",
+         "2027-03-28T01:30:00"),
+        ("Europe/Berlin", "2027-10-31T02:30", "02:30 comes twice that day; the first is meant",
+         "2027-10-31T00:30:00"),
+        ("America/New_York", "2027-03-14T02:30", "02:30 is skipped that day; 03:30 is meant",
+         "2027-03-14T07:30:00"),
+        ("America/New_York", "2027-11-07T01:30", "01:30 comes twice that day; the first is meant",
+         "2027-11-07T05:30:00"),
+        ("Australia/Lord_Howe", "2027-04-04T01:45",
+         "01:45 comes twice that day; the first is meant", "2027-04-03T14:45:00"),
+    ],
+)  # fmt: skip
+def test_what_the_page_says_of_a_time_is_what_is_stored(open_page, shop, zone, wall, told, instant):
+    product = shop.product()
+    page = open_page(f"/admin/products/{product}/edit", timezone_id=zone)
+    page.fill("#f-closes", wall)
+    said = page.inner_text("#utc-closes")
+    assert said == f"{instant.replace('T', ' ')} UTC · {told}"
+    page.get_by_role("button", name="Save terms").click()
+    page.get_by_text("Lamp is saved.").wait_for()
+    assert shop.show(product)["closesAt"] == f"{instant}.000Z"
+
+
+def test_a_form_shown_again_forgets_the_offset_of_another_season(open_page, shop):
+    page = open_page("/admin/products/new", timezone_id="Europe/Berlin", complain=False)
+    page.fill("#f-name", "Drop")
+    page.fill("#f-price", "x")
+    page.fill("#f-stock", "1,5")
+    page.fill("#f-opens", "2030-12-01T10:00")
+    page.get_by_role("button", name="Create product").click()
+    page.locator("#e-price").wait_for()
+    assert "must be a whole number" in page.inner_text("#e-stock")
+    assert page.input_value("#f-opens").startswith("2030-12-01T10:00")
+    assert page.inner_text("#utc-opens") == "2030-12-01 09:00:00 UTC"
+    page.fill("#f-opens", "2031-07-01T10:00")
+    assert page.inner_text("#utc-opens") == "2031-07-01 08:00:00 UTC"
+    page.fill("#f-price", "1,299.00")
+    page.fill("#f-stock", "1,500")
+    page.get_by_role("button", name="Create product").click()
+    page.get_by_text("Drop is created with 1,500 units.").wait_for()
+    product = shop.show(int(page.url.rpartition("/")[2]))
+    assert product["opensAt"] == "2031-07-01T08:00:00.000Z"
+    assert (product["priceCents"], product["stockRemaining"]) == (129_900, 1500)
+
+
+def test_orders_are_found_by_local_time(open_page, shop):
+    product, user = shop.product(), next(users)
+    shop.buy(product, user)
+    now = datetime.now(ZoneInfo("Asia/Kathmandu"))
+    page = open_page(f"/admin/orders/?q={user}", timezone_id="Asia/Kathmandu")
+    for field, minutes, found in (("#f-from", -5, 1), ("#f-from", 5, 0), ("#f-from", -5, 1)):
+        wall = f"{now + timedelta(minutes=minutes):%Y-%m-%dT%H:%M}"
+        page.fill(field, wall)
+        page.locator(field).blur()
+        rows = page.locator("#results tbody tr")
+        rows.first.wait_for(state="attached" if found else "detached")
+        assert rows.count() == found
+    # The address finds the same, and shows the same.
+    page.reload()
+    assert page.input_value("#f-from").startswith(wall)
+    page.locator("#results tbody tr").wait_for()
+
+
+def test_a_half_typed_date_is_no_empty_one(open_page, shop):
+    product = shop.product()
+    page = open_page(f"/admin/products/{product}/edit", complain=False)
+    page.locator("#f-opens").focus()
+    page.keyboard.type("12")
+    page.get_by_role("button", name="Save terms").click()
+    assert "is not a date and time" in page.inner_text("#e-opens")
+
+
+def test_without_a_script_times_are_utc(open_page, shop):
+    product = shop.product(closesAt="2031-07-01T08:00:00.5Z")
+    page = open_page(
+        f"/admin/products/{product}/edit", timezone_id="Europe/Berlin", java_script_enabled=False
+    )
+    assert "In UTC." in page.inner_text("#z-closes")
+    assert page.input_value("#f-closes").startswith("2031-07-01T08:00")
+    page.fill("#f-name", "Renamed")
+    page.get_by_role("button", name="Save terms").click()
+    assert shop.show(product)["closesAt"] == "2031-07-01T08:00:00.500Z"
+    page.goto(f"/admin/products/{product}/edit")
+    page.fill("#f-closes", "2031-07-01T09:30")
+    page.get_by_role("button", name="Save terms").click()
+    assert shop.show(product)["closesAt"] == "2031-07-01T09:30:00.000Z"
+
+
+def test_a_forgotten_tab_shows_both_and_closes_nothing(open_page, shop):
+    tomorrow = datetime.now(UTC) + timedelta(days=1)
+    product = shop.product(opensAt=tomorrow.isoformat())
+    tab = open_page(f"/admin/products/{product}/edit", complain=False)
+    page = open_page(f"/admin/products/{product}")
+    # It asks, and "no" is no.
+    for answer, status in (("no", 409), ("yes", 200)):
+        page.get_by_role("button", name="Open now").click()
+        page.click(f"#confirm [value={answer}]")
+        if answer == "yes":
+            page.get_by_text("Lamp is open.").wait_for()
+        assert shop.buy(product).status == status
+    tab.fill("#f-price", "18.50")
+    tab.get_by_role("button", name="Save terms").click()
+    tab.get_by_text("Changed meanwhile, and not saved").wait_for()
+    assert shop.show(product)["priceCents"] == 1990
+    assert tab.locator("#differences tbody tr").count() == 1
+    assert "Opens" in tab.inner_text("#differences tbody")
+    assert tab.input_value("#f-price") == "18.50"
+    tab.get_by_role("button", name="Save terms").click()
+    tab.get_by_text("Lamp is saved.").wait_for()
+    assert shop.buy(product).status == 200
+    assert shop.show(product)["priceCents"] == 1850
+
+
+def test_a_double_click_makes_one_and_shows_its_secret(open_page):
+    page = open_page("/admin/staff/")
+    name = f"double {next(users)}"
+    page.fill("#f-name", name)
+    page.route("**/admin/staff/tokens", lambda route: (time.sleep(0.5), route.continue_()))
+    page.get_by_role("button", name="Create token").dblclick()
+    assert page.inner_text("#secret").startswith("fst_")
+    # A reload sends the same form again.
+    page.reload()
+    page.get_by_text("was created already, and its text was shown once").wait_for()
+    assert page.locator("td", has_text=name).count() == 1
+    assert page.locator("#secret").count() == 0
 
 
 def test_errors_stand_beside_their_field(open_page):

@@ -71,13 +71,13 @@ def test_a_cap_holds_under_concurrency(app, admin_headers):
 
 def test_concurrent_restocks_and_claims_lose_no_unit(app):
     from app.audit import CLI
-    from app.products import inventory
+    from app.products import movements
 
     def act(number):
         if number % 10:
             return stock.claim(number, 1, 1, None, "a").outcome
         with app.app_context():
-            inventory.restock(1, 7, None, CLI)
+            movements.restock(1, 7, None, CLI)
         return b"restocked"
 
     outcomes = Counter(at_once(act, range(1, THREADS + 1)))

@@ -1,7 +1,9 @@
 """The `flask …` commands."""
 
+import pytest
+
 from app.extensions import db, stock
-from app.models import AuditEntry, Staff
+from app.models import AuditEntry, Staff, StockMovement
 
 
 def test_seed_asks_first(runner, buy, drain):
@@ -77,3 +79,30 @@ def test_tokens(runner, client, app):
     assert runner.invoke(args=["token", "revoke", number]).exit_code == 0
     assert client.post("/products/restock", json=body, headers=headers).status_code == 401
     assert runner.invoke(args=["token", "revoke", "99999"]).exit_code == 1
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("stock", "correct", "1", "-5"),
+        ("dead-letters", "replay", "1"),
+        ("dead-letters", "abandon", "1", "--yes"),
+    ],
+)
+@pytest.mark.parametrize("reason", ["", "  ", "x" * 501, "a\0b"])
+def test_a_reason_is_refused_as_on_the_pages_never_cut(runner, app, command, reason):
+    with app.app_context():
+        before = db.session.query(AuditEntry).count()
+        result = runner.invoke(args=[*command, "--reason", reason])
+        assert result.exit_code == 2
+        assert "reason must be a text of 1 to 500 characters" in result.output
+        assert db.session.query(AuditEntry).count() == before
+    assert stock.view([1]).products[1]["free"] == 100
+
+
+def test_a_correction_keeps_its_whole_reason(runner, app):
+    reason = "x" * 500
+    assert runner.invoke(args=["stock", "correct", "1", "-5", "--reason", reason]).exit_code == 0
+    with app.app_context():
+        movement = db.session.query(StockMovement).order_by(StockMovement.id.desc()).first()
+        assert (movement.units, movement.reason) == (-5, reason)

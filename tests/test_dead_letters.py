@@ -12,7 +12,7 @@ from app.models import DeadLetter, Order, StockMovement
 from app.orders import deadletters
 from app.orders.drain import drain_batch
 from app.problems import Unavailable
-from app.products import inventory
+from app.products import catalogue, movements, terms
 from app.stock.keys import Keys
 
 
@@ -123,8 +123,8 @@ def test_abandoned_while_redis_is_down_returns_later(letter, monkeypatch):
         assert deadletters.abandon([letter.id], "gone", CLI)[0].done
     assert free() == 95
     assert ledger.check(rows=True).ok
-    inventory.finish_pending()
-    inventory.finish_pending()
+    movements.finish_pending()
+    movements.finish_pending()
     assert free() == 97
     assert ledger.check(rows=True).ok
 
@@ -151,10 +151,8 @@ def test_what_is_no_order_can_only_be_abandoned(app, drain, buy):
 def test_a_missing_product_is_waited_for(app, drain, buy):
     """The product's row is gone and comes back: the replay then succeeds."""
     with app.app_context():
-        product = inventory.create_product(
-            {"name": "p", "priceCents": 1, "currency": "USD", "stock": 5}, CLI
-        )[0]
-        product_id = product.id
+        new = {"name": "p", "priceCents": 1, "currency": "USD", "stock": 5}
+        product_id = catalogue.create(terms.read_new(new), CLI).product["id"]
         assert buy(1, product_id).status_code == 200
         db.session.execute(text("ALTER TABLE orders DISABLE TRIGGER totals_insert"))
         db.session.commit()

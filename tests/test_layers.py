@@ -10,6 +10,7 @@ APP = ROOT / "app"
 
 # Each room, and the rooms that it may import; its own is always allowed.
 GROUND = {"problems", "reading", "config", "times", "addresses", "breaker", "logs"}
+TABLES = GROUND | {"extensions", "models", "audit", "idempotency"}
 ROOMS = {
     "problems": set(),
     "times": set(),
@@ -24,13 +25,14 @@ ROOMS = {
     "database": {"breaker"},
     "models": {"extensions", "reading"},
     "audit": {"extensions", "models"},
-    "staff": GROUND | {"extensions", "models", "audit", "stock"},
+    "idempotency": {"extensions", "models", "problems"},
+    "staff": TABLES | {"stock"},
     # Who of the staff is asking.
     "auth": {"audit", "extensions", "staff"},
     "watch": GROUND | {"extensions", "database", "models", "stock"},
-    "products": GROUND | {"extensions", "models", "audit", "stock"},
-    "orders": GROUND | {"extensions", "database", "models", "audit", "stock", "products"},
-    "books": GROUND | {"extensions", "database", "models", "audit", "stock", "products", "orders"},
+    "products": TABLES | {"stock"},
+    "orders": TABLES | {"database", "stock", "products"},
+    "books": TABLES | {"database", "stock", "products", "orders"},
 }
 USE_CASES = {"products", "orders", "books", "staff"}
 BELOW = set(ROOMS) - {"run"}

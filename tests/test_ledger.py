@@ -13,7 +13,7 @@ from app.extensions import db, stock
 from app.orders import lookup as orders
 from app.orders.drain import drain_batch
 from app.problems import Unprepared
-from app.products import inventory
+from app.products import movements
 from app.stock.keys import Keys
 
 
@@ -110,7 +110,7 @@ def test_a_movement_between_the_two_stores_is_no_drift(app, sold, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(stock, "move", lambda *arguments: (_ for _ in ()).throw(Unprepared("test")))
         with pytest.raises(Unprepared):
-            inventory.restock(1, 10, None, CLI)
+            movements.restock(1, 10, None, CLI)
     db.session.rollback()
     found = check_one()
     assert found.ok
@@ -121,7 +121,7 @@ def test_a_movement_between_the_two_stores_is_no_drift(app, sold, monkeypatch):
     found = check_one()
     assert found.ok
     assert (found.pending, found.free) == (0, 99)
-    inventory.finish_pending()
+    movements.finish_pending()
     assert check_one().free == 99
 
 
@@ -175,7 +175,7 @@ def test_no_false_alarm_under_load(app):
         keep(claim),
         keep(claim),
         keep(lambda number: drain_batch("test", "test", most=20)),
-        keep(lambda number: inventory.restock(1, 50, None, CLI)),
+        keep(lambda number: movements.restock(1, 50, None, CLI)),
         keep(cancel),
     ]
     for thread in threads:

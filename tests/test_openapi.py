@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 
 from app.config import ROOT, RateLimit, Settings
 from app.orders.lookup import MAX_LISTED as MOST_ORDERS
+from app.products import terms
 from app.web.errors import CODES
 from app.web.openapi import document
 from app.web.openapi.components import ERRORS, MAX_LISTED, SCHEMAS
@@ -36,6 +37,18 @@ def test_every_route_is_documented_and_nothing_else(built_app):
     assert documented() == routed(built_app)
 
 
+def test_no_post_ignores_an_idempotency_key():
+    posts = {path: item["post"] for path, item in document()["paths"].items() if "post" in item}
+    assert len(posts) >= 3
+    for path, post in posts.items():
+        assert "Idempotency-Key" in {parameter["name"] for parameter in post["parameters"]}, path
+
+
+def test_a_change_has_no_defaults():
+    assert '"default"' not in json.dumps(SCHEMAS["ProductChange"])
+    assert SCHEMAS["NewProduct"]["properties"]["maxQuantity"]["default"] == 10
+
+
 def test_the_document_is_served_as_it_is(client):
     answer = client.get("/openapi.json")
     assert (answer.status_code, answer.mimetype) == (200, "application/json")
@@ -61,6 +74,7 @@ def test_every_error_code_of_the_program_is_documented():
         source = path.read_text()
         codes |= set(re.findall(r'error_body\(\s*f?"[^"]*",\s*"([a-z_]+)"', source))
         codes |= set(re.findall(r'(?:show|api)_error\(\d+, [^,]+, "([a-z_]+)"', source))
+        codes |= set(re.findall(r'super\(\).__init__\("[^"]*", "([a-z_]+)"\)', source))
     # What only a page of /admin or the framework's own statuses lead to.
     assert codes - set(ERRORS) <= {"method_not_allowed", "unknown_order"}
     codes |= set(CODES.values())
@@ -69,7 +83,7 @@ def test_every_error_code_of_the_program_is_documented():
 
 def test_bounds_are_the_programs_own():
     assert MAX_LISTED == MOST_ORDERS
-    assert SCHEMAS["Terms"]["properties"].keys() >= {"name", "priceCents", "paused"}
+    assert SCHEMAS["ProductChange"]["properties"].keys() == terms.TERMS.keys()
 
 
 class Page(HTMLParser):

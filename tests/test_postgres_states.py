@@ -22,7 +22,7 @@ from app.books import recovery
 from app.config import load_settings
 from app.extensions import db, stock
 from app.orders.drain import drain_batch
-from app.products import inventory
+from app.products import catalogue
 from app.run.embedded import PostgresServer
 from app.worker import jobs
 
@@ -247,7 +247,7 @@ def test_a_fault_of_ours_is_still_a_500(shop, monkeypatch):
     def wrong(*_):
         db.session.execute(text("SELEKT"))
 
-    monkeypatch.setattr(inventory, "products_with_stock", wrong)
+    monkeypatch.setattr(catalogue, "products_with_stock", wrong)
     assert shop.test_client().get("/products").status_code == 500
 
 

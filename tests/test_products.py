@@ -1,9 +1,18 @@
 """Products and restocks over the API."""
 
+from datetime import timedelta
+
+import pytest
+from sqlalchemy import func, update
 from test_claim import at_once
 
+from app.audit import CLI
+from app.books import recovery
 from app.extensions import db, stock
-from app.models import AuditEntry, StockMovement
+from app.models import AuditEntry, Product, RequestKey, StockMovement
+from app.problems import Conflict
+from app.products import catalogue, movements, sale, terms
+from app.stock.keys import Keys
 
 LAMP = {"name": "Lamp", "priceCents": 1999, "currency": "EUR", "stock": 3}
 
@@ -37,14 +46,14 @@ def test_metrics_narrow_to_a_product(client, buy, admin_headers, drain):
 
 
 def test_change_terms(client, admin_headers, app):
-    terms = {
+    change = {
         "name": "Better lamp", "priceCents": 5, "currency": "USD", "perUserLimit": 2,
         "maxQuantity": 2, "paused": True, "opensAt": "2030-01-01T01:00:00+01:00",
         "closesAt": "2030-01-02T00:00:00Z",
     }  # fmt: skip
-    answer = client.patch("/products/1", json=terms, headers=admin_headers)
+    answer = client.patch("/products/1", json=change, headers=admin_headers)
     assert answer.status_code == 200
-    assert answer.json == terms | {
+    assert answer.json == change | {
         "id": 1, "stockRemaining": 100, "opensAt": "2030-01-01T00:00:00.000Z",
         "closesAt": "2030-01-02T00:00:00.000Z", "braked": False,
     }  # fmt: skip
@@ -113,8 +122,6 @@ def test_a_restock_with_a_key_happens_once(client, admin_headers):
 
 def test_what_a_crash_left_pending_is_finished_once(app):
     """The row exists, Redis was never told; and: Redis was told, the mark is missing."""
-    from app.products import inventory
-
     with app.app_context():
         for told in (False, True):
             movement = StockMovement(product_id=1, kind="restock", units=5, actor="test")
@@ -122,42 +129,185 @@ def test_what_a_crash_left_pending_is_finished_once(app):
             db.session.commit()
             if told:
                 stock.move(stock.generation(), movement.id, 1, 5)
-        assert inventory.finish_pending() == 2
-        assert inventory.finish_pending() == 0
+        assert movements.finish_pending() == 2
+        assert movements.finish_pending() == 0
         assert stock.view([1]).products[1]["free"] == 110
 
 
 def test_terms_that_never_reached_redis_are_published(app, buy):
-    from app.models import Product
-    from app.products import inventory
-
     with app.app_context():
         product = db.session.get(Product, 1)
         product.paused = True
         product.version += 1
         db.session.commit()
         assert buy(1).status_code == 200
-        assert inventory.publish_stale() == 1
-        assert inventory.publish_stale() == 0
+        assert sale.publish_stale() == 1
+        assert sale.publish_stale() == 0
         assert buy(2).json["code"] == "paused"
 
 
 def test_an_older_version_never_overwrites_a_newer_one(app):
-    terms = {"opens": None, "closes": None, "pause": 0, "cap": None, "max": 10, "price": "1 USD"}
-    assert stock.put_product(1, 7, terms | {"pause": 1})
-    assert not stock.put_product(1, 6, terms)
+    known = {"opens": None, "closes": None, "pause": 0, "cap": None, "max": 10, "price": "1 USD"}
+    assert stock.put_product(1, 7, known | {"pause": 1})
+    assert not stock.put_product(1, 6, known)
     assert stock.view([1]).products[1]["pause"] == 1
 
 
 def test_a_correction_never_takes_more_than_is_free(app):
-    import pytest
-
-    from app.audit import CLI
-    from app.products import inventory
-
     with app.app_context():
-        assert inventory.correct(1, -40, "broken", CLI) == 60
-        with pytest.raises(inventory.Conflict):
-            inventory.correct(1, -61, "more broken", CLI)
-        assert inventory.finish_pending() == 0
+        assert movements.correct(1, -40, "broken", CLI) == 60
+        with pytest.raises(Conflict):
+            movements.correct(1, -61, "more broken", CLI)
+        assert movements.finish_pending() == 0
         assert stock.view([1]).products[1]["free"] == 60
+
+
+def version(client, product_id: int = 1) -> str:
+    return client.get(f"/products/{product_id}").headers["ETag"]
+
+
+def test_a_change_for_a_version_that_is_gone_changes_nothing(client, admin_headers):
+    first = version(client)
+    changed = client.patch(
+        "/products/1", json={"priceCents": 5}, headers=admin_headers | {"If-Match": first}
+    )
+    assert changed.status_code == 200
+    assert changed.headers["ETag"] == version(client) != first
+    stale = client.patch(
+        "/products/1", json={"name": "Mine"}, headers=admin_headers | {"If-Match": first}
+    )
+    assert (stale.status_code, stale.json["code"]) == (409, "stale_version")
+    # What holds now is in the answer, with its version.
+    assert stale.json["product"] == client.get("/products/1").json == changed.json
+    assert stale.headers["ETag"] == changed.headers["ETag"]
+    again = client.patch(
+        "/products/1",
+        json={"name": "Mine"},
+        headers=admin_headers | {"If-Match": stale.headers["ETag"]},
+    )
+    assert (again.status_code, again.json["name"]) == (200, "Mine")
+
+
+def test_purchases_and_restocks_make_no_new_version(client, admin_headers, buy):
+    first = version(client)
+    buy(1)
+    client.post("/products/restock", json={"productId": 1, "amount": 5}, headers=admin_headers)
+    client.patch("/products/1", json={"name": "Flash-sale item"}, headers=admin_headers)
+    assert version(client) == first
+
+
+@pytest.mark.parametrize("text", ["*", '"1"', 'W/"1"', '"7", "1"', '"7" ,W/"1"'])
+def test_versions_that_match(client, admin_headers, text):
+    headers = admin_headers | {"If-Match": text}
+    assert client.patch("/products/1", json={"priceCents": 5}, headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize("text", ["", " ", "1", "'1'", '"x"', '"1', '"1",', '"-1"', '"' + "9" * 99])
+def test_a_version_that_is_none_is_refused(client, admin_headers, text):
+    headers = admin_headers | {"If-Match": text}
+    answer = client.patch("/products/1", json={"priceCents": 5}, headers=headers)
+    assert (answer.status_code, answer.json["field"]) == (400, "If-Match")
+    assert version(client) == '"1"'
+
+
+def test_of_two_changes_of_one_version_one_is_made(client, admin_headers):
+    headers = admin_headers | {"If-Match": version(client)}
+    answers = at_once(
+        lambda price: client.application.test_client().patch(
+            "/products/1", json={"priceCents": price}, headers=headers
+        ),
+        range(1, 9),
+    )
+    assert sorted(answer.status_code for answer in answers) == [200] + [409] * 7
+
+
+def create(client, admin_headers, key: str, **terms):
+    headers = admin_headers | {"Idempotency-Key": key}
+    return client.application.test_client().post("/products", json=LAMP | terms, headers=headers)
+
+
+def test_a_product_with_a_key_is_created_once(client, admin_headers, buy):
+    answers = at_once(lambda _: create(client, admin_headers, "lamp"), range(8))
+    assert {answer.status_code for answer in answers} == {201}
+    assert sum("Idempotent-Replayed" in answer.headers for answer in answers) == 7
+    assert len({answer.data for answer in answers}) == 1
+    assert {answer.headers["Location"] for answer in answers} == {"/products/2"}
+    # The first answer comes again, whatever has become of the product.
+    buy(1, product_id=2)
+    client.patch("/products/2", json={"name": "Other"}, headers=admin_headers)
+    again = create(client, admin_headers, "lamp")
+    assert (again.data, again.headers["ETag"]) == (answers[0].data, '"1"')
+    for changed in ({"stock": 4}, {"name": "Lamb"}, {"paused": True}):
+        answer = create(client, admin_headers, "lamp", **changed)
+        assert (answer.status_code, answer.json["code"]) == (422, "idempotency_mismatch")
+    assert create(client, admin_headers, "another").json["id"] == 3
+    assert len(client.get("/products").json) == 3
+
+
+def test_a_creation_that_was_refused_leaves_its_key_free(client, admin_headers):
+    assert create(client, admin_headers, "lamp", priceCents=-1).status_code == 400
+    window = {"opensAt": "2030-01-02T00:00:00Z", "closesAt": "2030-01-01T00:00:00Z"}
+    assert create(client, admin_headers, "lamp", **window).json["field"] == "closesAt"
+    generation = stock.client.getdel(Keys.generation)
+    assert create(client, admin_headers, "lamp").status_code == 503
+    stock.client.set(Keys.generation, generation)
+    answer = create(client, admin_headers, "lamp")
+    assert answer.status_code == 201
+    assert "Idempotent-Replayed" not in answer.headers
+
+
+@pytest.mark.parametrize("key", ["", "ä", "a b", "x" * 256])
+@pytest.mark.parametrize("path", ["/products", "/products/restock"])
+def test_a_key_that_is_none_is_refused(client, admin_headers, path, key):
+    body = LAMP if path == "/products" else {"productId": 1, "amount": 1}
+    headers = admin_headers | {"Idempotency-Key": key}
+    answer = client.post(path, json=body, headers=headers)
+    assert (answer.status_code, answer.json["field"]) == (400, "Idempotency-Key")
+
+
+class Killed(BaseException):
+    """The process is gone: nothing after it happens."""
+
+
+@pytest.mark.parametrize("step", ["put_product", "move"])
+@pytest.mark.parametrize("after", [False, True])
+def test_killed_between_postgresql_and_redis_the_same_key_finishes(
+    client, admin_headers, app, monkeypatch, buy, step, after
+):
+    real = getattr(stock, step)
+
+    def die(*arguments):
+        if after:
+            real(*arguments)
+        raise Killed
+
+    with monkeypatch.context() as patch, app.app_context():
+        patch.setattr(stock, step, die)
+        with pytest.raises(Killed):
+            catalogue.create(terms.read_new(LAMP), CLI, "lamp")
+    answer = create(client, admin_headers, "lamp")
+    assert (answer.status_code, answer.json["stockRemaining"]) == (201, 3)
+    assert answer.headers["Idempotent-Replayed"] == "true"
+    assert client.get("/products/2").json == answer.json
+    assert buy(1, product_id=2).status_code == 200
+    with app.app_context():
+        assert movements.finish_pending() == 0
+
+
+def test_keys_are_forgotten_after_30_days(client, admin_headers, app):
+    create(client, admin_headers, "lamp")
+    with app.app_context():
+        for days, made in ((29, 2), (31, 3)):
+            db.session.execute(
+                update(RequestKey).values(created_at=func.now() - timedelta(days=days))
+            )
+            db.session.commit()
+            assert create(client, admin_headers, "lamp").json["id"] == made
+
+
+def test_a_reset_forgets_the_keys_of_products(client, admin_headers, app):
+    create(client, admin_headers, "lamp")
+    with app.app_context():
+        recovery.reset(CLI)
+    answer = create(client, admin_headers, "lamp", stock=9)
+    assert (answer.status_code, answer.json["stockRemaining"]) == (201, 9)

@@ -13,7 +13,7 @@ from app.orders import deadletters
 from app.orders import lookup as orders
 from app.orders.drain import drain_batch
 from app.problems import Conflict, Unavailable, Unprepared
-from app.products import inventory
+from app.products import catalogue, movements
 from app.stock.keys import Keys
 from app.stock.lines import IDEMPOTENCY_TTL_MS
 from app.worker import relay
@@ -23,8 +23,8 @@ from app.worker import relay
 def sold(app, buy, drain):
     """A little of everything: orders, a cancelled one, restocks, a cap, keys, a dead letter."""
     with app.app_context():
-        inventory.change_product(1, {"perUserLimit": 5}, CLI)
-        inventory.restock(1, 20, None, CLI)
+        catalogue.change(1, {"per_user_limit": 5}, CLI)
+        movements.restock(1, 20, None, CLI)
         for user in range(1, 6):
             assert buy(user, quantity=2, key=f"key-{user}").status_code == 200
         drain()
@@ -140,14 +140,14 @@ def test_movements_that_hang_between_the_stores(sold, monkeypatch):
         patch.setattr(stock, "move", lambda *arguments: (_ for _ in ()).throw(Unavailable("test")))
         for _ in range(2):
             with pytest.raises(Unavailable):
-                inventory.restock(1, 10, None, CLI)
+                movements.restock(1, 10, None, CLI)
             db.session.rollback()
     movement_id = db.session.scalar(text("SELECT max(id) FROM stock_movements"))
     db.session.rollback()
     stock.move(stock.generation(), movement_id, 1, 10)
     lose_redis()
     assert recovery.rebuild(CLI).free_units == 132
-    assert inventory.finish_pending() == 0
+    assert movements.finish_pending() == 0
     assert ledger.check(rows=True).ok
 
 
@@ -164,7 +164,7 @@ def test_a_movement_sold_out_before_it_was_marked(app, buy, drain, monkeypatch):
 
             patch.setattr(stock, "move", move)
             with pytest.raises(Unavailable):
-                inventory.restock(1, 5, None, CLI)
+                movements.restock(1, 5, None, CLI)
             db.session.rollback()
         assert buy(1, quantity=6).status_code == 200
         drain()
@@ -227,7 +227,7 @@ def test_two_at_once_and_shoppers_meanwhile(app, sold, buy):
                 drain_batch("test", "test", most=5)
             time.sleep(0.002)
 
-    inventory.restock(1, 100_000, None, CLI)
+    movements.restock(1, 100_000, None, CLI)
     threads = [threading.Thread(target=shop, args=(number,)) for number in (1, 2)]
     threads.append(threading.Thread(target=drain_all))
     for thread in threads:
@@ -288,7 +288,7 @@ def test_another_sale_in_redis_is_not_replaced_by_accident(sold, buy, runner):
     assert stock.waiting() == 1
     assert drain_batch("test", "test").persisted == 0
     with pytest.raises(Unprepared):
-        inventory.restock(1, 5, None, CLI)
+        movements.restock(1, 5, None, CLI)
     refused = runner.invoke(args=["rebuild", "--yes"])
     assert refused.exit_code == 1
     assert "--replace" in refused.output
@@ -347,7 +347,7 @@ def test_the_command(sold, runner):
 
 def test_two_hundred_thousand_orders_take_seconds(app):
     with app.app_context():
-        inventory.restock(1, 1_000_000, None, CLI)
+        movements.restock(1, 1_000_000, None, CLI)
         db.session.execute(
             text(
                 "INSERT INTO orders (id, user_id, product_id, quantity, unit_price_cents, currency,"

@@ -19,7 +19,7 @@ from conftest import Server, start_system, stop_system, wait_until
 from sqlalchemy.exc import DatabaseError, OperationalError, PendingRollbackError
 
 from app.config import ROOT
-from app.products import inventory
+from app.products import catalogue
 from app.run.embedded import PostgresServer, RedisServer
 
 # A dead dependency may cost a client so much, and not more.
@@ -305,7 +305,7 @@ def test_an_answer_cut_off_is_no_internal_error(client, monkeypatch, error):
     def fail(*arguments):
         raise error
 
-    monkeypatch.setattr(inventory, "products_with_stock", fail)
+    monkeypatch.setattr(catalogue, "products_with_stock", fail)
     answer = client.get("/products")
     assert answer.status_code == 503
     assert answer.headers["Retry-After"]

@@ -7,7 +7,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from app.extensions import db
-from app.products.inventory import totals
+from app.products.movements import totals
 
 
 def test_one_head_and_models_match(app):

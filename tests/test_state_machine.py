@@ -27,7 +27,7 @@ from app.orders import deadletters
 from app.orders import lookup as orders
 from app.orders.drain import drain_batch
 from app.problems import Conflict, Unavailable
-from app.products import inventory
+from app.products import catalogue, movements, sale
 from app.stock.keys import Keys
 
 STOCK = 12
@@ -97,7 +97,7 @@ class Sale(RuleBasedStateMachine):
         db.session.execute(text(FRESH))
         db.session.commit()
         stock.open("machine", first_order_id=1)
-        inventory.publish_stale()
+        sale.publish_stale()
         self.put_in, self.paused, self.since_proof = 0, False, 0
         self.orders: dict[int, tuple[int, int]] = {}
         self.keys: dict[tuple[int, str], int] = {}
@@ -157,14 +157,14 @@ class Sale(RuleBasedStateMachine):
 
     @rule(units=st.integers(1, 6))
     def restock(self, units):
-        inventory.restock(1, units, None, CLI)
+        movements.restock(1, units, None, CLI)
         self.put_in += units
 
     @rule(units=st.integers(1, 6), told=st.booleans())
     def restock_and_crash(self, units, told):
         """Killed before Redis is told, or after it and before PostgreSQL knows."""
         with crash_at("move", after=told), pytest.raises(Crash):
-            inventory.restock(1, units, None, CLI)
+            movements.restock(1, units, None, CLI)
         self.put_in += units
         if not told:
             self.untold.append((units, None))
@@ -172,7 +172,7 @@ class Sale(RuleBasedStateMachine):
     @rule(units=st.integers(1, 4))
     def take_away(self, units):
         try:
-            inventory.correct(1, -units, "test", CLI)
+            movements.correct(1, -units, "test", CLI)
         except Conflict:
             assert units > self.free()
         else:
@@ -205,7 +205,7 @@ class Sale(RuleBasedStateMachine):
     @rule()
     def pause(self):
         self.paused = not self.paused
-        inventory.change_product(1, {"paused": self.paused}, CLI)
+        catalogue.change(1, {"paused": self.paused}, CLI)
 
     @rule(user=USERS)
     def refuse_user(self, user):
@@ -244,7 +244,7 @@ class Sale(RuleBasedStateMachine):
 
     @rule()
     def sweep(self):
-        inventory.finish_pending()
+        movements.finish_pending()
         self.untold.clear()
 
     @rule(how=st.sampled_from(["lose", "", "", "", "clear_sale", "put_movements", "open"]))

@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from app.audit import CLI
 from app.extensions import stock
 from app.problems import Unavailable
-from app.products import inventory
+from app.products import catalogue, terms
 from app.stock.keys import Keys
 from app.watch import telemetry
 from app.watch.telemetry import DURATION_BOUNDS, Meter
@@ -155,7 +155,7 @@ def test_the_number_of_series_is_bounded(app, client, admin_headers, monkeypatch
     with app.app_context():
         for _ in range(6):
             data = {"name": "Lamp", "priceCents": 1, "currency": "USD", "stock": 5}
-            inventory.create_product(data, CLI)
+            catalogue.create(terms.read_new(data), CLI)
     figures = read(client, admin_headers)
     of_products = [dict(labels) for _, labels in figures if "product" in dict(labels)]
     assert {labels["product"] for labels in of_products} == {"1", "2", "3", "other"}

@@ -6,8 +6,8 @@ from .. import auth
 from ..extensions import limiter
 from ..orders import deadletters
 from ..problems import InvalidRequest
-from ..products import inventory
-from ..reading import MAX_ID, MAX_REASON, read_text
+from ..products import catalogue
+from ..reading import MAX_ID
 from . import forms
 
 bp = Blueprint("dead_letters", __name__, url_prefix="/admin/dead-letters")
@@ -47,7 +47,7 @@ def index():
         before=before,
         state=state,
         states=STATES,
-        names=inventory.names(),
+        names=catalogue.names(),
         query={name: value for name, value in request.args.items() if value and name != "before"},
     )
 
@@ -78,7 +78,7 @@ def show_review(ids: list[int], errors: dict[str, str] | None = None, status: in
         effects=effects,
         returned=returned,
         replayable=sum(effect.obstacle is None for effect in effects),
-        names=inventory.names(),
+        names=catalogue.names(),
         errors=errors or {},
     ), status
 
@@ -90,9 +90,9 @@ def decide(decision: str):
     if decision not in DECISIONS:
         raise InvalidRequest("There is no such decision", "decision")
     try:
-        reason = read_text(request.form, "reason", MAX_REASON)
+        reason = forms.reason()
     except InvalidRequest as error:
-        errors = {"reason": str(error).replace("reason", "The reason", 1)}
+        errors = {"reason": str(error)}
         return show_review(ids, errors, 422)
     results = DECISIONS[decision](ids, reason, auth.staff_actor())
     done = sum(result.done for result in results)

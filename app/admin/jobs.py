@@ -13,6 +13,7 @@ from rq_dashboard import web
 from werkzeug.exceptions import HTTPException
 
 from ..extensions import stock
+from ..reading import read_digits
 from ..web.errors import show_error
 
 log = logging.getLogger(__name__)
@@ -54,8 +55,7 @@ def check_request() -> None:
     if (arguments.get("registry_name") or "queued") not in REGISTRIES:
         abort(404)
     for name, most in (("page", 10**9), ("per_page", MOST_PER_PAGE)):
-        number = str(arguments.get(name, 1))
-        if not number.isascii() or not number.isdigit() or not 1 <= int(number) <= most:
+        if read_digits(str(arguments.get(name, 1)), 1, most) is None:
             abort(404)
 
 

@@ -21,8 +21,8 @@ from ..extensions import limiter
 from ..orders import lookup as orders
 from ..orders import search
 from ..problems import Conflict, InvalidRequest, Unavailable, UnknownOrder
-from ..products import inventory
-from ..reading import MAX_ID, MAX_REASON, read_text
+from ..products import catalogue
+from ..reading import MAX_ID, read_digits
 from ..times import utc_text
 from . import forms
 
@@ -48,18 +48,15 @@ def read_filter() -> tuple[search.Filter, dict[str, str]]:
     values: dict[str, object] = {}
     text = args.get("q", "").strip().lstrip("#")
     if text:
-        if text.isascii() and text.isdigit() and len(text) <= 16 and 1 <= int(text) <= MAX_ID:
-            values["user_id"] = int(text)
-        else:
+        values["user_id"] = read_digits(text, 1, MAX_ID)
+        if values["user_id"] is None:
             errors["q"] = "A user id or an order id is a whole number"
-    product = args.get("product", "")
-    if product.isascii() and product.isdigit() and len(product) <= 16:
-        values["product_id"] = int(product)
+    values["product_id"] = read_digits(args.get("product", ""), 0, 10**16)
     if args.get("status") in search.STATUSES:
         values["status"] = args["status"]
-    for field, name in (("from", "since"), ("to", "until")):
+    for field, name, called in (("from", "since", "The first"), ("to", "until", "The last")):
         try:
-            values[name] = forms.moment_as_datetime(field, args)
+            values[name] = forms.moment(field, args, called)
         except InvalidRequest as error:
             errors[field] = str(error)
     return search.Filter(**values), errors
@@ -83,12 +80,13 @@ def find() -> dict:
         page = search.search(wanted, before)
     return {
         "wanted": wanted,
+        "times": {name: forms.moment_text(name, request.args) for name in ("from", "to")},
         "errors": errors,
         "hit": hit,
         "only_order": only_order,
         "page": page,
         "before": before,
-        "names": inventory.names(),
+        "names": catalogue.names(),
         "query": {
             name: value for name, value in request.args.items() if value and name != "before"
         },
@@ -110,7 +108,7 @@ def export():
     wanted, errors = read_filter()
     if errors:
         raise InvalidRequest(next(iter(errors.values())))
-    names = inventory.names()
+    names = catalogue.names()
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     return Response(
         stream_with_context(csv_chunks(search.export(wanted), names)),
@@ -164,7 +162,7 @@ def safe_cell(value: object) -> object:
 @bp.get("/<id:order_id>")
 def show(order_id: int):
     story = search.story(order_id)
-    product = inventory.names().get(story.order.product_id)
+    product = catalogue.names().get(story.order.product_id)
     return render_template("admin/order.html", story=story, product=product, errors={})
 
 
@@ -172,7 +170,7 @@ def show(order_id: int):
 def live(order_id: int):
     """The story again; the page asks while the order is on its way."""
     story = search.story(order_id)
-    product = inventory.names().get(story.order.product_id)
+    product = catalogue.names().get(story.order.product_id)
     return render_template("admin/_order.html", story=story, product=product, errors={})
 
 
@@ -181,11 +179,11 @@ def cancel(order_id: int):
     """Cancel an order; its units go back on sale exactly once."""
     page = url_for("orders.show", order_id=order_id)
     try:
-        reason = read_text(request.form, "reason", MAX_REASON)
+        reason = forms.reason()
     except InvalidRequest as error:
         story = search.story(order_id)
-        product = inventory.names().get(story.order.product_id)
-        errors = {"reason": str(error).replace("reason", "The reason", 1)}
+        product = catalogue.names().get(story.order.product_id)
+        errors = {"reason": str(error)}
         return render_template("admin/order.html", story=story, product=product, errors=errors), 422
     try:
         order = orders.cancel(order_id, reason, auth.staff_actor())

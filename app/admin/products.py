@@ -1,17 +1,20 @@
 """Products: their terms of sale, the buttons that bind the next purchase, restocks, the ledger."""
 
 from datetime import UTC, datetime
+from typing import NamedTuple
 
-from flask import Blueprint, make_response, render_template, request, url_for
+from flask import Blueprint, make_response, redirect, render_template, request, url_for
 
 from .. import auth
-from ..extensions import limiter
+from ..extensions import db, limiter
+from ..models import Product
 from ..orders import search
-from ..problems import InvalidRequest, Unavailable
-from ..products import inventory
-from ..reading import MAX_REASON, MAX_RESTOCK, MAX_STOCK, VALID_KEY, read_integer
+from ..problems import InvalidRequest, KeyMismatch, Unavailable
+from ..products import catalogue, movements, terms
+from ..reading import MAX_RESTOCK, VALID_KEY
 from ..watch import monitor
-from . import forms
+from . import forms, numbers, product_form
+from .display import moment_utc
 
 bp = Blueprint("products", __name__, url_prefix="/admin/products")
 CHANGE_LIMIT = "120/minute"
@@ -19,17 +22,6 @@ limiter.limit(CHANGE_LIMIT, methods=["POST"])(bp)
 
 MOVEMENTS = 25
 ORDERS = 8
-# What a term is called in a form: (field, words for an error).
-FIELDS = {
-    "name": ("name", "The name"),
-    "priceCents": ("price", "The price"),
-    "currency": ("currency", "The currency"),
-    "stock": ("stock", "The stock"),
-    "opensAt": ("opens", "The opening"),
-    "closesAt": ("closes", "The closing"),
-    "perUserLimit": ("per_user", "The cap"),
-    "maxQuantity": ("max_quantity", "The maximum"),
-}
 COUNTERS = {
     "accepted": "Accepted",
     "sold_out": "Sold out",
@@ -64,16 +56,16 @@ def show(product_id: int):
     before = forms.cursor()
     (item,), live = monitor.items(product_id)
     # Without PostgreSQL the figures and the brake are left, which need Redis alone.
-    movements, page = [], None
+    found, page = [], None
     if not live.postgres_error:
-        movements = inventory.movements_of(product_id, before, MOVEMENTS + 1)
+        found = movements.movements_of(product_id, before, MOVEMENTS + 1)
         page = search.search(search.Filter(product_id=product_id), limit=ORDERS)
     return render_template(
         "admin/product.html",
         item=item,
         counters=COUNTERS,
-        movements=movements[:MOVEMENTS],
-        older=movements[MOVEMENTS - 1].id if len(movements) > MOVEMENTS else None,
+        movements=found[:MOVEMENTS],
+        older=found[MOVEMENTS - 1].id if len(found) > MOVEMENTS else None,
         before=before,
         page=page,
     )
@@ -90,120 +82,108 @@ def show_live(product_id: int):
 def new():
     """Create a product; it can be bought as soon as its window opens."""
     if request.method == "GET":
-        values = {"currency": "USD", "max_quantity": 10, "stock": ""}
-        return render_template("admin/product_form.html", item=None, values=values, errors={})
-    terms, errors = read_terms(request.form)
-    stock = forms.whole_number(request.form.get("stock", ""))
+        if not VALID_KEY(request.args.get("key", "")):
+            # In the address, so that going back finds the same form, not another one.
+            return redirect(url_for("products.new", key=forms.submission_key()))
+        return show_form(product_form.NEW, {}, key=request.args["key"])
+    key = request.form.get("key") or None
+    if key and not VALID_KEY(key):
+        raise InvalidRequest("This form is out of date: reload the page", "key")
+    values = product_form.typed(request.form)
+    wanted, errors = product_form.read_new(request.form)
+    if errors:
+        return show_form(values, errors, 422, key=key)
     try:
-        read_integer({"stock": stock}, "stock", 0, MAX_STOCK)
-    except InvalidRequest as error:
-        errors["stock"] = in_words(error)
-    if not errors:
-        try:
-            product, _ = inventory.create_product(terms | {"stock": stock}, auth.staff_actor())
-            return forms.done(
-                f"{product.name} is created with {stock:,} units.",
-                url_for("products.show", product_id=product.id),
-            )
-        except InvalidRequest as error:
-            errors = place(error)
+        created = catalogue.create(wanted, auth.staff_actor(), key)
+    except terms.WrongWindow:
+        return show_form(values, product_form.WRONG_WINDOW, 422, key=key)
+    except KeyMismatch:
+        return show_form(
+            values,
+            {},
+            422,
+            key=forms.submission_key(),
+            alert="This form has created a product already, with other terms. Look at the products"
+            " first; Create product makes another one.",
+        )
+    except Unavailable:
+        db.session.rollback()
+        return show_form(
+            values,
+            {},
+            503,
+            key=key,
+            alert="Redis did not answer, so it is not known whether the product was created. Send"
+            " the form again: it creates the product once only.",
+        )
+    page = url_for("products.show", product_id=created.product["id"])
+    name = created.product["name"]
+    if created.replayed:
+        return forms.done(f"{name} was created already; nothing was created twice.", page)
+    return forms.done(f"{name} is created with {wanted.units:,} units.", page)
+
+
+def show_form(values: dict, errors: dict, status: int = 200, **more):
+    """Return the form with what its fields hold; `more` is the rest that the template names."""
     return render_template(
-        "admin/product_form.html", item=None, values=request.form, errors=errors
-    ), 422
+        "admin/product_form.html", values=values, errors=errors, **({"product": None} | more)
+    ), status
 
 
 @bp.route("/<id:product_id>/edit", methods=["GET", "POST"])
 def edit(product_id: int):
     """Change the terms; the change binds the next purchase."""
-    item = monitor.item(product_id)
+    product = monitor.item(product_id).product
     if request.method == "GET":
-        values = form_values(item.product)
-        return render_template("admin/product_form.html", item=item, values=values, errors={})
-    terms, errors = read_terms(request.form)
-    # A form knows whole seconds: a time that looks unchanged is unchanged.
-    for name, known in (("opensAt", item.product.opens_at), ("closesAt", item.product.closes_at)):
-        if known and terms.get(name) and same_second(terms[name], known):
-            del terms[name]
-    if not errors:
-        try:
-            product, _ = inventory.change_product(product_id, terms, auth.staff_actor())
-            return forms.done(
-                f"{product.name} is saved. It binds the next purchase.",
-                url_for("products.show", product_id=product_id),
+        was = product_form.shown(product)
+        return show_form(was, {}, product=product, was=was, version=product.version)
+    edit = product_form.Edit(request.form, product)
+    kept = {"product": product, "was": edit.was, "version": edit.version}
+    values, errors = product_form.read(request.form, edit.touched)
+    if errors:
+        return show_form(edit.typed, errors, 422, **kept)
+    try:
+        changed, _ = catalogue.change(product_id, values, auth.staff_actor(), {edit.version})
+    except terms.WrongWindow:
+        return show_form(edit.typed, product_form.WRONG_WINDOW, 422, **kept)
+    except Unavailable:
+        db.session.rollback()
+        alert = (
+            "Redis did not answer. If the change was recorded, it comes in force by itself; save it"
+            " once more to be sure."
+        )
+        return show_form(edit.typed, {}, 503, alert=alert, **kept)
+    except catalogue.StaleVersion:
+        changed = monitor.item(product_id).product
+        if not edit.is_done(changed):
+            fields, differences = edit.rebase(changed)
+            return show_form(
+                fields,
+                {},
+                409,
+                product=changed,
+                was=product_form.shown(changed),
+                version=changed.version,
+                differences=differences,
             )
-        except InvalidRequest as error:
-            errors = place(error)
-    return render_template(
-        "admin/product_form.html", item=item, values=request.form, errors=errors
-    ), 422
-
-
-def read_terms(form) -> tuple[dict, dict[str, str]]:
-    """Return a form's terms by their JSON names, and its errors by field."""
-    cap = form.get("per_user", "").strip()
-    read = {
-        "name": lambda: form.get("name", ""),
-        "priceCents": lambda: forms.cents(form.get("price", "")),
-        "currency": lambda: form.get("currency", "").strip().upper(),
-        "opensAt": lambda: forms.moment("opens"),
-        "closesAt": lambda: forms.moment("closes"),
-        "perUserLimit": lambda: forms.whole_number(cap) if cap else None,
-        "maxQuantity": lambda: forms.whole_number(form.get("max_quantity", "")),
-    }
-    terms, errors = {}, {}
-    for name, take in read.items():
-        try:
-            terms[name] = take()
-            inventory.read_terms({name: terms[name]})
-        except InvalidRequest as error:
-            terms.pop(name, None)
-            errors[FIELDS[name][0]] = in_words(error)
-    return terms, errors
-
-
-def same_second(text: str, known: datetime) -> bool:
-    return datetime.fromisoformat(text) == known.replace(microsecond=0)
-
-
-def place(error: InvalidRequest) -> dict[str, str]:
-    return {FIELDS.get(error.field, ("name",))[0]: in_words(error)}
-
-
-def in_words(error: InvalidRequest) -> str:
-    """Return the error with the field called as the form calls it."""
-    _, words = FIELDS.get(error.field, ("", ""))
-    text = str(error).replace(
-        "closesAt must be after opensAt", "The closing must be after the opening"
+    return forms.done(
+        f"{changed.name} is saved. It binds the next purchase.",
+        url_for("products.show", product_id=product_id),
     )
-    return text.replace(error.field, words, 1) if words and text.startswith(error.field) else text
-
-
-def form_values(product) -> dict:
-    """Return what the form shows of a product; times in UTC, for the script to make local."""
-    local = "%Y-%m-%dT%H:%M:%S"
-    return {
-        "name": product.name,
-        "price": f"{product.price_cents // 100}.{product.price_cents % 100:02}",
-        "currency": product.currency,
-        "opens": product.opens_at.astimezone(UTC).strftime(local) if product.opens_at else "",
-        "closes": product.closes_at.astimezone(UTC).strftime(local) if product.closes_at else "",
-        "per_user": product.per_user_limit or "",
-        "max_quantity": product.max_quantity,
-    }
 
 
 # What each button does, and what it tells.
 ACTS = {
-    "open": (inventory.open_now, "is open"),
+    "open": (catalogue.open_now, "is open"),
     "pause": (
-        lambda product_id, actor: inventory.change_product(product_id, {"paused": True}, actor),
+        lambda product_id, actor: catalogue.change(product_id, {"paused": True}, actor),
         "is paused",
     ),
     "resume": (
-        lambda product_id, actor: inventory.change_product(product_id, {"paused": False}, actor),
+        lambda product_id, actor: catalogue.change(product_id, {"paused": False}, actor),
         "is on sale again",
     ),
-    "end": (inventory.end_now, "is ended"),
+    "end": (catalogue.end_now, "is ended"),
 }
 
 
@@ -213,19 +193,56 @@ def act(product_id: int):
     name = request.form.get("act")
     if name not in ACTS:
         raise InvalidRequest("There is no such act", "act")
+    product = monitor.item(product_id).product
     page = url_for("products.show", product_id=product_id)
-    if name == "end" and (
-        question := forms.unconfirmed(
-            "End this sale now?",
-            "The next purchase is refused as ended. It can be opened again later.",
-            "End the sale",
-            page,
-        )
-    ):
+    asked = sale_questions(product).get(name)
+    if asked and (question := forms.unconfirmed(*asked, page)):
         return question
     change, told = ACTS[name]
     product, _ = change(product_id, auth.staff_actor())
-    return changed(product_id, f"{product.name} {told}.")
+    return changed(product_id, state_told(product, told))
+
+
+class Question(NamedTuple):
+    title: str
+    text: str
+    yes: str
+
+
+@bp.app_template_global()
+def sale_questions(product: Product) -> dict[str, Question]:
+    """Return what an act has to ask first; the page's script asks the same in a dialog."""
+    now = datetime.now(UTC)
+    if catalogue.is_ended(product, now):
+        if catalogue.planned_end(product, now):
+            return {}
+        text = (
+            f"It ended at {moment_utc(product.closes_at)} UTC, and no later end is planned: it"
+            " sells until you end it. To plan an end, edit its terms instead."
+        )
+        return {"open": Question("Reopen this sale without an end?", text, "Reopen")}
+    text = "The next purchase is sold."
+    if product.opens_at and product.opens_at > now:
+        text = f"It was to open at {moment_utc(product.opens_at)} UTC. {text}"
+    return {
+        "open": Question("Open this sale now?", text, "Open now"),
+        "end": Question(
+            "End this sale now?",
+            "The next purchase is refused as ended. Reopened, it goes on as it is planned now.",
+            "End the sale",
+        ),
+    }
+
+
+def state_told(product: Product, told: str) -> str:
+    """Return what became of the product, with the planned moments that are in force."""
+    now = datetime.now(UTC)
+    if told == "is open":
+        if product.opens_at and product.opens_at > now:
+            told = f"is scheduled again; it opens at {moment_utc(product.opens_at)} UTC"
+        elif product.closes_at:
+            told = f"is open; it closes at {moment_utc(product.closes_at)} UTC"
+    return f"{product.name} {told}."
 
 
 def changed(product_id: int, message: str):
@@ -249,21 +266,22 @@ def show_restock(product_id: int):
 def restock(product_id: int):
     """Add units; the answer shows the stock right after it."""
     key = request.form.get("key", "")
-    reason = request.form.get("reason", "").strip()
-    units = forms.whole_number(request.form.get("amount", ""))
-    errors = {}
+    units, reason, errors = 0, None, {}
     try:
-        units = read_integer({"amount": units}, "amount", 1, MAX_RESTOCK)
+        amount = request.form.get("amount", "")
+        units = numbers.whole(amount, "amount", "The amount", 1, MAX_RESTOCK)
     except InvalidRequest as error:
-        errors["amount"] = str(error).replace("amount", "The amount", 1)
-    if len(reason) > MAX_REASON:
-        errors["reason"] = f"At most {MAX_REASON} characters"
+        errors["amount"] = str(error)
+    try:
+        reason = forms.reason(optional=True)
+    except InvalidRequest as error:
+        errors["reason"] = str(error)
     if not VALID_KEY(key):
         errors["amount"] = "This form is out of date: reload the page"
     if errors:
         return refuse_restock(product_id, errors)
     try:
-        done = inventory.restock(product_id, units, reason or None, auth.staff_actor(), key)
+        done = movements.restock(product_id, units, reason, auth.staff_actor(), key)
     except Unavailable:
         message = "Redis did not answer. If the restock was recorded, it is carried out by itself."
         return refuse_restock(product_id, {"amount": message}, 503)

@@ -40,6 +40,8 @@ def create():
     """Let somebody sign in, with a password made here and shown once."""
     password = secrets.token_urlsafe(12)
     try:
+        if forms.used_before("staff.create", "email", "role"):
+            return shown_once(f"{request.form['email']} was added already, and the password")
         person = people.create(
             request.form.get("email", ""),
             password,
@@ -47,10 +49,17 @@ def create():
             staff_actor(),
         )
     except InvalidRequest as error:
-        return page(422, errors={error.field: str(error)}, values=request.form)
+        field = "email" if error.field == "key" else error.field
+        return page(422, errors={field: str(error)}, values=request.form)
     except Conflict as error:
         return page(422, errors={"email": str(error)}, values=request.form)
     return page(secret=("password", person.email, password))
+
+
+def shown_once(what: str):
+    """Answer a form that was sent again: what the first answer showed is nowhere to be found."""
+    told = f"{what} was shown once. If nobody has noted it, make a new one; nothing was made twice."
+    return forms.done(told, url_for("staff.index"), "warning")
 
 
 def colleague(staff_id: int) -> Staff:
@@ -99,6 +108,8 @@ def reset_password(staff_id: int):
         url_for("staff.index"),
     ):
         return question
+    if forms.used_before(f"staff.reset_password {staff_id}"):
+        return shown_once(f"The new password of {person.email}")
     password = secrets.token_urlsafe(12)
     people.set_password(person, password, staff_actor())
     return page(secret=("password", person.email, password))
@@ -107,6 +118,8 @@ def reset_password(staff_id: int):
 @bp.post("/tokens")
 def create_token():
     try:
+        if forms.used_before("staff.create_token", "name"):
+            return shown_once(f"The token {request.form['name']} was created already, and its text")
         token, text = tokens.create(request.form.get("name", ""), staff_actor())
     except InvalidRequest as error:
         message = str(error).replace("name must", "The name must", 1)

@@ -18,7 +18,7 @@ from ..database import sqlstate
 from ..extensions import db, stock
 from ..orders.drain import DRAIN_LOCK
 from ..problems import Conflict, Unprepared
-from ..products.inventory import expected_generation
+from ..products.sale import expected_generation
 from ..stock.gateway import Account, Accounts
 
 # Under load a batch is stored every 200 ms and a reading takes a few: the first mostly succeeds.

@@ -14,14 +14,15 @@ from flask import Flask
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
+from .. import idempotency
 from ..audit import Actor, record
 from ..database import waiting_at_most
 from ..extensions import db, stock
 from ..models import Sale
 from ..orders.drain import BATCH_ORDERS, DRAIN_LOCK, Row, store
 from ..problems import Conflict
-from ..products import inventory
-from ..products.inventory import SALE_LOCK
+from ..products import catalogue, movements, sale, terms
+from ..products.sale import SALE_LOCK
 from ..stock.gateway import Entry
 from ..stock.keys import IDEMPOTENCY_TTL_MS, USERS_PER_BUCKET
 
@@ -66,13 +67,13 @@ def reset(actor: Actor) -> int:
             " sale RESTART IDENTITY"
         )
     )
+    idempotency.forget(catalogue.CREATE)
     generation = secrets.token_hex(8)
     db.session.add(Sale(generation=generation))
     record(actor, "sale.reset", "sale", after=SEED_PRODUCT)
     db.session.commit()
     stock.open(generation, first_order_id=1)
-    product, _ = inventory.create_product(SEED_PRODUCT, actor)
-    return product.id
+    return catalogue.create(terms.read_new(SEED_PRODUCT), actor).product["id"]
 
 
 class ForeignSale(Conflict):
@@ -202,19 +203,19 @@ def rebuild(actor: Actor, replace: bool = False) -> Rebuilt:
         products = _snapshot(connection)
         stock.clear_sale()
         # With their terms: what is sold the moment it is open is sold by them.
-        stock.put_accounts(products, inventory.all_terms())
+        stock.put_accounts(products, sale.all_terms())
         _put_movements(connection)
         _put_bought(connection)
         keys = _put_keys(connection)
         stock.open(generation, first_order_id=loss.first_order_id)
-    inventory.publish_stale()
-    inventory.finish_pending()
-    totals = inventory.totals().values()
+    sale.publish_stale()
+    movements.finish_pending()
+    totals = movements.totals().values()
     report = Rebuilt(
         loss=loss,
         generation=generation,
         products=len(products),
-        free_units=sum(free for _, free in inventory.products_with_stock()),
+        free_units=sum(free for _, free in catalogue.products_with_stock()),
         orders=sum(total.confirmed_orders + total.cancelled_orders for total in totals),
         dead_letters=sum(total.dead_orders for total in totals),
         idempotency_keys=keys,
@@ -455,4 +456,4 @@ def close_when_stale() -> bool:
 def is_prepared() -> bool:
     """Return whether Redis holds the sale that PostgreSQL knows. Raises stock.Unavailable."""
     held = stock.generation()
-    return held is not None and held == inventory.expected_generation()
+    return held is not None and held == sale.expected_generation()

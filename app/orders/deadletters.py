@@ -16,7 +16,7 @@ from ..database import is_unavailable
 from ..extensions import db, stock
 from ..models import DeadLetter, Order, Product, StockMovement
 from ..problems import Conflict, Unavailable
-from ..products.inventory import apply_movement
+from ..products.movements import apply_movement
 from ..stock.gateway import Entry
 from ..times import from_ms
 

@@ -8,7 +8,7 @@ from ..audit import Actor, record
 from ..extensions import db, stock
 from ..models import DeadLetter, Order, StockMovement
 from ..problems import Conflict, UnknownOrder
-from ..products.inventory import apply_movement
+from ..products.movements import apply_movement
 from ..times import from_ms, utc_text
 
 MAX_LISTED = 500

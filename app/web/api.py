@@ -1,14 +1,17 @@
 """The JSON routes beside the purchase: lookups, metrics, products, restock, health."""
 
+import re
+
 from flask import Blueprint, Response, current_app, g, jsonify, render_template, request, url_for
 from prometheus_client import CONTENT_TYPE_LATEST
 from sqlalchemy.exc import SQLAlchemyError
 from werkzeug.exceptions import UnsupportedMediaType
 
 from ..extensions import csrf, limiter, stock
+from ..models import Product
 from ..orders import lookup as orders
 from ..problems import AnotherShopper, InvalidRequest, UnknownProduct, Unprepared
-from ..products import inventory
+from ..products import catalogue, movements, terms
 from ..products.brake import brake
 from ..reading import (
     MAX_BODY_BYTES,
@@ -16,6 +19,7 @@ from ..reading import (
     MAX_REASON,
     MAX_RESTOCK,
     VALID_KEY,
+    read_digits,
     read_integer,
     read_object,
     read_text,
@@ -32,6 +36,7 @@ csrf.exempt(bp)
 
 # One style sheet of our own, and nothing else.
 DOCS_POLICY = "default-src 'none'; style-src 'self'; img-src data:; frame-ancestors 'none'"
+VERSION_TAG = re.compile(r'(?:W/)?"([0-9]{1,18})"').fullmatch
 
 
 def read_json() -> dict:
@@ -42,8 +47,19 @@ def read_json() -> dict:
     return read_object(request.get_data())
 
 
+def query_integer(name: str, low: int, high: int) -> int | None:
+    """Return a whole number of the query string, None where it is absent. Raises InvalidRequest."""
+    text = request.args.get(name)
+    if text is None:
+        return None
+    number = read_digits(text, low, high)
+    if number is None:
+        raise InvalidRequest(f"{name} must be a whole number from {low} to {high}", name)
+    return number
+
+
 def idempotency_key() -> str | None:
-    """Return the request's key, None where there is none. Raises InvalidRequest."""
+    """Return the request's Idempotency-Key. Raises InvalidRequest."""
     key = request.headers.get("Idempotency-Key")
     if key is not None and not VALID_KEY(key):
         raise InvalidRequest(
@@ -52,32 +68,44 @@ def idempotency_key() -> str | None:
     return key
 
 
-def query_integer(name: str, low: int, high: int) -> int | None:
-    """Return a whole number of the query string, None where it is absent. Raises InvalidRequest."""
-    text = request.args.get(name)
-    if text is None:
+def expected_versions() -> set[int] | None:
+    """Return the versions that If-Match allows (RFC 9110, 13.1.1), None where any will do.
+
+    `W/"7"` counts as `"7"`: a proxy that compresses weakens the tags of what it passes on, and
+    ours name the terms, whatever bytes they come in. Raises InvalidRequest.
+    """
+    text = request.headers.get("If-Match")
+    if text is None or text.strip() == "*":
         return None
-    if not text.isascii() or not text.isdigit() or len(text) > 16 or not low <= int(text) <= high:
-        raise InvalidRequest(f"{name} must be a whole number from {low} to {high}", name)
-    return int(text)
+    tags = [VERSION_TAG(tag.strip()) for tag in text.split(",")]
+    if not all(tags):
+        raise InvalidRequest('If-Match must be an ETag as it was answered, like "7"', "If-Match")
+    return {int(tag[1]) for tag in tags}
+
+
+def with_version(response: Response, version: int) -> Response:
+    """Add the version of the product's terms as the ETag, which If-Match takes."""
+    response.headers["ETag"] = f'"{version}"'
+    return response
 
 
 @bp.get("/purchase/orders/<user>")
 @lookup_limit
 def list_orders(user: str):
     """A shopper's orders, newest first; those of the last moment included."""
-    if not user.isascii() or not user.isdigit() or len(user) > 16 or not 1 <= int(user) <= MAX_ID:
+    user_id = read_digits(user, 1, MAX_ID)
+    if user_id is None:
         raise InvalidRequest(f"userId must be a whole number from 1 to {MAX_ID}", "userId")
     limit = query_integer("limit", 1, orders.MAX_LISTED) or 50
     before = query_integer("before", 1, MAX_ID)
     current_app.extensions["lane"].callers.check(request.remote_addr or "")
-    if (shoppers := current_app.extensions["shoppers"]) and int(user) != shoppers.identify(
+    if (shoppers := current_app.extensions["shoppers"]) and user_id != shoppers.identify(
         request.headers.get("Authorization")
     ):
         raise AnotherShopper("The token is another shopper's")
-    queued = orders.queued_orders_of(int(user), limit, before)
+    queued = orders.queued_orders_of(user_id, limit, before)
     try:
-        return jsonify(orders.orders_of(queued, int(user), limit, before))
+        return jsonify(orders.orders_of(queued, user_id, limit, before))
     except SQLAlchemyError:
         # An incomplete list would look like a lost order; what is known is told beside the error.
         return api_error(503, "Service unavailable", queued=queued)
@@ -105,7 +133,7 @@ def metrics():
 @bp.get("/products")
 @lookup_limit
 def list_products():
-    return jsonify([inventory.describe(*pair) for pair in inventory.products_with_stock()])
+    return jsonify([terms.describe(*pair) for pair in catalogue.products_with_stock()])
 
 
 @bp.get("/products/<int:product_id>")
@@ -113,26 +141,37 @@ def list_products():
 def show_product(product_id: int):
     if not 1 <= product_id <= MAX_ID:
         raise UnknownProduct(product_id)
-    return jsonify(inventory.describe(*inventory.products_with_stock(product_id)[0]))
+    return show(*catalogue.products_with_stock(product_id)[0])
+
+
+def show(product: Product, free: int) -> Response:
+    return with_version(jsonify(terms.describe(product, free)), product.version)
 
 
 @bp.post("/products")
 @token_required
 def create_product():
-    product, free = inventory.create_product(read_json(), g.actor)
-    response = jsonify(inventory.describe(product, free))
+    created = catalogue.create(terms.read_new(read_json()), g.actor, idempotency_key())
+    response = with_version(jsonify(created.product), created.version)
     response.status_code = 201
-    response.location = url_for("api.show_product", product_id=product.id)
+    response.location = url_for("api.show_product", product_id=created.product["id"])
+    if created.replayed:
+        response.headers["Idempotent-Replayed"] = "true"
     return response
 
 
 @bp.patch("/products/<int:product_id>")
 @token_required
 def change_product(product_id: int):
-    data = read_json()
+    values = terms.read(read_json())
     if not 1 <= product_id <= MAX_ID:
         raise UnknownProduct(product_id)
-    return jsonify(inventory.describe(*inventory.change_product(product_id, data, g.actor)))
+    try:
+        return show(*catalogue.change(product_id, values, g.actor, expected_versions()))
+    except catalogue.StaleVersion as stale:
+        product, free = catalogue.products_with_stock(product_id)[0]
+        now = terms.describe(product, free)
+        return with_version(api_error(409, str(stale), stale.code, product=now), product.version)
 
 
 @bp.post("/products/restock")
@@ -144,7 +183,7 @@ def restock():
     reason = None
     if data.get("reason") is not None:
         reason = read_text(data, "reason", MAX_REASON)
-    done = inventory.restock(product_id, amount, reason, g.actor, idempotency_key())
+    done = movements.restock(product_id, amount, reason, g.actor, idempotency_key())
     response = jsonify(productId=product_id, amount=amount, stock_remaining=done.free)
     if done.replayed:
         response.headers["Idempotent-Replayed"] = "true"

@@ -21,7 +21,7 @@ from ..database import waiting_at_most
 from ..extensions import db, stock
 from ..orders.drain import drain_batch
 from ..problems import Unavailable
-from ..products import brake, inventory
+from ..products import brake, movements, sale
 from ..stock.gateway import REFUSALS, View
 from ..watch import samples, shelf
 from . import jobs
@@ -105,8 +105,8 @@ class Sweeper:
         recovery.close_when_stale()
         brake.carry_over()
         if recovery.is_prepared():
-            inventory.publish_stale()
-            inventory.finish_pending()
+            sale.publish_stale()
+            movements.finish_pending()
             self._shelf.renew()
         ledger.check_in_turn()
         stopped.wait(max(0.0, started + SWEEP_SECONDS - time.monotonic()))

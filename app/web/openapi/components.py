@@ -32,6 +32,24 @@ _TEXT = r"\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f"
 NOT_BLANK = rf"^[^{_TEXT}]*[^\s{_TEXT}\ufeff][^{_TEXT}]*$"
 TIME = {"type": ["string", "null"], "format": "date-time"}
 
+# The terms of sale; which of them are required, and what they are without being told, is said where
+# they are used.
+TERMS = {
+    "name": {"type": "string", "minLength": 1, "maxLength": 200, "pattern": NOT_BLANK},
+    "priceCents": integer(0, MAX_ID, "in the currency's smallest unit"),
+    "currency": {"type": "string", "pattern": "^[A-Z]{3}$", "description": "ISO 4217"},
+    "opensAt": TIME | {"description": "RFC 3339 with offset; null: open"},
+    "closesAt": TIME | {"description": "after `opensAt`; null: never"},
+    "perUserLimit": {
+        "type": ["integer", "null"],
+        "minimum": 1,
+        "maximum": MAX_QUANTITY,
+        "description": "units that one user may buy in all",
+    },
+    "maxQuantity": integer(1, MAX_QUANTITY, "units in one purchase"),
+    "paused": {"type": "boolean"},
+}
+
 SCHEMAS = {
     "Error": json_object(
         {
@@ -55,6 +73,8 @@ SCHEMAS = {
                 "const": False,
                 "description": "nothing happened for sure; where it is absent nobody can tell",
             },
+            "product": ref("schemas", "Product")
+            | {"description": "with `stale_version`: the product as it stands"},
             "queued": {
                 "type": "array",
                 "items": ref("schemas", "Order"),
@@ -93,58 +113,29 @@ SCHEMAS = {
             "total_processed": integer(0, MAX_ID, "orders stored"),
         }
     ),
-    "Terms": json_object(
-        {
-            "name": {"type": "string", "minLength": 1, "maxLength": 200, "pattern": NOT_BLANK},
-            "priceCents": integer(0, MAX_ID, "in the currency's smallest unit"),
-            "currency": {"type": "string", "pattern": "^[A-Z]{3}$", "description": "ISO 4217"},
-            "opensAt": TIME | {"description": "RFC 3339 with offset; null: open"},
-            "closesAt": TIME | {"description": "after `opensAt`; null: never"},
-            "perUserLimit": {
-                "type": ["integer", "null"],
-                "minimum": 1,
-                "maximum": MAX_QUANTITY,
-                "description": "units that one user may buy in all",
-            },
-            "maxQuantity": integer(1, MAX_QUANTITY, "units in one purchase", default=10),
-            "paused": {"type": "boolean", "default": False},
+    "NewProduct": json_object(
+        TERMS
+        | {
+            "maxQuantity": TERMS["maxQuantity"] | {"default": 10},
+            "paused": TERMS["paused"] | {"default": False},
+            "stock": integer(0, MAX_STOCK, "the units on sale at first"),
         },
-        [],
+        ["name", "priceCents", "currency", "stock"],
+        additionalProperties=False,
     ),
-    "NewProduct": {
-        "allOf": [
-            ref("schemas", "Terms"),
-            json_object({"stock": integer(0, MAX_STOCK, "the units on sale at first")}),
-        ],
-        "required": ["name", "priceCents", "currency", "stock"],
-        "unevaluatedProperties": False,
-    },
-    "ProductChange": {"allOf": [ref("schemas", "Terms")], "unevaluatedProperties": False},
-    "Product": {
-        "allOf": [
-            ref("schemas", "Terms"),
-            json_object(
-                {
-                    "id": ID,
-                    "braked": {
-                        "type": "boolean",
-                        "description": "a brake is set: refused as `paused`, whatever `paused` is",
-                    },
-                    "stockRemaining": integer(0, MAX_ID, "units free to be sold"),
-                }
-            ),
-        ],
-        "required": [
-            "name",
-            "priceCents",
-            "currency",
-            "opensAt",
-            "closesAt",
-            "perUserLimit",
-            "maxQuantity",
-            "paused",
-        ],
-    },
+    # No defaults: a client that fills them in would change what it was not asked to.
+    "ProductChange": json_object(TERMS, [], additionalProperties=False),
+    "Product": json_object(
+        {
+            "id": ID,
+            **TERMS,
+            "stockRemaining": integer(0, MAX_ID, "units free to be sold"),
+            "braked": {
+                "type": "boolean",
+                "description": "a brake is set: refused as `paused`, whatever `paused` is",
+            },
+        }
+    ),
     "Brake": json_object(
         {
             "on": {"type": "boolean", "description": "true stops selling, false lets it go on"},
@@ -254,6 +245,7 @@ HEADERS = {
         "the request's id: the client's, else one given here",
     ),
     "Idempotent-Replayed": ("^true$", "true", "the answer of an earlier request with this key"),
+    "ETag": (r'^"[0-9]+"$', '"7"', "the version of the product's terms, for `If-Match`"),
     "Location": ("^/products/[0-9]+$", "/products/2", "the new product"),
     "WWW-Authenticate": ("^Bearer ", 'Bearer realm="shop"', "what is asked for (RFC 6750)"),
 }
@@ -276,6 +268,7 @@ ERRORS = {
     "head_too_large": ("The request's head is larger than 64 KiB", {}),
     "body_too_large": ("The body is larger than 16 KiB", {}),
     "unsupported_media_type": ("Content-Type must be application/json", {}),
+    "stale_version": ("The product was changed meanwhile", {"product": PRODUCT}),
     "idempotency_mismatch": ("Idempotency-Key was used with another request", {}),
     "rate_limited": ("Too many requests", {"limit": "user"}),
     "internal_error": ("Internal server error", {}),
@@ -287,6 +280,11 @@ STATUSES = {
     403: ("The token is not for this", ["forbidden"], ()),
     404: ("There is no such product", ["unknown_product", "not_found"], ()),
     408: ("The body did not come within 10 s", ["request_timeout"], ()),
+    409: (
+        "The product no longer has a version that `If-Match` names; `product` is what it is now",
+        ["stale_version"],
+        ("ETag",),
+    ),
     413: ("The body is larger than 16 KiB", ["body_too_large"], ()),
     415: ("The body is not application/json", ["unsupported_media_type"], ()),
     422: ("The Idempotency-Key was used with another request", ["idempotency_mismatch"], ()),
@@ -344,6 +342,18 @@ KEY = parameter(
     "header",
     {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"},
     "One for each intent, such as a UUID; kept for 24 hours.",
+)
+RESTOCK_KEY = KEY | {"description": "One for each intent, such as a UUID; it is never forgotten."}
+CREATION_KEY = KEY | {
+    "description": "One for each intent, such as a UUID; kept for 30 days. Sent again, it makes "
+    "nothing anew: the first answer comes again, with `Idempotent-Replayed`.",
+}
+VERSION = parameter(
+    "If-Match",
+    "header",
+    {"type": "string", "pattern": r'^\*$|^(W/)?"[0-9]{1,18}"(, *(W/)?"[0-9]{1,18}")*$'},
+    "The ETag of the product that the change was made for. If the product was changed since, the"
+    " answer is 409 and nothing happens. Without it, or with `*`, the change is made in any case.",
 )
 REQUEST_ID = parameter(
     "X-Request-Id", "header", {"type": "string"}, "1 to 128 of A-Z a-z 0-9 . _ : / + = -"

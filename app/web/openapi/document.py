@@ -7,6 +7,7 @@ import json
 from functools import cache
 
 from .components import (
+    CREATION_KEY,
     HEADERS,
     ID,
     KEY,
@@ -16,7 +17,9 @@ from .components import (
     PRODUCT,
     PRODUCT_ID,
     REQUEST_ID,
+    RESTOCK_KEY,
     SCHEMAS,
+    VERSION,
     body,
     failures,
     integer,
@@ -79,7 +82,11 @@ def _paths() -> dict:
             "description": "the order is listed at once",
         }
     }
-    created = ok("Created, and on sale", product, (*LIMIT_HEADERS, "Location"))
+    created = ok(
+        "Created, and on sale; a replay has the same body",
+        product,
+        (*LIMIT_HEADERS, "Location", "ETag", "Idempotent-Replayed"),
+    )
     created["links"] = {
         name: {"operationId": name, "parameters": {"productId": "$response.body#/id"}}
         for name in ("showProduct", "changeProduct")
@@ -192,9 +199,9 @@ def _paths() -> dict:
                 "Products",
                 "createProduct",
                 "Put a product on sale",
-                {"201": created, **failures(400, 401, 408, 413, 415, 429, 431, 503)},
+                {"201": created, **failures(400, 401, 408, 413, 415, 422, 429, 431, 503)},
                 security=ADMIN,
-                parameters=[REQUEST_ID],
+                parameters=[CREATION_KEY, REQUEST_ID],
                 requestBody=body(
                     "NewProduct",
                     item={
@@ -211,7 +218,10 @@ def _paths() -> dict:
                 "Products",
                 "showProduct",
                 "One product",
-                {"200": ok("The product", product), **failures(404, 429, 503)},
+                {
+                    "200": ok("The product", product, (*LIMIT_HEADERS, "ETag")),
+                    **failures(404, 429, 503),
+                },
                 parameters=[PRODUCT_ID, REQUEST_ID],
             ),
             "patch": operation(
@@ -219,11 +229,16 @@ def _paths() -> dict:
                 "changeProduct",
                 "Change terms of sale",
                 {
-                    "200": ok("The product; the change binds the next purchase", product),
-                    **failures(400, 401, 404, 408, 413, 415, 429, 431, 503),
+                    "200": ok(
+                        "The product; the change binds the next purchase",
+                        product,
+                        (*LIMIT_HEADERS, "ETag"),
+                    ),
+                    **failures(400, 401, 404, 408, 409, 413, 415, 429, 431, 503),
                 },
+                description="Sent again, it changes nothing more: it needs no Idempotency-Key.",
                 security=ADMIN,
-                parameters=[PRODUCT_ID, REQUEST_ID],
+                parameters=[PRODUCT_ID, VERSION, REQUEST_ID],
                 requestBody=body("ProductChange", pause={"paused": True}),
             ),
         },
@@ -244,7 +259,7 @@ def _paths() -> dict:
                     **failures(400, 401, 404, 408, 413, 415, 422, 429, 431, 503),
                 },
                 security=ADMIN,
-                parameters=[KEY, REQUEST_ID],
+                parameters=[RESTOCK_KEY, REQUEST_ID],
                 requestBody=body("Restock", fifty={"productId": 1, "amount": 50}),
             )
         },

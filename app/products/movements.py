@@ -1,0 +1,171 @@
+"""Every movement of stock that is not a purchase: restocks, corrections, and applying them.
+
+PostgreSQL is told first, Redis second, and a mark in PostgreSQL says that Redis has done it. What a
+crash leaves in between is finished by `finish_pending`, any number of times.
+"""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from sqlalchemy import select, text
+from sqlalchemy.exc import IntegrityError
+
+from ..audit import SYSTEM, Actor, record
+from ..extensions import db, stock
+from ..models import Product, ProductTotals, StockMovement
+from ..problems import Conflict, InvalidRequest, KeyMismatch, UnknownProduct
+from ..reading import MAX_RESTOCK, MAX_STOCK
+from .sale import SALE_LOCK, expected_generation, publish, require_sale
+
+
+@dataclass(frozen=True)
+class Restocked:
+    """What a restock did: the free stock right after it, and whether this is a repeated answer."""
+
+    free: int
+    replayed: bool = False
+
+
+def restock(
+    product_id: int, units: int, reason: str | None, actor: Actor, key: str | None = None
+) -> Restocked:
+    """Add units to a product's free stock, once for each Idempotency-Key.
+
+    Raises UnknownProduct, KeyMismatch, and stock.Unavailable; when the movement was recorded but
+    Redis failed after that, the sweeper applies it, and a retry with the same key is safe.
+    """
+    if not 1 <= units <= MAX_RESTOCK:
+        raise InvalidRequest(f"amount must be from 1 to {MAX_RESTOCK}", "amount")
+    if key and (replay := _restock_of(key)):
+        return _replayed(replay, product_id, units)
+    require_sale()
+    if db.session.get(Product, product_id) is None:
+        raise UnknownProduct(product_id)
+    movement = StockMovement(
+        product_id=product_id,
+        kind="restock",
+        units=units,
+        reason=reason,
+        actor=actor.name,
+        idempotency_key=key,
+    )
+    db.session.add(movement)
+    record(
+        actor, "product.restock", f"product {product_id}", after={"units": units, "reason": reason}
+    )
+    try:
+        db.session.commit()
+    except IntegrityError:
+        # The same key twice at once: the other one was first.
+        db.session.rollback()
+        if not key or not (replay := _restock_of(key)):
+            raise
+        return _replayed(replay, product_id, units)
+    return Restocked(apply_movement(movement))
+
+
+def _restock_of(key: str) -> StockMovement | None:
+    return db.session.scalar(select(StockMovement).where(StockMovement.idempotency_key == key))
+
+
+def _replayed(movement: StockMovement, product_id: int, units: int) -> Restocked:
+    if (movement.product_id, movement.units) != (product_id, units):
+        raise KeyMismatch
+    if movement.applied_at is None:
+        return Restocked(apply_movement(movement), replayed=True)
+    return Restocked(movement.stock_after or 0, replayed=True)
+
+
+def correct(product_id: int, units: int, reason: str, actor: Actor) -> int:
+    """Add or (negative) take away units because a count was wrong; return the free stock.
+
+    Raises UnknownProduct, InvalidRequest, stock.Unavailable, and Conflict when more would be taken
+    than is free.
+    """
+    if units == 0 or abs(units) > MAX_STOCK:
+        raise InvalidRequest(f"units must be from 1 to {MAX_STOCK}, or negative", "units")
+    require_sale()
+    if db.session.get(Product, product_id) is None:
+        raise UnknownProduct(product_id)
+    movement = StockMovement(
+        product_id=product_id, kind="correction", units=units, reason=reason, actor=actor.name
+    )
+    db.session.add(movement)
+    record(
+        actor, "product.correct", f"product {product_id}", after={"units": units, "reason": reason}
+    )
+    db.session.commit()
+    return apply_movement(movement)
+
+
+def apply_movement(movement: StockMovement) -> int:
+    """Carry a recorded movement out in Redis and mark it applied; return the free stock.
+
+    Safe to repeat, and safe for two at once: the second waits for the first. Raises
+    stock.Unavailable; raises Conflict, and removes the movement, when a correction would take more
+    than is free.
+    """
+    movement_id = movement.id
+    db.session.execute(text(f"SELECT pg_advisory_xact_lock_shared({SALE_LOCK})"))
+    generation = expected_generation()
+    found = db.session.get(StockMovement, movement_id, with_for_update=True, populate_existing=True)
+    if found is None:
+        db.session.rollback()
+        raise Conflict("The movement was refused: too few units were free", "insufficient_stock")
+    movement = found
+    if movement.applied_at is not None:
+        db.session.commit()
+        return movement.stock_after or 0
+    identity = (movement_id, movement.product_id, movement.units, movement.user_id)
+    outcome, free = stock.move(generation, *identity)
+    if outcome == "unknown":
+        publish(db.session.get_one(Product, movement.product_id))
+        outcome, free = stock.move(generation, *identity)
+    if outcome == "short":
+        target, units = f"product {movement.product_id}", movement.units
+        db.session.delete(movement)
+        record(SYSTEM, "movement.refused", target, before={"units": units}, after={"free": free})
+        db.session.commit()
+        raise Conflict(f"Only {free} units are free", "insufficient_stock")
+    movement.applied_at = datetime.now(UTC)
+    movement.stock_after = free
+    db.session.commit()
+    return free
+
+
+def finish_pending() -> int:
+    """Apply the movements that a crash left between PostgreSQL and Redis; return their number."""
+    pending = list(
+        db.session.scalars(
+            select(StockMovement)
+            .where(StockMovement.applied_at.is_(None))
+            .order_by(StockMovement.id)
+            .limit(1000)
+        )
+    )
+    for movement in pending:
+        try:
+            apply_movement(movement)
+        except Conflict:
+            continue
+    return len(pending)
+
+
+def movements_of(
+    product_id: int, before: int | None = None, limit: int = 50
+) -> list[StockMovement]:
+    """Return a product's movements, newest first."""
+    query = (
+        select(StockMovement)
+        .where(StockMovement.product_id == product_id)
+        .order_by(StockMovement.id.desc())
+        .limit(limit)
+    )
+    if before is not None:
+        query = query.where(StockMovement.id < before)
+    return list(db.session.scalars(query))
+
+
+def totals() -> dict[int, ProductTotals]:
+    """Return the sums of every product, by its id."""
+    return {row.product_id: row for row in db.session.scalars(select(ProductTotals))}

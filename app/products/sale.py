@@ -1,0 +1,70 @@
+"""The sale in Redis: which one it must be, and putting a product's terms in force there.
+
+Each change of terms has a version, and Redis keeps the highest; what a crash left unpublished is
+finished by `publish_stale`, any number of times.
+"""
+
+from datetime import datetime
+
+from sqlalchemy import select, text
+
+from ..extensions import db, stock
+from ..models import Product
+from ..problems import Unprepared
+
+# Held shared while a movement is carried out, alone while the sale in Redis is replaced: a movement
+# applied to the old sale is never marked as applied to the new one.
+SALE_LOCK = 7_316_003
+
+
+def expected_generation() -> str | None:
+    """Return the name of the sale that Redis should hold, None before the first one."""
+    return db.session.execute(text("SELECT generation FROM sale")).scalar()
+
+
+def require_sale() -> None:
+    """Refuse a change while Redis can't carry it out. Raises stock.Unavailable."""
+    held = stock.generation()
+    if held is None:
+        raise Unprepared("the sale is not in Redis")
+    if held != expected_generation():
+        raise Unprepared("Redis holds another sale")
+
+
+def in_force(product: Product) -> dict[str, object]:
+    """Return the terms of sale in the form that Redis obeys."""
+    return {
+        "opens": _milliseconds(product.opens_at),
+        "closes": _milliseconds(product.closes_at),
+        "pause": int(product.paused),
+        "cap": product.per_user_limit,
+        "max": product.max_quantity,
+        # Opaque to Redis, and carried by each order: the price at the moment of the claim.
+        "price": f"{product.price_cents} {product.currency}",
+    }
+
+
+def all_terms() -> dict[int, tuple[int, dict[str, object]]]:
+    """Return (version, terms in force) of every product, by its id."""
+    products = db.session.scalars(select(Product))
+    return {product.id: (product.version, in_force(product)) for product in products}
+
+
+def publish(product: Product) -> bool:
+    """Put the product's terms in force; False when they are already. Raises stock.Unavailable."""
+    return stock.put_product(product.id, product.version, in_force(product))
+
+
+def _milliseconds(moment: datetime | None) -> int | None:
+    return None if moment is None else round(moment.timestamp() * 1000)
+
+
+def publish_stale() -> int:
+    """Put in force what Redis does not know yet; return the number of products."""
+    products = list(db.session.scalars(select(Product)))
+    held = stock.view([product.id for product in products])
+    return sum(
+        publish(product)
+        for product in products
+        if held.products.get(product.id, {}).get("version", 0) < product.version
+    )

@@ -1,0 +1,138 @@
+"""A client that openapi-python-client generates from the description, on the running system."""
+
+import importlib
+import itertools
+import json
+import random
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
+
+import pytest
+
+from web import call
+
+users = itertools.count(random.randrange(10**9, 2**52))
+
+
+@pytest.fixture(scope="module")
+def generated(server, tmp_path_factory):
+    """The generated package's modules, and a client that keeps the bodies it has sent."""
+    folder = tmp_path_factory.mktemp("generated")
+    (folder / "openapi.json").write_bytes(call(f"{server.url}/openapi.json").body)
+    (folder / "config.yml").write_text("post_hooks: []\n")
+    made = subprocess.run(
+        [
+            *(sys.executable, "-m", "openapi_python_client", "generate", "--meta", "none"),
+            *("--path", "openapi.json", "--config", "config.yml", "--fail-on-warning"),
+            *("--output-path", "generated_shop_client"),
+        ],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert made.returncode == 0, made.stdout + made.stderr
+    sys.path.insert(0, str(folder))
+    shop = importlib.import_module("generated_shop_client")
+    names = {
+        "buying": ("purchase", "list_orders", "metrics"),
+        "products": ("change_product", "create_product", "restock", "show_product"),
+    }
+    sent = []
+    client = shop.AuthenticatedClient(
+        base_url=server.url,
+        token=server.api_token,
+        httpx_args={"event_hooks": {"request": [lambda request: sent.append(request.content)]}},
+    )
+    yield SimpleNamespace(
+        client=client,
+        sent=sent,
+        models=importlib.import_module("generated_shop_client.models"),
+        **{
+            name: importlib.import_module(f"generated_shop_client.api.{group}.{name}")
+            for group, members in names.items()
+            for name in members
+        },
+    )
+    client.get_httpx_client().close()
+    sys.path.remove(str(folder))
+
+
+@pytest.fixture
+def product(generated):
+    """A product with terms that are nobody's defaults."""
+    body = generated.models.NewProduct(
+        name="Generated",
+        price_cents=500,
+        currency="EUR",
+        stock=5,
+        max_quantity=2,
+        opens_at=datetime.now(UTC) - timedelta(hours=1),
+    )
+    return generated.create_product.sync(client=generated.client, body=body)
+
+
+def test_a_change_sends_what_was_changed_and_nothing_else(generated, product):
+    pause = generated.models.ProductChange(paused=True)
+    generated.change_product.sync(product.id, client=generated.client, body=pause)
+    generated.sent.clear()
+    price = generated.models.ProductChange(price_cents=120)
+    changed = generated.change_product.sync(product.id, client=generated.client, body=price)
+    assert [json.loads(body) for body in generated.sent] == [{"priceCents": 120}]
+    assert (changed.price_cents, changed.max_quantity, changed.paused) == (120, 2, True)
+    assert changed.opens_at == product.opens_at
+
+
+def test_a_change_of_a_version_that_is_gone(generated, product):
+    shown = generated.show_product.sync_detailed(product.id, client=generated.client)
+    answers = [
+        generated.change_product.sync_detailed(
+            product.id,
+            client=generated.client,
+            body=generated.models.ProductChange(name=name),
+            if_match=shown.headers["ETag"],
+        )
+        for name in ("First", "Second")
+    ]
+    assert [answer.status_code for answer in answers] == [200, 409]
+    assert answers[1].parsed.code == "stale_version"
+    assert answers[1].parsed.product.name == "First"
+
+
+def test_a_creation_is_repeated_by_its_key(generated):
+    body = generated.models.NewProduct(name="Once", price_cents=1, currency="EUR", stock=1)
+    answers = [
+        generated.create_product.sync_detailed(
+            client=generated.client, body=body, idempotency_key=f"once-{next(users)}"
+        )
+        for _ in range(2)
+    ]
+    assert answers[0].parsed.id != answers[1].parsed.id
+    key = f"once-{next(users)}"
+    answers = [
+        generated.create_product.sync_detailed(
+            client=generated.client, body=body, idempotency_key=key
+        )
+        for _ in range(2)
+    ]
+    assert answers[0].parsed == answers[1].parsed
+    assert answers[1].headers["Idempotent-Replayed"] == "true"
+
+
+def test_buying_looking_up_and_restocking(generated, product):
+    models, client, user = generated.models, generated.client, next(users)
+    body = models.Purchase(user_id=user, product_id=product.id, quantity=2)
+    bought = generated.purchase.sync(client=client, body=body, idempotency_key="one-intent")
+    orders = generated.list_orders.sync(user, client=client)
+    assert [(order.id, order.product_id, order.quantity) for order in orders] == [
+        (bought.order_id, product.id, 2)
+    ]
+    more = generated.restock.sync(
+        client=client, body=models.Restock(product_id=product.id, amount=10, reason="generated")
+    )
+    assert more.stock_remaining == 13
+    figures = generated.metrics.sync(client=client, product_id=product.id)
+    assert figures.stock_remaining == 13

@@ -1,0 +1,92 @@
+"""Numbers as people type them: what each means, or that it is asked back."""
+
+import pytest
+
+from app.admin import numbers
+from app.problems import InvalidRequest
+
+NBSP, NARROW, THIN = "\u00a0", "\u202f", "\u2009"
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("0", 0), ("7", 7), (" 15 ", 15), ("007", 7), ("1500", 1500), ("1,500", 1500),
+        ("1 500", 1500), (f"1{NBSP}500", 1500), (f"1{NARROW}500", 1500), (f"1{THIN}500", 1500),
+        ("1'500", 1500), ("1’500", 1500), ("1,234,567", 1_234_567), ("1.234.567", 1_234_567),
+        ("1 234 567", 1_234_567), ("１５００", 1500), ("１，５００", 1500), ("١", 1),
+        ("١٬٥٠٠", 1500), ("१५", 15), (f"{NBSP}5{NBSP}", 5),
+    ],
+)  # fmt: skip
+def test_whole_numbers(text, number):
+    assert numbers.whole(text, "stock", "The stock", 0, 10_000_000) == number
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", " ", "ten", "1,5", "2,5", "1.5", "1,50", "15,00", "1,5000", "12,34", "1,23,456",
+        "1,2345", "0,500", "01,500", "1,234.567", "1.234,567", "1,234 567", "1  500", "1,500.00",
+        "1.5.0", "1500.0", ",500", "1500,", "1e3", "+5", "-0", "-5", "−5", "5-", "0x10", "1_000",
+        "²", "10²", "½", "Ⅳ", "一", "5 pieces", "5%", "1\n500", "5\0", "٫٥", "١٫٥", "NaN", "∞",
+    ],
+)  # fmt: skip
+def test_what_is_no_whole_number_is_refused(text):
+    with pytest.raises(InvalidRequest, match=r"^The stock must be a whole number") as refused:
+        numbers.whole(text, "stock", "The stock", 0, 10_000_000)
+    assert refused.value.field == "stock"
+
+
+def test_one_group_after_a_dot_is_asked_back():
+    with pytest.raises(InvalidRequest) as refused:
+        numbers.whole("2.000", "stock", "The stock", 0, 10_000_000)
+    assert str(refused.value) == (
+        "The stock must be a whole number: 2.000 could be a fraction too, so type 2000 or 2,000"
+    )
+
+
+@pytest.mark.parametrize("text", ["10000001", "10,000,001", "9" * 16, "9" * 30, "9" * 60_000])
+def test_out_of_range(text):
+    with pytest.raises(InvalidRequest, match=r"^The stock must be from 0 to 10,000,000$"):
+        numbers.whole(text, "stock", "The stock", 0, 10_000_000)
+
+
+@pytest.mark.parametrize(
+    ("text", "cents"),
+    [
+        ("0", 0), ("5", 500), ("19.9", 1990), ("19,9", 1990), ("19.90", 1990), ("19,90", 1990),
+        ("1299", 129_900), ("1,299.00", 129_900), ("1.299,00", 129_900), ("1 299.00", 129_900),
+        ("1 299,00", 129_900), (f"1{NBSP}299,00", 129_900), (f"1{NARROW}299", 129_900),
+        ("1'299.00", 129_900), ("1 299", 129_900), ("1,299,000", 129_900_000),
+        ("1.299.000", 129_900_000), ("1,299,000.5", 129_900_050), ("1.299.000,50", 129_900_050),
+        ("１９．９０", 1990), ("١٩٫٩٠", 1990), ("١٬٢٩٩٫٠٠", 129_900), (" 5 ", 500),
+        ("9999999999999.99", 10**15 - 1),
+    ],
+)  # fmt: skip
+def test_amounts(text, cents):
+    assert numbers.cents(text, "price", "The price") == cents
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "cheap", "1.999", "1,234", "1.234", "0.999", "1,299,00", "1.299.00", "12,99.00",
+        "1,299.000", "1 299 00", "1.", ".50", ",5", "$5", "5 €", "5.-", "1e3", "+5", "-5", "-0",
+        "1.2.3", "1,2,3", "²", "5½",
+    ],
+)  # fmt: skip
+def test_what_is_no_amount_is_refused(text):
+    with pytest.raises(InvalidRequest, match=r"^The price must be an amount like 999\.99"):
+        numbers.cents(text, "price", "The price")
+
+
+@pytest.mark.parametrize("text", ["1.234", "1,234"])
+def test_an_amount_that_could_be_two_is_asked_back(text):
+    with pytest.raises(InvalidRequest, match=r"so type 1234\.00 or 1\.23$"):
+        numbers.cents(text, "price", "The price")
+
+
+def test_an_amount_beyond_all():
+    for text in ("99999999999999", "9" * 60_000):
+        with pytest.raises(InvalidRequest, match=r"^The price must be at most 9,999,999,999,999\."):
+            numbers.cents(text, "price", "The price")
