@@ -13,6 +13,9 @@ import sys
 import threading
 import time
 
+from wsgi import app  # before all else: from here on what goes wrong is a log line
+
+# isort: split
 import redis
 from rq import SimpleWorker
 from rq.exceptions import StopRequested
@@ -22,7 +25,6 @@ from app.stock.keys import Keys
 from app.watch.telemetry import Meter
 from app.worker.jobs import orders_queue
 from app.worker.relay import Relay, Sweeper, run_forever
-from wsgi import app
 
 log = logging.getLogger(__name__)
 

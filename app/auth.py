@@ -5,6 +5,7 @@ import hashlib
 import hmac
 import secrets
 from datetime import UTC, datetime, timedelta
+from functools import cache
 
 from flask import current_app, g, request
 from flask_login import current_user
@@ -208,14 +209,17 @@ def set_role(person: Staff, role: str, actor: Actor) -> None:
     db.session.commit()
 
 
-# Checked when nobody has the address, so that an unknown one takes as long as a wrong password.
-_NOBODY = generate_password_hash(secrets.token_hex())
+@cache
+def _nobody() -> str:
+    """Return what is checked when nobody has the address: it takes as long as a wrong password."""
+    return generate_password_hash(secrets.token_hex())
 
 
 def sign_in(email: str, password: str) -> Staff | None:
     """Return the person with this address and password, None when they don't match."""
     person = db.session.scalar(select(Staff).where(Staff.email == email.strip().lower()))
-    matches = check_password_hash(person.password_hash if person else _NOBODY, password)
+    nobody = _nobody()
+    matches = check_password_hash(person.password_hash if person else nobody, password)
     if not person or not matches or not person.active:
         return None
     person.last_sign_in_at = datetime.now(UTC)

@@ -9,7 +9,7 @@ from app.config import ROOT
 APP = ROOT / "app"
 
 # Each room, and the rooms that it may import; its own is always allowed.
-GROUND = {"problems", "reading", "config", "times", "addresses", "breaker", "logs"}
+GROUND = {"problems", "reading", "config", "times", "addresses", "breaker", "lines", "logs"}
 ROOMS = {
     "problems": set(),
     "times": set(),
@@ -17,8 +17,9 @@ ROOMS = {
     "breaker": set(),
     "reading": {"problems"},
     "config": set(),
-    "logs": {"config"},
-    "run": {"config"},
+    "lines": {"config"},
+    "logs": {"config", "lines"},
+    "run": {"config", "lines"},
     "stock": GROUND,
     "extensions": {"addresses", "stock"},
     "database": {"breaker"},

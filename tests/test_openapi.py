@@ -57,7 +57,7 @@ def test_every_reference_leads_somewhere():
 
 def test_every_error_code_of_the_program_is_documented():
     codes = set()
-    for path in (ROOT / "app").glob("*.py"):
+    for path in (ROOT / "app").rglob("*.py"):
         source = path.read_text()
         codes |= set(re.findall(r'error_body\(\s*f?"[^"]*",\s*"([a-z_]+)"', source))
         codes |= set(re.findall(r'(?:show|api)_error\(\d+, [^,]+, "([a-z_]+)"', source))
