@@ -119,7 +119,7 @@ class WebServer:
                 for kept in self.kept:
                     kept.program.launch()
                 while True:
-                    self._attend(1.0)
+                    self._attend(pulse.BEAT_SECONDS)
                     due, self.to_renew = self.to_renew, []
                     self.renew(due)
             finally:
