@@ -13,6 +13,9 @@ import sys
 import threading
 import time
 
+from wsgi import app  # before all else: from here on what goes wrong is a log line
+
+# isort: split
 import redis
 from rq import SimpleWorker
 from rq.exceptions import StopRequested
@@ -23,7 +26,6 @@ from app.problems import Unavailable
 from app.watch.telemetry import Meter
 from app.worker.jobs import orders_queue
 from app.worker.relay import Relay, Sampler, Sweeper, run_forever
-from wsgi import app
 
 log = logging.getLogger(__name__)
 

@@ -6,18 +6,58 @@ else started for the life of this process.
 
 import atexit
 import contextlib
+import gc
 import sys
+from collections.abc import Callable, Iterable
 
-from app import create_app, logs
+import click
+
+from app import create_app, lines, logs
 from app.config import SettingsError, load_settings, with_secrets
-from app.run.embedded import EmbeddedError, servers
+from app.run.embedded import EmbeddedError, servers, with_servers
 
+lines.begin()
 _open = contextlib.ExitStack()
 atexit.register(_open.close)
 
+
+def start_servers() -> None:
+    """Start what is not running; ends the process where that can't be done."""
+    try:
+        _open.enter_context(servers(settings))
+    except EmbeddedError as error:
+        sys.exit(lines.fail(error))
+
+
+def start_when_carried_out(commands: Iterable[click.Command]) -> None:
+    """Leave the start to the commands: `--help` and wrong arguments need no servers."""
+    for command in commands:
+        if isinstance(command, click.Group):
+            start_when_carried_out(command.commands.values())
+        else:
+            command.callback = _started_first(command.callback)
+
+
+def _started_first(callback: Callable) -> Callable:
+    def carry_out(*args, **options):
+        start_servers()
+        return callback(*args, **options)
+
+    return carry_out
+
+
+# A thousand modules, and nothing among them is garbage: to look for it takes a tenth of the time.
+gc.disable()
 try:
     settings = with_secrets(load_settings())
     logs.configure(settings)
-    app = create_app(_open.enter_context(servers(settings)))
+    app = create_app(with_servers(settings))
 except (SettingsError, EmbeddedError) as error:
-    sys.exit(f"{error}")
+    sys.exit(lines.fail(error))
+gc.enable()
+
+_asked = click.get_current_context(silent=True)
+if _asked is not None and isinstance(_asked.command, click.Group):
+    start_when_carried_out(app.cli.commands.values())  # `flask` looks for its commands
+else:
+    start_servers()

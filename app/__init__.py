@@ -1,23 +1,34 @@
 """The flash-sale system: a JSON purchase API and HTMX admin pages on one Flask app."""
 
-from flask import Flask
-from werkzeug.middleware.proxy_fix import ProxyFix
+from __future__ import annotations
 
-from . import admin, cli, database, logs
-from .books import recovery
-from .config import ROOT, Settings, load_settings, with_secrets
-from .extensions import csrf, db, limiter, login, migrate, stock
-from .stock.keys import cautious_options
-from .web import api, errors, headers
-from .web.identity import Shoppers
-from .web.lane import PurchaseLane
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from flask import Flask
+
+    from .config import Settings
+
+__version__ = "0.1.0"
 
 
 def create_app(settings: Settings | None = None) -> Flask:
     """Build the app. The servers need not be up: nothing is connected before the first request.
 
-    Raises SettingsError for settings that can't work.
+    Raises SettingsError for settings that can't work. What makes an app is imported only here:
+    programs that start others do without.
     """
+    from flask import Flask
+    from werkzeug.middleware.proxy_fix import ProxyFix
+
+    from . import admin, cli, database, logs
+    from .books import recovery
+    from .config import ROOT, load_settings, with_secrets
+    from .extensions import csrf, db, limiter, login, migrate, stock
+    from .web import api, errors, front, headers
+    from .web.identity import Shoppers
+    from .web.lane import PurchaseLane
+
     settings = with_secrets(settings or load_settings())
     app = Flask(
         __name__,
@@ -41,6 +52,7 @@ def create_app(settings: Settings | None = None) -> Flask:
     errors.init_app(app)
 
     app.register_blueprint(api.bp)
+    app.register_blueprint(front.bp)
     admin.init_app(app)
     cli.init_app(app)
 
@@ -56,6 +68,9 @@ def create_app(settings: Settings | None = None) -> Flask:
 
 def flask_config(settings: Settings) -> dict:
     """Return what Flask and its extensions read, derived from our settings."""
+    from . import database
+    from .stock.keys import cautious_options
+
     return {
         "SETTINGS": settings,
         "SECRET_KEY": settings.secret_key,

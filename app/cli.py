@@ -11,9 +11,10 @@ from flask.cli import AppGroup, with_appcontext
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
+from . import lines
 from .audit import CLI
 from .books import ledger, recovery
-from .config import was_generated
+from .config import Settings, was_generated
 from .database import is_unavailable
 from .extensions import db
 from .orders import deadletters
@@ -81,27 +82,40 @@ def prepare() -> None:
             try:
                 people.create(settings.admin_email, settings.admin_password, "admin", CLI)
             except InvalidRequest as error:
-                raise click.ClickException(f"ADMIN_EMAIL, ADMIN_PASSWORD: {error}") from None
-            # What was generated has to be told; what was given is known, and this may be a log.
-            shown = {
-                name: getattr(settings, name) if was_generated(settings, name) else "(as given)"
-                for name in ("admin_password", "admin_api_token")
-            }
-            click.echo(f"Admin:     {settings.admin_email}  {shown['admin_password']}")
-            click.echo(f"API token: {shown['admin_api_token']}")
+                raise SystemExit(lines.fail(f"ADMIN_EMAIL, ADMIN_PASSWORD: {error}")) from None
+            lines.tell(f"Admin:     {settings.admin_email}  {_shown(settings, 'admin_password')}")
+            lines.tell(f"API token: {_shown(settings, 'admin_api_token')}")
         if recovery.database_is_empty():
             product_id = recovery.reset(CLI)
-            click.echo(f"Seeded:    product {product_id} with 100 items")
+            lines.tell(f"Seeded:    product {product_id} with 100 items")
+
+
+def _shown(settings: Settings, name: str) -> str:
+    """Return what a first start tells of a secret: a generated one itself, but not to a log."""
+    if not was_generated(settings, name):
+        return "(as given)"
+    path = settings.data_dir / name
+    return f"(in {path})" if lines.is_json() else getattr(settings, name)
 
 
 @click.command()
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @with_appcontext
 def seed(yes: bool) -> None:
-    """Reset to one product with 100 items: every product and order is deleted, ids start from 1."""
-    if not yes:
-        click.confirm("This deletes every product and every order. Go on?", abort=True)
+    """Reset to one product with 100 items: every product and order is deleted, ids start from 1.
+
+    Refused with APP_ENV=production.
+    """
+    if current_app.config["SETTINGS"].app_env == "production":
+        raise click.ClickException("refused with APP_ENV=production: every order would be deleted")
     try:
+        products, stored, waiting = recovery.what_a_reset_deletes()
+        click.echo(
+            f"This deletes {products:,} product{'s' * (products != 1)}, {stored:,} stored orders "
+            f"and {waiting:,} that wait to be stored."
+        )
+        if not yes:
+            click.confirm("Go on?", abort=True)
         product_id = recovery.reset(CLI)
     except Unavailable as error:
         raise click.ClickException(f"Redis: {error}") from None

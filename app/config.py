@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, fields, replace
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 
-import limits
 from dotenv import dotenv_values
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,6 +66,8 @@ def _limit(highest: int) -> Callable[[str], RateLimit]:
     def parse(value: str) -> RateLimit:
         if value.lower() == "off":
             return NO_LIMIT
+        import limits  # takes a tenth of a second, and few runs set a limit
+
         try:
             item = limits.parse(value)
         except ValueError:
@@ -258,13 +259,22 @@ class Settings:
         return self.database_url is None
 
 
+def _environ() -> dict[str, str | None]:
+    return {**dotenv_values(ROOT / ".env"), **os.environ}
+
+
+def wanted_log_format() -> str:
+    """Return LOG_FORMAT, whatever else may be wrong with the settings."""
+    return (_environ().get("LOG_FORMAT") or "").strip()
+
+
 def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
     """Read the settings from `environ` (by default `.env` below the process environment).
 
     Raises SettingsError for the first value that can't be used. An empty value counts as not set.
     """
     if environ is None:
-        environ = {**dotenv_values(ROOT / ".env"), **os.environ}
+        environ = _environ()
     values = {}
     for entry in fields(Settings):
         raw = (environ.get(entry.metadata["name"]) or "").strip()

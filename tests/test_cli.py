@@ -1,7 +1,13 @@
 """The `flask …` commands."""
 
-import pytest
+import os
+import subprocess
+import sys
 
+import pytest
+from test_real_servers import PRODUCTION
+
+from app.config import ROOT
 from app.extensions import db, stock
 from app.models import AuditEntry, Staff, StockMovement
 
@@ -12,6 +18,47 @@ def test_seed_asks_first(runner, buy, drain):
     result = runner.invoke(args=["seed"], input="n\n")
     assert result.exit_code == 1
     assert stock.view([1]).products[1]["free"] == 99
+
+
+def test_seed_says_what_it_would_delete(runner, buy, drain):
+    buy(1)
+    buy(2)
+    drain()
+    buy(3)
+    result = runner.invoke(args=["seed"], input="n\n")
+    told = "This deletes 1 product, 2 stored orders and 1 that wait to be stored.\nGo on? [y/N]"
+    assert told in result.output
+
+
+def test_seed_refuses_production(make_app):
+    names = ("secret_key", "admin_email", "admin_password", "admin_api_token", "metrics_token")
+    app = make_app(app_env="production", **{name: PRODUCTION[name.upper()] for name in names})
+    before = stock.generation()
+    result = app.test_cli_runner().invoke(args=["seed", "--yes"])
+    assert result.exit_code == 1
+    assert "APP_ENV=production" in result.output
+    assert stock.generation() == before
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [(["--help"], 0), (["seed", "--help"], 0), (["ledger", "--help"], 0), (["nonsense"], 2),
+     (["dead-letters", "replay"], 2)],
+    ids=str,
+)  # fmt: skip
+def test_a_command_that_is_not_carried_out_starts_no_server(tmp_path, words, code):
+    unset = ("REDIS_URL", "DATABASE_URL", "SECRET_KEY")
+    environ = {name: value for name, value in os.environ.items() if name not in unset}
+    done = subprocess.run(
+        [sys.executable, "-m", "flask", *words],
+        cwd=ROOT,
+        env=environ | {"DATA_DIR": str(tmp_path)},
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    assert not {"redis", "postgres"} & {path.name for path in tmp_path.iterdir()}
 
 
 def test_seed_resets_everything(runner, client, buy, drain, admin_headers):

@@ -64,6 +64,87 @@ def test_the_rules_syntax():
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
+# Series of a healthy sale, in promtool's words: a value for each scrape.
+HEALTHY = {
+    'flashsale_up{server="redis"}': "1x200",
+    'flashsale_up{server="postgres"}': "1x200",
+    "flashsale_sale_prepared": "1x200",
+    "flashsale_workers": "1x200",
+    "flashsale_oldest_order_age_seconds": "0x200",
+    "flashsale_ledger_ok": "1x200",
+    "flashsale_ledger_checked_timestamp_seconds": "0+5x200",
+    "flashsale_redis_durable": "1x200",
+    "flashsale_dead_letters": "0x200",
+    'flashsale_web_restarts_total{cause="event_loop"}': "0x200",
+}
+BREAKS_AT_SECONDS = 60
+ENDED = {name: values.split("x")[0] + "x11 stale" for name, values in HEALTHY.items()}
+# What is left when Redis, which keeps most figures, is away.
+NO_FIGURES = {name: end for name, end in ENDED.items() if not name.startswith("flashsale_up")}
+STANDSTILL = {
+    "flashsale_oldest_order_age_seconds": "0x11 0+5x180",
+    "flashsale_ledger_checked_timestamp_seconds": "0+5x11 60x180",
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "alert", "labels"),
+    [
+        ({}, None, {}),
+        (
+            {'flashsale_up{server="postgres"}': "1x11 0x180", "flashsale_workers": "1x12 0x180"}
+            | STANDSTILL,
+            "FlashSalePostgresDown",
+            {"server": "postgres"},
+        ),
+        ({"flashsale_workers": "1x11 0x180"} | STANDSTILL, "FlashSaleNoWorker", {}),
+        (
+            NO_FIGURES | {'flashsale_up{server="redis"}': "1x11 0x180"},
+            "FlashSaleRedisDown",
+            {"server": "redis"},
+        ),
+        (ENDED, "FlashSaleNotScraped", {}),
+        ({"flashsale_sale_prepared": "1x11 0x180"}, "FlashSaleNotPrepared", {}),
+        (
+            {'flashsale_web_restarts_total{cause="event_loop"}': "0x11 1x180"},
+            "FlashSaleWebReplaced",
+            {"cause": "event_loop"},
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_alert_that_fires_is_the_cause_and_the_only_one(tmp_path, changed, alert, labels):
+    (tmp_path / "alerts.yml").write_text(RULES.read_text())
+    (group,) = yaml.safe_load(RULES.read_text())["groups"]
+    rules = {rule["alert"]: rule for rule in group["rules"]}
+    expected = {name: [] for name in rules}
+    if alert:
+        words = dict(rules[alert]["annotations"])
+        for name, value in labels.items():
+            words = {k: v.replace(f"{{{{ $labels.{name} }}}}", value) for k, v in words.items()}
+        severity = rules[alert]["labels"]["severity"]
+        expected[alert] = [
+            {"exp_labels": {"severity": severity, **labels}, "exp_annotations": words}
+        ]
+    series = [{"series": k, "values": v} for k, v in (HEALTHY | changed).items()]
+    # Nothing fires before it, and nothing beside it later on.
+    first = {"FlashSaleNotScraped": 65}.get(alert, 25)
+    moments = [(-5, {name: [] for name in rules}), (first, expected), (300, expected)]
+    tests = [
+        {"eval_time": f"{BREAKS_AT_SECONDS + after}s", "alertname": name, "exp_alerts": alerts}
+        for after, all_of_them in moments
+        for name, alerts in all_of_them.items()
+    ]
+    unit = {
+        "rule_files": ["alerts.yml"],
+        "evaluation_interval": "5s",
+        "tests": [{"interval": "5s", "input_series": series, "alert_rule_test": tests}],
+    }
+    (tmp_path / "test.yml").write_text(yaml.safe_dump(unit))
+    checked = run("promtool", "test", "rules", str(tmp_path / "test.yml"))
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
 def test_prometheus_own_file(tmp_path):
     text = (DEPLOY / "prometheus" / "prometheus.yml").read_text()
     loaded = yaml.safe_load(text)

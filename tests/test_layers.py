@@ -9,7 +9,7 @@ from app.config import ROOT
 APP = ROOT / "app"
 
 # Each room, and the rooms that it may import; its own is always allowed.
-GROUND = {"problems", "reading", "config", "times", "addresses", "breaker", "logs"}
+GROUND = {"problems", "reading", "config", "times", "addresses", "breaker", "lines", "logs"}
 TABLES = GROUND | {"extensions", "models", "audit", "idempotency"}
 ROOMS = {
     "problems": set(),
@@ -18,8 +18,9 @@ ROOMS = {
     "breaker": set(),
     "reading": {"problems"},
     "config": set(),
-    "logs": {"config"},
-    "run": {"config"},
+    "lines": {"config"},
+    "logs": {"config", "lines"},
+    "run": {"config", "lines"},
     "stock": GROUND,
     "extensions": {"addresses", "database", "stock"},
     "database": {"breaker"},

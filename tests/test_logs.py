@@ -12,7 +12,7 @@ import redis
 from app import logs
 from app.config import load_settings
 from app.extensions import stock
-from app.logs import Bound, BoundLines, ConsoleLines, JsonLines
+from app.lines import Bound, BoundLines, ConsoleLines, JsonLines
 
 API_TOKEN = "test-token-0123456789"
 
@@ -101,7 +101,7 @@ def test_a_line_for_each_where_asked(make_app, lines):
 def test_refusals_are_sampled_and_counted(app, buy, lines, monkeypatch):
     told = lines()
     second = [100.0]
-    monkeypatch.setattr(logs.time, "monotonic", lambda: second[0])
+    monkeypatch.setattr("app.lines.time.monotonic", lambda: second[0])
     for _ in range(50):
         buy(0)
     assert len(told()) == 1

@@ -4,13 +4,17 @@ web server and a worker as processes of their own, and nginx in front.
 Skipped where these are not installed: apt-get install redis-server postgresql nginx-light openssl
 """
 
+import gzip
 import os
+import re
 import shutil
 import signal
 import socket
 import ssl
 import subprocess
 import sys
+import urllib.parse
+import urllib.request
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
@@ -285,6 +289,39 @@ def test_cookies_are_for_tls_only(deployed):
     cookie = answer.headers["Set-Cookie"]
     for word in ("Secure", "HttpOnly", "SameSite=Lax"):
         assert word in cookie
+
+
+def test_an_admin_signs_in_on_a_port_that_is_not_443(deployed):
+    """A form's origin is compared with the Host that arrives, port included."""
+    browser = urllib.request.build_opener(
+        urllib.request.HTTPSHandler(context=deployed.tls), urllib.request.HTTPCookieProcessor()
+    )
+    address = f"{deployed.url}/admin/sign-in"
+    browser.addheaders = [("Referer", address), ("Origin", deployed.url)]
+    page = browser.open(address, timeout=15).read().decode()
+    form = {
+        "csrf_token": re.search(r'name="csrf_token"[^>]*value="([^"]+)"', page)[1],
+        "email": PRODUCTION["ADMIN_EMAIL"],
+        "password": PRODUCTION["ADMIN_PASSWORD"],
+    }
+    with browser.open(address, urllib.parse.urlencode(form).encode(), timeout=15) as answer:
+        assert answer.url == f"{deployed.url}/admin/"
+        assert answer.status == 200
+
+
+def test_pages_and_styles_are_compressed(deployed):
+    for path in ("/docs", "/openapi.json", "/static/docs.css"):
+        for wanted in ("gzip", "identity"):
+            headers = {"Accept-Encoding": wanted}
+            answer = call(f"{deployed.url}{path}", None, None, headers, deployed.tls)
+            encoded = answer.headers.get("Content-Encoding", "identity")
+            assert encoded == wanted, path
+            assert "Accept-Encoding" in answer.headers.get("Vary", ""), path
+            if wanted == "gzip":
+                small, body = len(answer.body), gzip.decompress(answer.body)
+            else:
+                assert answer.body == body
+                assert small < len(body) / 2
 
 
 def test_no_secret_is_in_any_log(deployed):

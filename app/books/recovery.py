@@ -50,6 +50,17 @@ def database_is_empty() -> bool:
     ).scalar()
 
 
+def what_a_reset_deletes() -> tuple[int, int, int]:
+    """Return how many products, stored orders and waiting orders. Raises stock.Unavailable."""
+    products, stored = db.session.execute(
+        text(
+            "SELECT (SELECT count(*) FROM products),"
+            " (SELECT coalesce(sum(confirmed_orders + cancelled_orders), 0) FROM product_totals)"
+        )
+    ).one()
+    return products, int(stored), stock.waiting()
+
+
 def reset(actor: Actor) -> int:
     """Delete every product, order and movement, here and in Redis; return the new product's id.
 

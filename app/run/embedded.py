@@ -20,7 +20,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 from app.config import Settings
-from app.run.processes import NAMESPACE, NOBODY, Program, StartError, leashed
+from app.run.leash import NAMESPACE, NOBODY, leashed
+from app.run.processes import Program, StartError
 
 POLL_SECONDS = 0.05
 # Servers of a killed supervisor are still answering while they stop: adopt only what stays longer.
@@ -318,19 +319,24 @@ def embedded_servers(settings: Settings) -> dict[str, _Server]:
     return wanted
 
 
+def with_servers(settings: Settings) -> Settings:
+    """Return the settings with both URLs filled in, whether or not these servers are running."""
+    wanted = embedded_servers(settings)
+    return replace(settings, **{name: server.url for name, server in wanted.items()})
+
+
 @contextmanager
 def servers(settings: Settings) -> Iterator[Settings]:
     """Yield the settings with both URLs filled in.
 
     Embedded servers that are running are used, others run for as long as the context does.
     """
-    wanted = embedded_servers(settings)
     with ExitStack() as stack:
-        for server in wanted.values():
+        for server in embedded_servers(settings).values():
             if not server.is_running():
                 stack.callback(server.stop)
                 server.start()
-        yield replace(settings, **{name: server.url for name, server in wanted.items()})
+        yield with_servers(settings)
 
 
 # English messages, whatever the operator's locale, and none of libpq's settings.

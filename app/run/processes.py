@@ -1,27 +1,22 @@
-"""Programs that run beside this one, and what it takes to keep them running.
+"""Programs that run beside this one, and what it takes to keep them running."""
 
-Run as a script, this file is the child's side of a start: see `_become`.
-"""
-
-import ctypes
+import logging
 import os
 import select
 import signal
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from app.run.leash import leashed
+
+log = logging.getLogger("app.run")
+
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 FIRST_DELAY_SECONDS, LAST_DELAY_SECONDS = 0.2, 5.0
 HEALTHY_SECONDS = 10
-
-NAMESPACE = "namespace"
-NOBODY = 65534
-CLONE_NEWUSER = 0x10000000
-PR_SET_PDEATHSIG = 1
 
 
 class StartError(RuntimeError):
@@ -30,12 +25,6 @@ class StartError(RuntimeError):
 
 class Stopped(Exception):
     """A stop signal came."""
-
-
-def say(line: str) -> None:
-    """Print a line; a terminal that is gone must not stop the sale."""
-    with suppress(OSError):
-        print(line, flush=True)
 
 
 class Program:
@@ -129,7 +118,7 @@ class Kept:
             self.program.kill()  # its own children: a web process would keep the port
             if now - self.started_at >= HEALTHY_SECONDS:
                 self.delay = FIRST_DELAY_SECONDS
-            say(f"{self.program.name} {end}; starting it again in {self.delay:g} s")
+            log.warning("%s %s; starting it again in %g s", self.program.name, end, self.delay)
             self.restart_at = now + self.delay
             self.delay = min(self.delay * 2, self.longest or LAST_DELAY_SECONDS)
         if self.restart_at is not None and now >= self.restart_at:
@@ -137,7 +126,7 @@ class Kept:
             try:
                 self.program.launch()
             except StartError as error:
-                say(f"{error}")
+                log.error("%s", error)
 
 
 def how_it_ended(program: Program) -> str:
@@ -148,43 +137,3 @@ def how_it_ended(program: Program) -> str:
     if code >= 0:
         return f"ended with exit code {code}"
     return f"was killed by {signal.Signals(-code).name}"
-
-
-def leashed(
-    argv: Sequence[str], death: signal.Signals, directory: Path, identity: str = ""
-) -> list[str]:
-    """Return the command that runs `argv` in `directory`, and gets `death` when we die."""
-    # -I -S: neither packages nor the environment matter, and it takes 20 ms.
-    python = [sys.executable, "-I", "-S", __file__]
-    return [*python, str(os.getpid()), str(int(death)), identity, str(directory), *argv]
-
-
-def _become(parent: str, death: str, identity: str, directory: str, *argv: str) -> None:
-    """Turn this process into `argv`, as another user if need be, tied to the parent's life.
-
-    A preexec_fn would do the same, but isn't safe in a process with threads.
-    """
-    if identity == NAMESPACE:
-        if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWUSER) != 0:
-            raise OSError(ctypes.get_errno(), "no user namespace")
-        Path("/proc/self/setgroups").write_text("deny")
-        Path("/proc/self/uid_map").write_text(f"{NOBODY} 0 1")
-        Path("/proc/self/gid_map").write_text(f"{NOBODY} 0 1")
-    elif identity:
-        os.setgroups([])
-        os.setgid(NOBODY)
-        os.setuid(NOBODY)
-    if sys.platform == "linux":
-        # Only now, since a change of identity clears it; and the parent may be gone already.
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(death), 0, 0, 0)
-        if os.getppid() != int(parent):
-            raise ProcessLookupError("the parent is gone")
-    os.chdir(directory)
-    os.execv(argv[0], argv)  # noqa: S606
-
-
-if __name__ == "__main__":
-    try:
-        _become(*sys.argv[1:])
-    except OSError as failure:
-        sys.exit(f"error: {failure}")

@@ -3,9 +3,11 @@
 It owns the listening sockets, one for each of its processes (the kernel spreads connections over
 them), and keeps the processes running. A socket outlives its process, and with it the connections
 that wait to be accepted: a neighbour answers them, or who comes next. SIGHUP renews the processes
-one after the other, SIGTERM lets requests in flight finish.
+one after the other, SIGTERM lets requests in flight finish. A process whose event loop or page
+threads no longer answer is replaced (pulse.py).
 """
 
+import logging
 import os
 import resource
 import socket
@@ -16,15 +18,21 @@ from contextlib import suppress
 from pathlib import Path
 from signal import SIGHUP
 
+from app import lines
 from app.config import Settings, SettingsError, load_settings, with_secrets
+from app.run import pulse
 from app.run.embedded import EmbeddedError, embedded_servers
-from app.run.processes import STOP_SIGNALS, Kept, Program, Signals, StartError, Stopped, say
+from app.run.processes import STOP_SIGNALS, Kept, Program, Signals, StartError, Stopped
+
+log = logging.getLogger("app.run")
 
 # One descriptor per open connection; the usual 1024 is too few, and all there are slows forks.
 OPEN_FILES = 65536
 # Connections that the kernel keeps until they are accepted, for each process.
 BACKLOG = 4096
 POLL_SECONDS = 0.05
+# What a web process is told that comes after one which ended by itself.
+DIED = "died"
 # Importing takes a second; on a busy machine more.
 START_SECONDS = 30
 # Of a restart, after several: less than a shopper's patience.
@@ -41,10 +49,16 @@ class WebProcess(Program):
 
     name = "web process"
 
-    def __init__(self, listener: socket.socket, neighbour: socket.socket) -> None:
-        """`neighbour` is a socket whose process may die or hang: it is looked after meanwhile."""
-        self.listener, self.neighbour = listener, neighbour
-        self._ready: int | None = None
+    def __init__(
+        self, listener: socket.socket, neighbour: socket.socket, replaces: str = ""
+    ) -> None:
+        """`neighbour` is a socket whose process may die or hang: it is looked after meanwhile.
+
+        `replaces` says what was wrong with a process before this one.
+        """
+        self.listener, self.neighbour, self.replaces = listener, neighbour, replaces
+        self.pulse: pulse.Pulse | None = None
+        self.given_up = False
 
     def launch(self) -> None:
         """Start it. Raises StartError when the system has nothing left for it."""
@@ -55,29 +69,30 @@ class WebProcess(Program):
             raise StartError(f"a web process can't be started: {error}") from None
 
     def _launch(self) -> None:
-        self._ready, theirs = os.pipe()
+        ours, theirs = os.pipe()
+        self.pulse, self.given_up = pulse.Pulse(ours, time.monotonic()), False
         try:
-            os.set_blocking(self._ready, False)
             files = self.listener.fileno(), self.neighbour.fileno(), theirs
-            argv = [sys.executable, "web.py", *map(str, files)]
+            argv = [sys.executable, "web.py", *map(str, files), self.replaces]
             self._spawn(argv, Path.cwd(), pass_fds=files)
         finally:
             os.close(theirs)
+        self.replaces = DIED  # whoever comes after it, if nothing else is known by then
 
     def is_ready(self) -> bool:
-        """Tell whether it accepts connections; asked again, it is only told once."""
-        with suppress(BlockingIOError):
-            return os.read(self._ready, 1) != b""
-        return False
+        """Tell whether it accepts connections."""
+        if not self.pulse.begun:
+            self.pulse.feel(time.monotonic())
+        return self.pulse.begun
 
     def kill(self) -> None:
         super().kill()
         self._close()
 
     def _close(self) -> None:
-        if self._ready is not None:
-            os.close(self._ready)
-            self._ready = None
+        if self.pulse is not None:
+            self.pulse.close()
+            self.pulse = None
 
 
 class WebServer:
@@ -86,7 +101,7 @@ class WebServer:
     def __init__(self, settings: Settings, address: tuple) -> None:
         """`address` is an IP address and PORT, which must be free."""
         self.signals = Signals()
-        self.renewing = False
+        self.to_renew: list[Kept] = []
         listeners = [_listener(address) for _ in range(settings.web_workers)]
         self.kept = [
             Kept(
@@ -104,26 +119,28 @@ class WebServer:
                 for kept in self.kept:
                     kept.program.launch()
                 while True:
-                    self._attend(1.0)
-                    if self.renewing:
-                        self.renewing = False
-                        self.renew()
+                    self._attend(pulse.BEAT_SECONDS)
+                    due, self.to_renew = self.to_renew, []
+                    self.renew(due)
             finally:
                 self.stop()
 
-    def renew(self) -> None:
-        """Let a successor take over from each process, or leave all as it is if one can't."""
-        for kept in self.kept:
-            successor = WebProcess(kept.program.listener, kept.program.neighbour)
+    def renew(self, those: list[Kept]) -> None:
+        """Let a successor take over from each of those, or leave all as it is if one can't."""
+        for kept in those:
+            former = kept.program
+            cause = pulse.PAGE_THREADS if former.given_up else ""
+            successor = WebProcess(former.listener, former.neighbour, cause)
             try:
                 successor.launch()
                 if not self._await(successor.is_ready, START_SECONDS, successor.is_alive):
                     raise StartError("a new web process does not start")
             except StartError as error:
-                say(f"{error}; those that serve go on")
+                log.error("%s; those that serve go on", error)
                 successor.kill()
+                former.given_up = False
                 return
-            former, kept.program = kept.program, successor
+            kept.program = successor
             kept.started_at, kept.restart_at = time.monotonic(), None
             former.terminate()
             self._await(lambda former=former: not former.is_alive(), STOP_SECONDS)
@@ -146,9 +163,32 @@ class WebServer:
         came = self.signals.wait(min([seconds, *due]))
         if came & STOP_SIGNALS:
             raise Stopped
-        self.renewing |= SIGHUP in came
+        if SIGHUP in came:
+            self.to_renew = list(self.kept)
         for kept in self.kept:
             kept.check(time.monotonic())
+            if kept.restart_at is None:
+                self._feel(kept)
+
+    def _feel(self, kept: Kept) -> None:
+        """Replace a process that no longer answers, though it lives.
+
+        Who serves purchases and no pages is left to do so until its successor is ready.
+        """
+        web: WebProcess = kept.program
+        if web.pulse is None or web.given_up:
+            return
+        trouble = web.pulse.feel(time.monotonic())
+        if trouble is None:
+            return
+        web.given_up = True
+        if trouble == pulse.PAGE_THREADS:
+            log.error("web process %d: no page thread answers; it is replaced", web.process.pid)
+            self.to_renew.append(kept)
+        else:
+            log.error("web process %d: the event loop stands still; it is killed", web.process.pid)
+            web.replaces = trouble
+            web.process.kill()
 
     def _await(
         self,
@@ -207,14 +247,16 @@ def allow_open_files() -> None:
 
 def main() -> None:
     """Be the web server; the servers behind it must be given."""
+    lines.begin()
     try:
         settings = with_secrets(load_settings())
+        lines.configure(settings)
         if embedded_servers(settings):
             raise SettingsError("REDIS_URL and DATABASE_URL are needed; `make run` brings its own")
         allow_open_files()
         WebServer(settings, free_address(settings, PORT_GRACE_SECONDS)).run()
     except (SettingsError, EmbeddedError, StartError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(lines.fail(error))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ Everything happens in `run_once`, woken by signals (a child's death is one), in 
 
 import fcntl
 import http.client
+import json
+import logging
 import os
 import signal
 import sys
@@ -14,6 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
+from app import lines
 from app.config import ROOT, Settings, SettingsError, load_settings, with_secrets
 from app.run import serve
 from app.run.embedded import EmbeddedError, embedded_servers
@@ -26,8 +29,9 @@ from app.run.processes import (
     StartError,
     Stopped,
     how_it_ended,
-    say,
 )
+
+log = logging.getLogger("app.run")
 
 TICK_SECONDS = 1.0
 PROBE_SECONDS = 0.2
@@ -43,6 +47,7 @@ class Supervisor:
     def __init__(self, settings: Settings, tree: Path = ROOT):
         """`tree` holds wsgi.py and worker.py."""
         self.settings, self.tree = settings, tree
+        self.note = tree / ".runs" / str(os.getpid())
         self.signals = Signals()
         self.kept: list[Kept] = []
         self.web: Program | None = None
@@ -60,6 +65,8 @@ class Supervisor:
                 while self.run_once():
                     pass
             finally:
+                with suppress(OSError):
+                    self.note.unlink(missing_ok=True)
                 self.stop()
 
     def start(self) -> None:
@@ -67,6 +74,8 @@ class Supervisor:
         serve.allow_open_files()
         settings = with_secrets(self.settings)
         for name, server in embedded_servers(settings).items():
+            new = "" if server.directory.exists() else ", with new files"
+            lines.tell(f"Starting {server.name} in {server.directory}{new}")
             self._keep(server)
             server.start(SERVER_START_SECONDS, wait=self._pause)
             settings = replace(settings, **{name: server.url})
@@ -76,9 +85,12 @@ class Supervisor:
             "REDIS_URL": settings.redis_url,
             "DATABASE_URL": settings.database_url,
             "SECRET_KEY": settings.secret_key,
+            "LOG_FORMAT": settings.log_format,
         }
+        lines.tell("Preparing the database: migrations, and what a first start needs")
         flask = [sys.executable, "-m", "flask", "--app", "wsgi"]
         self._run_to_end(Command("prepare", [*flask, "prepare"], environ, self.tree))
+        lines.tell("Starting the web server and a worker")
         self.web = Command("web", [sys.executable, "-m", "app.run.serve"], environ, self.tree)
         self.worker = Command("worker", [sys.executable, "worker.py"], environ, self.tree)
         for program in (self.worker, self.web):
@@ -94,7 +106,7 @@ class Supervisor:
         if came & STOP_SIGNALS or (signal.SIGHUP in came and sys.stdin and sys.stdin.isatty()):
             return False
         if signal.SIGHUP in came and self.web.is_alive():
-            say("web and worker: new processes take over")
+            log.info("web and worker: new processes take over")
             self.web.process.send_signal(signal.SIGHUP)
             self.worker.terminate()  # ends its batch first, and is started again as if it had died
         for kept in self.kept:
@@ -150,10 +162,20 @@ class Supervisor:
         finally:
             connection.close()
         if self.ready:
-            say(f"Ready: http://{f'[{host}]' if ':' in host else host}:{port}")
+            self._tell_ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
         elif not self.warned and time.monotonic() - self.started_at > READY_WITHIN_SECONDS:
             self.warned = True
-            say(f"Not ready after {READY_WITHIN_SECONDS} s, still trying: {answer}")
+            log.warning("Not ready after %d s, still trying: %s", READY_WITHIN_SECONDS, answer)
+
+    def _tell_ready(self, url: str) -> None:
+        given = self.settings.admin_password
+        where = "as given" if given else f"in {self.settings.data_dir / 'admin_password'}"
+        lines.tell(f"Ready: {url}")
+        lines.tell(f"Sign in:   {url}/admin as {self.settings.admin_email}, password {where}")
+        # For programs that look for a running system. Without it they have to be told.
+        with suppress(OSError):
+            self.note.parent.mkdir(exist_ok=True)
+            self.note.write_text(json.dumps({"url": url, "data_dir": str(self.settings.data_dir)}))
 
 
 @contextmanager
@@ -181,14 +203,15 @@ def _only_run(data_dir: Path) -> Iterator[bool]:
 
 def main(tree: Path = ROOT) -> int:
     """Run until told to stop; return the exit code."""
+    lines.begin()
     try:
-        Supervisor(load_settings(), tree).run()
+        settings = load_settings()
+        lines.configure(settings)
+        Supervisor(settings, tree).run()
     except SettingsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return lines.fail(error, 2)
     except (StartError, EmbeddedError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return lines.fail(error)
     return 0
 
 

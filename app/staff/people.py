@@ -1,6 +1,7 @@
 """People who may sign in: their addresses, passwords and roles."""
 
 import secrets
+from functools import cache
 
 from sqlalchemy import delete, select
 from werkzeug.security import check_password_hash, generate_password_hash
@@ -15,8 +16,12 @@ from .sessions import revoking
 MIN_PASSWORD = 8
 MAX_PASSWORD = 200
 ROLES = ("admin", "support")
-# Checked when nobody has the address, so that an unknown one takes as long as a wrong password.
-_NOBODY = generate_password_hash(secrets.token_hex())
+
+
+@cache
+def _nobody() -> str:
+    """Return what is checked when nobody has the address: it takes as long as a wrong password."""
+    return generate_password_hash(secrets.token_hex())
 
 
 def everybody() -> list[Staff]:
@@ -35,7 +40,8 @@ def get(staff_id: int) -> Staff | None:
 
 def is_password_of(person: Staff | None, password: str) -> bool:
     """Return whether the password is this active person's; as slowly where there is nobody."""
-    matches = check_password_hash(person.password_hash if person else _NOBODY, password)
+    nobody = _nobody()
+    matches = check_password_hash(person.password_hash if person else nobody, password)
     return bool(matches and person and person.active)
 
 

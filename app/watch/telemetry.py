@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -42,6 +43,8 @@ BATCH_BOUNDS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 # Each product is some 20 series. Those with the lowest ids are told apart, the rest are one.
 MOST_PRODUCTS = 200
 OUTCOMES = ("accepted", *REFUSALS)
+# Told by who starts the web processes (app/run/serve.py).
+RESTART_CAUSES = ("died", "event_loop", "page_threads")
 
 
 class Meter:
@@ -56,6 +59,7 @@ class Meter:
         self._name = f"{role}:{socket.gethostname()}:{os.getpid()}"
         self._rows: dict[str, list] = {}
         self._sent: dict[str, list] = {}
+        self._counts: Counter[str] = Counter()
         self._sent_cpu = 0.0
         self._state_at = 0.0
         self._lock = threading.Lock()
@@ -71,6 +75,11 @@ class Meter:
     def _new_row(self, status: str) -> list:
         self.start()
         return self._rows.setdefault(status, [0] * (len(DURATION_BOUNDS) + 1) + [0.0])
+
+    def count(self, name: str) -> None:
+        """Count what happens seldom, and report it."""
+        self._counts[name] += 1
+        self.start()
 
     def start(self) -> None:
         """Begin to report; only where something is counted, never in a command or after a fork."""
@@ -93,7 +102,8 @@ class Meter:
         """Add what was counted since the last time. Raises stock.Unavailable."""
         with self._lock:
             rows = {status: list(row) for status, row in list(self._rows.items())}
-            amounts: dict[str, int | float] = {}
+            counts = self._counts.copy()
+            amounts: dict[str, int | float] = dict(counts)
             for status, row in rows.items():
                 sent = self._sent.get(status) or [0] * len(row)
                 for bucket, (now, before) in enumerate(zip(row[:-1], sent[:-1], strict=True)):
@@ -107,6 +117,7 @@ class Meter:
                 amounts[f"cpu:{self.role}"] = cpu - self._sent_cpu
             stock.board.count(amounts, (self._name, _state()) if state else None)
             self._sent = rows
+            self._counts -= counts
             if state:
                 self._state_at, self._sent_cpu = moment, cpu
 
@@ -180,6 +191,7 @@ def _of_redis() -> Iterator[Metric]:
     yield _gauge("flashsale_oldest_order_age_seconds", "Age of the oldest waiting order.", age)
     yield _durations(counted)
     yield _batches(counted)
+    yield _restarts(counted)
     yield _gauge("flashsale_workers", "Worker processes seen lately.", news.workers)
     weak = health.weak_durability()
     yield _gauge("flashsale_redis_durable", "Whether Redis keeps every promise.", not weak)
@@ -255,6 +267,17 @@ def _batches(counted: dict[str, str]) -> Metric:
         buckets=_buckets(counted, "batch", BATCH_BOUNDS),
         sum_value=float(counted.get("batch:sum", 0)),
     )
+
+
+def _restarts(counted: dict[str, str]) -> Metric:
+    restarts = CounterMetricFamily(
+        "flashsale_web_restarts",
+        "Web processes started in place of one that ended by itself or no longer answered.",
+        labels=["cause"],
+    )
+    for cause in RESTART_CAUSES:
+        restarts.add_metric([cause], int(counted.get(f"restart:{cause}", 0)))
+    return restarts
 
 
 def _of_processes(processes: dict[str, dict], counted: dict[str, str]) -> Iterator[Metric]:

@@ -9,7 +9,6 @@ import asyncio
 import gc
 import logging
 import math
-import os
 import resource
 import socket
 from collections.abc import Callable, Iterable
@@ -26,6 +25,7 @@ from ..extensions import stock
 from ..reading import MAX_BODY_BYTES
 from ..run import serve
 from . import polls, probe
+from .alive import Heartbeat
 from .lane import JSON_TYPE, UNAVAILABLE, UNAVAILABLE_RETRY, PurchaseLane, error_body
 
 # The headers that the lane looks at, by their WSGI names.
@@ -72,7 +72,9 @@ class Pages:
     def __init__(self, app: Flask) -> None:
         settings = app.config["SETTINGS"]
         self.lane: PurchaseLane = app.extensions["lane"]
-        self.flask = WSGIMiddleware(app.wsgi_app, workers=settings.web_threads)
+        self.taken = 0
+        self._wsgi = app.wsgi_app
+        self.flask = WSGIMiddleware(self._take, workers=settings.web_threads)
         self.polls = polls.Polls()
         self.probe = probe.Probe()
         self.most = app.config["MAX_CONTENT_LENGTH"] or math.inf
@@ -80,6 +82,14 @@ class Pages:
         self.trust_proxies = None
         if isinstance(app.wsgi_app, ProxyFix):
             self.trust_proxies = ProxyFix(lambda environ, _: None, x_for=settings.trusted_proxies)
+
+    def _take(self, environ: dict, start_response: Callable) -> Iterable[bytes]:
+        self.taken += 1
+        return self._wsgi(environ, start_response)
+
+    async def probe(self) -> None:
+        """Return when one of the threads was free."""
+        await asyncio.get_running_loop().run_in_executor(self.flask.executor, int)
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         if scope["path"] == probe.PATH and scope["method"] in ("GET", "HEAD"):
@@ -366,15 +376,17 @@ class Server(uvicorn.Server):
     """Serves until SIGTERM, then finishes what is in flight."""
 
     def __init__(
-        self, config: uvicorn.Config, ready: int, neighbour: socket.socket | None = None
+        self, config: uvicorn.Config, pulse: int, neighbour: socket.socket | None = None
     ) -> None:
-        """`ready` is written to, and closed, when connections are accepted.
+        """`pulse` is a pipe that is written to as long as this process works, see alive.py.
 
         What waits at the `neighbour`, a listening socket, is accepted too when its own process
         does not do so.
         """
         super().__init__(config)
-        self.ready, self.neighbour = ready, neighbour
+        self.neighbour = neighbour
+        pages: Pages = config.app
+        self.heartbeat = Heartbeat(pulse, pages.probe, lambda: pages.taken)
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self.server_state.most_connections = min(MAX_CONNECTIONS, files - SPARE_FILES)
         self.server_state.ending = False
@@ -382,8 +394,7 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        os.write(self.ready, b"1")
-        os.close(self.ready)
+        self.heartbeat.start()
 
     async def on_tick(self, counter: int) -> bool:
         ends = await super().on_tick(counter)
@@ -434,7 +445,7 @@ def configured(app: Flask) -> uvicorn.Config:
     )
 
 
-def run(app: Flask, listener: int, neighbour: int, ready: int) -> None:
+def run(app: Flask, listener: int, neighbour: int, pulse: int) -> None:
     """Serve the app at a listening socket; the numbers are file descriptors, see `Server`."""
     # What was loaded so far lives as long as the process: no need to look it over again and again.
     # A request's own objects go by reference count: collecting every 700 of them cost 5 % of the
@@ -447,4 +458,4 @@ def run(app: Flask, listener: int, neighbour: int, ready: int) -> None:
     beside = None if neighbour == listener else socket.socket(fileno=neighbour)
     if beside:
         beside.setblocking(False)
-    Server(configured(app), ready, beside).run([socket.socket(fileno=listener)])
+    Server(configured(app), pulse, beside).run([socket.socket(fileno=listener)])
