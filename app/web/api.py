@@ -15,7 +15,7 @@ from ..reading import (
     MAX_ID,
     MAX_REASON,
     MAX_RESTOCK,
-    VALID_KEY,
+    check_key,
     read_integer,
     read_object,
     read_text,
@@ -137,10 +137,7 @@ def restock():
     if data.get("reason") is not None:
         reason = read_text(data, "reason", MAX_REASON)
     key = request.headers.get("Idempotency-Key")
-    if key is not None and not VALID_KEY(key):
-        raise InvalidRequest(
-            "Idempotency-Key must be 1 to 255 visible ASCII characters", "Idempotency-Key"
-        )
+    check_key(key)
     done = inventory.restock(product_id, amount, reason, g.actor, key)
     response = jsonify(productId=product_id, amount=amount, stock_remaining=done.free)
     if done.replayed:
