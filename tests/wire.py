@@ -11,7 +11,7 @@ from typing import NamedTuple
 from app.extensions import stock
 from app.stock.doorkeeper import Doorkeeper
 from app.stock.lines import LoopLine
-from app.web.server import Server, configured
+from app.web.server import Server
 
 
 class Reply(NamedTuple):
@@ -71,7 +71,7 @@ async def serving(app) -> AsyncIterator[Process]:
     stock.loop_line = Doorkeeper(line, stock.turn_away)
     listener = socket.create_server(("127.0.0.1", 0))
     told, ready = os.pipe()
-    process = Process(listener.getsockname()[1], Server(configured(app), ready))
+    process = Process(listener.getsockname()[1], Server(app, ready))
     serving = asyncio.create_task(process.server._serve([listener]))
     try:
         await asyncio.get_running_loop().run_in_executor(None, os.read, told, 1)

@@ -125,8 +125,6 @@ def csv_chunks(found: Iterator[search.Found], names: dict[int, str]) -> Iterator
         writer.writerow([safe_cell(value) for value in row_of(order, names)])
         if count % CSV_CHUNK_ROWS == 0:
             yield buffer.getvalue()
-            if request.environ.get("asgi.scope", {}).get("gone"):
-                return
             buffer.seek(0)
             buffer.truncate()
     yield buffer.getvalue()

@@ -18,7 +18,7 @@ from ..reading import (
     MAX_ID,
     MAX_REASON,
     MAX_RESTOCK,
-    VALID_KEY,
+    check_key,
     read_digits,
     read_integer,
     read_object,
@@ -59,12 +59,9 @@ def query_integer(name: str, low: int, high: int) -> int | None:
 
 
 def idempotency_key() -> str | None:
-    """Return the request's Idempotency-Key. Raises InvalidRequest."""
+    """Return the request's Idempotency-Key, None where there is none. Raises InvalidRequest."""
     key = request.headers.get("Idempotency-Key")
-    if key is not None and not VALID_KEY(key):
-        raise InvalidRequest(
-            "Idempotency-Key must be 1 to 255 visible ASCII characters", "Idempotency-Key"
-        )
+    check_key(key)
     return key
 
 

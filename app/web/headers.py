@@ -3,8 +3,10 @@
 from urllib.parse import urlsplit, urlunsplit
 
 from flask import Flask, Response, request
+from werkzeug.exceptions import UnsupportedMediaType
 
 from . import limits
+from .lane import CODED, is_coded
 
 # JSON needs nothing of a browser; a page brings a policy of its own.
 DEFAULTS = {
@@ -17,7 +19,12 @@ DEFAULTS = {
 
 
 def init_app(app: Flask) -> None:
-    """Add the headers after every request."""
+    """Add the headers after every request, and refuse what one of a request's asks in vain."""
+
+    @app.before_request
+    def refuse_coded_body() -> None:
+        if is_coded(request.environ):
+            raise UnsupportedMediaType(CODED)
 
     @app.after_request
     def protect(response: Response) -> Response:

@@ -1,13 +1,13 @@
 """POST /purchase, past the framework, whose own work per request costs several times a claim.
 
-One implementation, two ways in. As WSGI middleware it stands in front of Flask's router, for any
-WSGI server and the tests; there a claim blocks its thread. In web.py it awaits the claim on the
-event loop, where those of all requests in flight share one write to Redis.
+Reading the request and telling the answer are plain functions; between them stands the claim. As
+WSGI middleware, before Flask's router, for any WSGI server and the tests, it blocks its thread. In
+web.py it is awaited on the event loop, where the claims of all requests in flight share one write
+to Redis.
 """
 
-import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from datetime import UTC, datetime
 from time import perf_counter
 
@@ -26,26 +26,23 @@ from ..stock.gateway import Stock
 from ..stock.lines import Claim, early_limit
 from ..times import from_ms, utc_text
 from ..watch.telemetry import Meter
+from .answer import (
+    BAD_REQUEST,
+    INTERNAL_ERROR,
+    JSON_TYPE,
+    NOT_EXECUTED,
+    UNAVAILABLE,
+    UNAVAILABLE_RETRY,
+    Answer,
+    error_body,
+)
 from .callers import Callers
 from .identity import Shoppers
-from .purchase import purchase
+from .purchase import read_purchase
 
 log = logging.getLogger(__name__)
 
 SOLD = "200 OK"
-JSON_TYPE = ("Content-Type", "application/json")
-# How long a client had best wait before it asks again about an unknown outcome.
-UNAVAILABLE_RETRY = ("Retry-After", "1")
-
-
-def error_body(message: str, code: str, **more: object) -> bytes:
-    return json.dumps({"error": message, "code": code, **more}, separators=(",", ":")).encode()
-
-
-UNAVAILABLE = error_body("Service unavailable", "unavailable")
-# The outcome is known: nothing happened, so that the shopper may well try again without a key.
-NOT_EXECUTED = error_body("Service unavailable", "unavailable", executed=False)
-INTERNAL_ERROR = error_body("Internal server error", "internal_error")
 
 # The outcomes that are refusals of a limit, and the limit's name.
 LIMITS = {
@@ -96,6 +93,11 @@ REFUSALS: dict[bytes, tuple[str, bytes | Callable[[int], bytes]]] = {
 }
 
 
+Headers = Iterable[tuple[str, str]]
+# Status line, body, and the headers that not every answer has.
+Told = tuple[str, bytes, Headers]
+
+
 class PurchaseLane:
     """Answers POST /purchase completely, errors included; the rest is the app's."""
 
@@ -123,88 +125,99 @@ class PurchaseLane:
         """Serve as WSGI."""
         if environ["PATH_INFO"] != "/purchase":
             return self.app(environ, start_response)
-
-        def body() -> bytes:
-            return environ["wsgi.input"].read(_content_length(environ))
-
-        async def claim(*request) -> Claim:
-            return self.stock.claim(*request)
-
-        # Nothing in it ever waits for an event loop, so the first step is the whole way.
+        started = perf_counter()
         try:
-            self.serve(environ, body, claim).send(None)
-        except StopIteration as done:
-            status, body, headers = done.value
+            length = self.check(environ)
+            request = self.read(environ, environ["wsgi.input"].read(length))
+            told = self.tell(self.stock.claim(*request))
+        except Exception as error:
+            told = self.refuse(error)
+        status, headers, body = self.finish(environ, *told, started)
         start_response(status, headers)
         return (body,)
 
     async def serve(
-        self, environ: dict, read: Callable, claim: Callable
-    ) -> tuple[str, bytes, list[tuple[str, str]]]:
-        """Return status line, body and headers.
+        self, environ: dict, body: bytearray, claim: Callable[..., Awaitable[Claim]]
+    ) -> Answer:
+        """Answer one request; `claim` is the road to Redis.
 
         Of `environ` only what WSGI names the request's method, address and headers is looked at.
         """
         started = perf_counter()
-        status, body, more = await self.answer(environ, read, claim)
+        try:
+            self.check(environ)
+            told = self.tell(await claim(*self.read(environ, body)))
+        except Exception as error:
+            told = self.refuse(error)
+        return self.finish(environ, *told, started)
+
+    def check(self, environ: dict) -> int:
+        """Return how much of the body is to be read. Raises Refused for what need not be read."""
+        if environ["REQUEST_METHOD"] != "POST":
+            raise Refused(
+                "405 Method Not Allowed",
+                "Method not allowed",
+                "method_not_allowed",
+                ("Allow", "POST"),
+            )
+        if self.shoppers:
+            environ["shopper"] = self.shoppers.identify(environ.get("HTTP_AUTHORIZATION"))
+        self.callers.check(environ.get("REMOTE_ADDR", ""))
+        return check_body(environ)
+
+    def read(self, environ: dict, body: bytes | bytearray) -> tuple[int, int, int, str | None, str]:
+        """Return what is to be claimed, as the roads to Redis take it."""
+        if len(body) > MAX_BODY_BYTES:
+            raise Refused(*TOO_LARGE)
+        address = environ.get("REMOTE_ADDR", "")
+        return read_purchase(
+            body,
+            environ.get("HTTP_IDEMPOTENCY_KEY"),
+            client_of(address) if ":" in address else address,
+            environ.get("shopper"),
+        )
+
+    def tell(self, claim: Claim) -> Told:
+        """Return what the shopper is told of a decision."""
+        outcome = claim.outcome
+        if outcome == b"accepted":
+            return SOLD, b'{"status":"queued","orderId":%d}' % claim.detail, self.limits(claim)
+        if outcome == b"replayed":
+            body = b'{"status":"queued","orderId":%d}' % claim.detail
+            return SOLD, body, (("Idempotent-Replayed", "true"),)
+        status, body = REFUSALS[outcome]
+        if callable(body):
+            body = body(claim.detail)
+        return status, body, self.limits(claim)
+
+    def refuse(self, error: Exception) -> Told:
+        """Return what the shopper is told when nothing was decided."""
+        match error:
+            case InvalidRequest():
+                field = {"field": error.field} if error.field else {}
+                return BAD_REQUEST, error_body(str(error), "invalid_request", **field), ()
+            case Unauthenticated():
+                headers = (("WWW-Authenticate", error.challenge),)
+                return "401 Unauthorized", error_body(str(error), "unauthorized"), headers
+            case AnotherShopper() | UnknownCaller():
+                return "403 Forbidden", error_body(str(error), "forbidden"), ()
+            case Refused():
+                return error.told
+            case Unavailable():
+                body = NOT_EXECUTED if error.executed is False else UNAVAILABLE
+                return "503 Service Unavailable", body, (UNAVAILABLE_RETRY,)
+        log.error("POST /purchase failed", exc_info=error)
+        return "500 Internal Server Error", INTERNAL_ERROR, ()
+
+    def finish(
+        self, environ: dict, status: str, body: bytes, more: Headers, started: float
+    ) -> Answer:
+        """Return the answer with its other headers; count and log it."""
         headers = [JSON_TYPE, ("Content-Length", str(len(body))), *more]
         if status != SOLD or "HTTP_X_REQUEST_ID" in environ or self.log.every:
             headers.append(self.log.note(environ, status, body))
         self.meter.observe(status, perf_counter() - started)
-        return status, body, headers
-
-    async def answer(
-        self, environ: dict, read: Callable, claim: Callable
-    ) -> tuple[str, bytes, Iterable[tuple[str, str]]]:
-        """Return status line, body and further headers."""
-        if environ["REQUEST_METHOD"] != "POST":
-            return (
-                "405 Method Not Allowed",
-                error_body("Method not allowed", "method_not_allowed"),
-                (("Allow", "POST"),),
-            )
-        try:
-            shopper = self.shoppers and self.shoppers.identify(environ.get("HTTP_AUTHORIZATION"))
-            address = environ.get("REMOTE_ADDR", "")
-            self.callers.check(address)
-            check_body(environ)
-            body = read()
-            if len(body) > MAX_BODY_BYTES:
-                raise UnreadableBody(*TOO_LARGE)
-            decided = await purchase(
-                claim,
-                body,
-                environ.get("HTTP_IDEMPOTENCY_KEY"),
-                client_of(address) if ":" in address else address,
-                shopper,
-            )
-        except InvalidRequest as error:
-            field = {"field": error.field} if error.field else {}
-            return "400 Bad Request", error_body(str(error), "invalid_request", **field), ()
-        except Unauthenticated as error:
-            headers = (("WWW-Authenticate", error.challenge),)
-            return "401 Unauthorized", error_body(str(error), "unauthorized"), headers
-        except (AnotherShopper, UnknownCaller) as error:
-            return "403 Forbidden", error_body(str(error), "forbidden"), ()
-        except UnreadableBody as error:
-            return error.status, error.body, ()
-        except Unavailable as error:
-            body = NOT_EXECUTED if error.executed is False else UNAVAILABLE
-            return "503 Service Unavailable", body, (UNAVAILABLE_RETRY,)
-        except Exception:
-            log.exception("POST /purchase failed")
-            return "500 Internal Server Error", INTERNAL_ERROR, ()
-        outcome = decided.outcome
-        if outcome == b"accepted":
-            body = b'{"status":"queued","orderId":%d}' % decided.detail
-            return SOLD, body, self.limits(decided)
-        if outcome == b"replayed":
-            body = b'{"status":"queued","orderId":%d}' % decided.detail
-            return SOLD, body, (("Idempotent-Replayed", "true"),)
-        status, body = REFUSALS[outcome]
-        if callable(body):
-            body = body(decided.detail)
-        return status, body, self.limits(decided)
+        return Answer(status, headers, body)
 
     def limits(self, claim: Claim) -> list[tuple[str, str]]:
         """Return the rate-limit headers of an answer (draft-ietf-httpapi-ratelimit-headers-10)."""
@@ -232,39 +245,48 @@ def _policy(name: str, limit: RateLimit) -> tuple[str, str]:
     return name, f'"{name}";q={limit.count};w={limit.window_ms // 1000}'
 
 
-class UnreadableBody(Exception):
-    """The body was refused before it was read."""
+class Refused(Exception):
+    """The request was refused before its body was looked at."""
 
-    def __init__(self, status: str, message: str, code: str) -> None:
+    def __init__(self, status: str, message: str, code: str, *headers: tuple[str, str]) -> None:
         super().__init__(message)
-        self.status = status
-        self.body = error_body(message, code)
+        self.told = status, error_body(message, code), headers
 
 
-def check_body(environ: dict) -> None:
-    """Raise UnreadableBody for a wrong media type or size, before anything is read."""
-    media_type = environ.get("CONTENT_TYPE", "")
-    if media_type != "application/json" and (
-        media_type.partition(";")[0].strip().lower() != "application/json"
-    ):
-        raise UnreadableBody(
-            "415 Unsupported Media Type",
-            "Content-Type must be application/json",
-            "unsupported_media_type",
-        )
-    _content_length(environ)
+CODED = "The body must not be compressed or otherwise coded"
+IDENTITY = ("Accept-Encoding", "identity")
+
+
+def is_coded(environ: dict) -> bool:
+    """Tell whether the body is compressed, which nobody here undoes (RFC 9110, 15.5.16)."""
+    coding = environ.get("HTTP_CONTENT_ENCODING")
+    return coding is not None and coding.strip().lower() not in ("", "identity")
 
 
 TOO_LARGE = ("413 Content Too Large", "The body is larger than 16 KiB", "body_too_large")
 
 
-def _content_length(environ: dict) -> int:
-    """Return how much to read: the announced length, or for a chunked body one byte too many."""
+def check_body(environ: dict) -> int:
+    """Return how much to read: the announced length, or for a chunked body one byte too many.
+
+    Raises Refused for a wrong media type, coding or size, before anything is read.
+    """
+    media_type = environ.get("CONTENT_TYPE", "")
+    if media_type != "application/json" and (
+        media_type.partition(";")[0].strip().lower() != "application/json"
+    ):
+        raise Refused(
+            "415 Unsupported Media Type",
+            "Content-Type must be application/json",
+            "unsupported_media_type",
+        )
+    if is_coded(environ):
+        raise Refused("415 Unsupported Media Type", CODED, "unsupported_media_type", IDENTITY)
     announced = environ.get("CONTENT_LENGTH")
     if not announced:
         return MAX_BODY_BYTES + 1 if environ.get("HTTP_TRANSFER_ENCODING") else 0
     if not announced.isascii() or not announced.isdigit() or len(announced) > 18:
-        raise UnreadableBody("400 Bad Request", "Content-Length is not a number", "invalid_request")
+        raise Refused(BAD_REQUEST, "Content-Length is not a number", "invalid_request")
     if int(announced) > MAX_BODY_BYTES:
-        raise UnreadableBody(*TOO_LARGE)
+        raise Refused(*TOO_LARGE)
     return int(announced)

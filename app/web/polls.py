@@ -1,63 +1,80 @@
-"""Answers to pages that poll, given again on the event loop while they are fresh.
+"""Answers that are given again on the event loop while they are fresh.
 
 Twenty open dashboards ask for the same figures every second. Flask makes an answer, and looks at
 each session, only now and then: what it answered to one session, others of the same role get too.
 A session that ends (deactivated, another password) is shown the figures for TICKET_SECONDS more.
 """
 
+import hashlib
 import time
-from collections.abc import Callable
 from typing import NamedTuple
 
-from .. import logs
+from .answer import Answer
 
 # How old an answer may be; the pages know that theirs may be (static/admin.js).
 FRESH_SECONDS = 0.8
 TICKET_SECONDS = 5.0
+# Some 2 MB: a ticket is a digest, whatever a client sends as a cookie.
 MOST_TICKETS = 10_000
 # The paths that pages poll, and for which a view may name a group: see `share`.
 PATHS = {"/admin/live"}
+# Where a view finds the Offer, in the WSGI environment.
+OFFER = "flashsale.offer"
 
 
-class Answer(NamedTuple):
-    """A response as ASGI has it."""
+class Poll(NamedTuple):
+    """A request that polls: what is asked, and by which session."""
 
+    path: str
+    coding: bool
+    session: bytes
+
+
+class Offer:
+    """What a view says of its answer to a poll: who else may have it, and how old it is."""
+
+    group: str | None = None
+    made_at = 0.0
+
+
+class Shared(NamedTuple):
     made_at: float
-    headers: list[tuple[bytes, bytes]]
-    body: bytes
+    answer: Answer
 
 
 class Polls:
     """The answers and sessions of one process."""
 
     def __init__(self) -> None:
-        self._answers: dict[tuple[str, str], Answer] = {}
-        # The group of a Cookie header that Flask accepted, and until when it is believed.
+        self._answers: dict[tuple[str, bool, str], Shared] = {}
+        # The group of a session that Flask accepted, and until when it is believed.
         self._tickets: dict[bytes, tuple[str, float]] = {}
 
-    def find(self, path: str, cookie: bytes) -> Answer | None:
+    def find(self, poll: Poll) -> Answer | None:
         """Return what this session may be given again."""
         now = time.monotonic()
-        group, until = self._tickets.get(cookie, ("", 0.0))
-        answer = self._answers.get((path, group))
-        if answer is None or now > until or now - answer.made_at > FRESH_SECONDS:
+        group, until = self._tickets.get(poll.session, ("", 0.0))
+        shared = self._answers.get((poll.path, poll.coding, group))
+        if shared is None or now > until or now - shared.made_at > FRESH_SECONDS:
             return None
-        return answer
+        return shared.answer
 
-    def keep(self, path: str, cookie: bytes, group: str, until: float, answer: Answer) -> None:
-        """Remember what Flask answered to a session, and until when that is believed."""
+    def keep(self, poll: Poll, offer: Offer, asked_at: float, answer: Answer) -> None:
+        """Remember what Flask answered to a session, where the view has offered to share it."""
+        if offer.group is None:
+            return
         if len(self._tickets) >= MOST_TICKETS:
             self._tickets.clear()
-        self._tickets[cookie] = group, until
-        self._answers[path, group] = answer
+        self._tickets[poll.session] = offer.group, asked_at + TICKET_SECONDS
+        self._answers[poll.path, poll.coding, offer.group] = Shared(offer.made_at, answer)
 
 
-def cookie_of(scope: dict) -> bytes | None:
-    """Return the Cookie header of a request that polls, None for any other request."""
-    if scope["path"] not in PATHS or scope["method"] != "GET" or scope["query_string"]:
+def poll_of(method: str, url: str, environ: dict[str, str], coding: bool) -> Poll | None:
+    """Return what a request polls, None for any other; `coding` is whether gzip is understood."""
+    if url not in PATHS or method != "GET" or environ.get("HTTP_X_POLL") != "1":
         return None
-    headers = dict(scope["headers"])
-    return headers.get(b"cookie") if headers.get(b"x-poll") == b"1" else None
+    cookies = environ.get("HTTP_COOKIE")
+    return cookies and Poll(url, coding, hashlib.sha256(cookies.encode("latin-1")).digest())
 
 
 def share(environ: dict, group: str, made_at: float) -> None:
@@ -65,32 +82,5 @@ def share(environ: dict, group: str, made_at: float) -> None:
 
     `made_at` is when its figures were read, monotonic.
     """
-    environ.get("asgi.scope", {})["share"] = group, made_at
-
-
-async def serve(polls: Polls, scope: dict, cookie: bytes, flask: Callable, send: Callable) -> None:
-    """Answer a request that polls; `flask` is called with a `send` when there is nothing fresh."""
-    path = scope["path"]
-    if answer := polls.find(path, cookie):
-        named = (logs.HEADER.lower().encode(), logs.request_id(None).encode())
-        headers = [*answer.headers, named]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": answer.body})
-        return
-    asked_at, status, headers, body = time.monotonic(), 0, [], []
-
-    async def watch(event: dict) -> None:
-        nonlocal status, headers
-        if event["type"] == "http.response.start":
-            status, headers = event["status"], event["headers"]
-        else:
-            body.append(event.get("body", b""))
-        await send(event)
-
-    await flask(watch)
-    if status == 200 and "share" in scope and b"set-cookie" not in dict(headers):
-        own = (b"date", logs.HEADER.lower().encode())
-        shared = [(name, value) for name, value in headers if name not in own]
-        group, made_at = scope["share"]
-        answer = Answer(made_at, shared, b"".join(body))
-        polls.keep(path, cookie, group, asked_at + TICKET_SECONDS, answer)
+    if offer := environ.get(OFFER):
+        offer.group, offer.made_at = group, made_at

@@ -11,25 +11,25 @@ from .. import logs
 from ..extensions import stock
 from ..problems import Unavailable
 from ..watch.health import in_words
-from .lane import JSON_TYPE, UNAVAILABLE_RETRY
+from .answer import JSON_TYPE, UNAVAILABLE_RETRY, Answer
 
 PATH = "/readyz/sale"
 # Anybody may ask, as often as they like; Redis is asked so often.
 FRESH_SECONDS = 0.2
 
-Answer = tuple[int, dict]
+Told = tuple[int, dict]
 
 
-def selling(verified: bool) -> Answer:
+def selling(verified: bool) -> Told:
     """Return status and body of a process that sells; `verified`: it compared the sale."""
     return 200, {"status": "ok"} if verified else {"status": "ok", "unverified": True}
 
 
-def not_selling(error: Unavailable) -> Answer:
+def not_selling(error: Unavailable) -> Told:
     return 503, {"status": "unavailable", "reason": in_words(error)}
 
 
-def ask_thread_line() -> Answer:
+def ask_thread_line() -> Told:
     """Return the answer of a process that serves as WSGI."""
     try:
         return selling(stock.thread_line.check())
@@ -43,10 +43,10 @@ class Probe:
     def __init__(self, check: Callable[[], Awaitable[bool]] | None = None) -> None:
         """`check` is LoopLine.check, of the app's own line unless it is given."""
         self._check = check
-        self._answer: Answer = (503, {})
+        self._answer: Told = (503, {})
         self._until = 0.0
 
-    async def answer(self) -> Answer:
+    async def answer(self) -> Told:
         if time.monotonic() > self._until:
             try:
                 self._answer = selling(await (self._check or stock.loop_line.line.check)())
@@ -55,20 +55,16 @@ class Probe:
             self._until = time.monotonic() + FRESH_SECONDS
         return self._answer
 
-    async def serve(self, scope: dict, send: Callable) -> None:
-        """Answer a GET or HEAD."""
+    async def serve(self, identity: str | None) -> Answer:
+        """Answer a GET; `identity` is the client's own name for its request."""
         status, found = await self.answer()
         body = json.dumps(found, separators=(",", ":")).encode()
         headers = [
             JSON_TYPE,
             ("Content-Length", str(len(body))),
             ("Cache-Control", "no-store"),
-            (logs.HEADER, logs.request_id(None)),
+            (logs.HEADER, logs.request_id(identity)),
         ]
-        if status == 503:
-            headers.append(UNAVAILABLE_RETRY)
-        encoded = [(name.lower().encode(), value.encode()) for name, value in headers]
-        await send({"type": "http.response.start", "status": status, "headers": encoded})
-        await send(
-            {"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body}
-        )
+        if status == 200:
+            return Answer("200 OK", headers, body)
+        return Answer("503 Service Unavailable", [*headers, UNAVAILABLE_RETRY], body)
