@@ -1,9 +1,11 @@
 """rq-dashboard below /admin/rq: RQ's queues, jobs and workers, made fit to be seen from outside."""
 
+import redis
 import rq_dashboard
-from flask import Flask, Response, abort, request
+from flask import Flask, Response, abort, redirect, request, url_for
 from flask_wtf.csrf import generate_csrf
 from rq.exceptions import InvalidJobOperation, NoSuchJobError
+from rq.job import Job
 from rq.serializers import JSONSerializer
 from rq_dashboard import web
 
@@ -12,6 +14,11 @@ from ..web.errors import show_error
 
 REGISTRIES = {"queued", "scheduled", "deferred", "started", "finished", "failed", "canceled"}
 MOST_PER_PAGE = 200
+# What rq-dashboard shows of the queue "orders" (worker/jobs.py) at first: done jobs, newest first.
+JOBS_LIST = {
+    "instance_number": 0, "queue_name": "orders", "registry_name": "finished", "per_page": 8,
+    "order": "dsc", "page": 1,
+}  # fmt: skip
 
 
 def init_app(app: Flask) -> None:
@@ -28,13 +35,15 @@ def init_app(app: Flask) -> None:
     app.register_blueprint(rq_dashboard.blueprint, url_prefix="/admin/rq")
 
 
-def check_request() -> None:
+def check_request() -> Response | None:
     """Refuse what rq-dashboard would answer with a 500, and the change that it makes on GET.
+
+    Its list of jobs begins with the queue that has some.
 
     On the app, because its blueprint can take no more handlers once an app has registered it.
     """
     if request.blueprint != "rq_dashboard":
-        return
+        return None
     if request.endpoint == "rq_dashboard.requeue_all" and request.method != "POST":
         abort(405, valid_methods=["POST"])
     arguments = request.view_args or {}
@@ -46,6 +55,18 @@ def check_request() -> None:
         number = str(arguments.get(name, 1))
         if not number.isascii() or not number.isdigit() or not 1 <= int(number) <= most:
             abort(404)
+    if request.endpoint == "rq_dashboard.jobs_overview" and not arguments.get("queue_name"):
+        # It would show RQ's queue "default", which nobody uses here.
+        return redirect(url_for(request.endpoint, **JOBS_LIST))
+    return None
+
+
+def is_known(job_id: str) -> bool:
+    """Tell whether RQ still remembers a job; False too when it can't be asked."""
+    try:
+        return Job.exists(job_id, connection=stock.raw_client)
+    except redis.RedisError:
+        return False
 
 
 def offer_csrf_token(response: Response) -> Response:

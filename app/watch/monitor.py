@@ -136,8 +136,10 @@ def state_of(product: Product, free: int | None, now: datetime) -> str:
     return SOLD_OUT if free is not None and free <= 0 else LIVE
 
 
-def items(product_id: int | None = None) -> tuple[list[Item], "_Live"]:
-    """Return the products (or the one) by id, and what else Redis said at that instant.
+def items(
+    product_id: int | None = None, among: list[int] | None = None
+) -> tuple[list[Item], "_Live"]:
+    """Return the products (or the one, or those `among` ids), and what else Redis said then.
 
     Redis being away is told in the second value. Raises UnknownProduct.
     """
@@ -148,6 +150,8 @@ def items(product_id: int | None = None) -> tuple[list[Item], "_Live"]:
     )
     if product_id is not None:
         query = query.where(Product.id == product_id)
+    if among is not None:
+        query = query.where(Product.id.in_(among))
     rows = list(db.session.execute(query))
     if product_id is not None and not rows:
         raise UnknownProduct(product_id)
