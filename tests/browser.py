@@ -10,6 +10,12 @@ from web import call
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 EMAIL = "admin@example.com"
+PAGES = (
+    "/admin/", "/admin/products/", "/admin/products/1", "/admin/products/1/edit",
+    "/admin/products/new", "/admin/orders/", "/admin/dead-letters/", "/admin/ledger/",
+    "/admin/staff/", "/admin/audit/", "/admin/password", "/admin/rq/", "/admin/rq/0/view/jobs",
+    "/admin/rq/0/view/workers",
+)  # fmt: skip
 # A figure on a page may be as old as one poll and its answer.
 SEEN_MS = 5000
 users = itertools.count(500_000)

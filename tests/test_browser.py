@@ -10,18 +10,11 @@ import time
 
 import psycopg2
 import pytest
-from browser import users
+from browser import PAGES, users
 
 from app.config import load_settings
 from app.orders.drain import DRAIN_LOCK
 from app.run.embedded import embedded_servers
-
-PAGES = (
-    "/admin/", "/admin/products/", "/admin/products/1", "/admin/products/1/edit",
-    "/admin/products/new", "/admin/orders/", "/admin/dead-letters/", "/admin/ledger/",
-    "/admin/staff/", "/admin/audit/", "/admin/password", "/admin/rq/", "/admin/rq/0/view/jobs",
-    "/admin/rq/0/view/workers",
-)  # fmt: skip
 
 
 @pytest.fixture
