@@ -202,12 +202,15 @@
     menu.open = false
     menu.querySelector('summary').focus()
   }
-  const focusForm = (form) => form?.querySelector('[aria-invalid], input:not([type="hidden"])')?.focus()
+  const showForm = (form) => {
+    form.querySelector('[aria-invalid], input:not([type="hidden"])').focus()
+    form.scrollIntoView({ block: 'nearest' })
+  }
   document.addEventListener('toggle', ({ target }) => {
     if (!target.matches?.(MENUS)) return
     const panel = target.lastElementChild
-    focusForm(target.querySelector('form.inline-panel'))
-    panel.scrollIntoView({ block: 'nearest' })
+    if (panel.matches('form')) showForm(panel)
+    else panel.scrollIntoView({ block: 'nearest' })
   }, true)
 
   // Confirmation: a form or button says what it will do; without a script the server asks on a page of its own.
@@ -273,7 +276,7 @@
     localise(root)
     localInputs(root)
     ageNotes()
-    if (root.matches?.('form.inline-panel')) focusForm(root)
+    if (root.matches?.('form.inline-panel')) showForm(root)
   }
   document.addEventListener('DOMContentLoaded', () => prepare(document))
   document.addEventListener('htmx:load', ({ detail }) => prepare(detail.elt))
