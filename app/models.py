@@ -11,6 +11,7 @@ from sqlalchemy import (
     JSON,
     BigInteger,
     CheckConstraint,
+    ColumnElement,
     ForeignKey,
     Identity,
     Index,
@@ -175,6 +176,13 @@ class Order(db.Model):
             unique=True,
             postgresql_where=text("idempotency_key is not null"),
         ),
+        # The support desk looks a key up without knowing whose it is.
+        Index(
+            "ix_orders_idempotency_key",
+            "idempotency_key",
+            postgresql_using="hash",
+            postgresql_where=text("idempotency_key is not null"),
+        ),
     )
 
     id: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
@@ -204,6 +212,7 @@ class DeadLetter(db.Model):
         Index("uq_dead_letters_entry", "stream_id", text("md5(payload)"), unique=True),
         Index("ix_dead_letters_open", "id", postgresql_where=text("resolution is null")),
         Index("ix_dead_letters_user_id_id", "user_id", "id"),
+        Index("ix_dead_letters_order_id", "order_id"),
     )
 
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
@@ -222,6 +231,11 @@ class DeadLetter(db.Model):
     resolve_reason: Mapped[str | None] = mapped_column(Text)
     # A replay under a new id, where the old one belonged to another order.
     replayed_as: Mapped[int | None] = mapped_column(BigInteger)
+
+    @classmethod
+    def not_replayed(cls) -> ColumnElement[bool]:
+        """Return the condition for letters whose order is no row of `orders`: it stays listed."""
+        return cls.resolution.is_distinct_from("replayed")
 
 
 class Sale(db.Model):

@@ -2,6 +2,9 @@
 
 from datetime import UTC, datetime
 
+# Rubbish may name a year that no calendar here knows (datetime.MAXYEAR), and is still to be shown.
+LAST_MS = 253_402_300_000_000
+
 
 def utc_text(moment: datetime) -> str:
     """Return the moment in UTC with milliseconds, like 2026-11-27T09:00:00.000Z (RFC 3339)."""
@@ -9,8 +12,8 @@ def utc_text(moment: datetime) -> str:
 
 
 def from_ms(milliseconds: int) -> datetime:
-    """Return the moment that is so many milliseconds after 1970, in UTC."""
-    return datetime.fromtimestamp(milliseconds / 1000, UTC)
+    """Return the moment that is so many milliseconds after 1970, in UTC; at latest in 9999."""
+    return datetime.fromtimestamp(min(milliseconds, LAST_MS) / 1000, UTC)
 
 
 def in_words(seconds: int) -> str:

@@ -148,16 +148,34 @@
   }
   window.pages = { reachable }
 
-  // What went wrong with something a person did.
+  // Notes: what was done, and what went wrong. One speaks of the newest act: the next act takes the
+  // others away. An error stays until it is read and closed, and is not said twice.
+  const NOTE_MS = 6000
+  const MOST_ERRORS = 3
+  const notes = () => [...document.querySelectorAll('[data-toast]')]
   const note = (category, text) => {
-    const box = document.createElement('div')
-    box.className = `toast-note ${category}`
-    box.dataset.toast = ''
-    box.innerHTML = '<span></span><button type="button" class="toast-close" aria-label="Close">×</button>'
-    box.firstChild.textContent = text
+    const model = document.getElementById('notes').content.querySelector(`.${category}`)
+    const box = model.cloneNode(true)
+    box.querySelector('span').textContent = text
+    const same = notes().filter((each) => each.innerText.trim() === text)
+    const errors = notes().filter((each) => each.matches('.error'))
+    for (const old of [...same, ...errors.slice(0, -MOST_ERRORS)]) old.remove()
     document.getElementById('toasts').append(box)
-    ageToasts()
+    ageNotes()
   }
+  const forgetNotes = () => {
+    for (const each of notes()) if (!each.matches('.error')) each.remove()
+  }
+  const ageNotes = () => {
+    for (const each of notes()) {
+      if (each.dataset.aged || each.matches('.error')) continue
+      each.dataset.aged = 'yes'
+      setTimeout(() => each.remove(), NOTE_MS)
+    }
+  }
+  document.addEventListener('htmx:beforeRequest', ({ detail }) => {
+    if (detail.requestConfig.verb === 'post') forgetNotes()
+  })
   document.addEventListener('note', ({ detail }) => note(detail.category, detail.text))
   document.addEventListener('htmx:responseError', ({ detail }) => {
     if (detail.requestConfig.headers['X-Poll'] || detail.xhr.getResponseHeader('HX-Redirect')) return
@@ -170,18 +188,28 @@
       note('error', 'No answer from the server. Look whether it was done before you try again.')
     })
   }
-  const ageToasts = () => {
-    for (const toast of document.querySelectorAll('[data-toast]:not([data-aged])')) {
-      toast.dataset.aged = ''
-      if (!toast.classList.contains('error')) setTimeout(() => toast.remove(), 6000)
-    }
-  }
 
   // The export is of the filter that is shown.
   document.addEventListener('htmx:pushedIntoHistory', () => {
     const link = document.getElementById('export')
     if (link) link.href = link.dataset.export + location.search
   })
+
+  // Spans of time, from now back or by the browser's day: they fill the two fields of the filter.
+  const spans = {
+    hour: (now) => [new Date(now - 3600000), null],
+    today: (now) => [new Date(now.getFullYear(), now.getMonth(), now.getDate()), null],
+    yesterday: (now) => [1, 0].map((days) => new Date(now.getFullYear(), now.getMonth(), now.getDate() - days)),
+  }
+  const fillSpan = ({ form, dataset }) => {
+    spans[dataset.span](new Date()).forEach((moment, index) => {
+      const input = form.elements[['from', 'to'][index]]
+      const local = moment && new Date(moment - moment.getTimezoneOffset() * 60000)
+      input.value = local ? local.toISOString().slice(0, 19) : ''
+      input.dispatchEvent(new Event('input', { bubbles: true }))
+    })
+    form.requestSubmit()
+  }
 
   // Spoken: figures that change every second are told at most every 15 s, and only when they changed.
   let spokenAt = 0
@@ -194,8 +222,29 @@
   }
   document.addEventListener('tick', speak)
 
+  // Menus and inline forms. One at a time, none after a click elsewhere, and none out of sight.
+  const MENUS = 'details.menu[open], details.inline[open]'
+  const close = (menu) => {
+    menu.open = false
+    menu.querySelector('summary').focus()
+  }
+  const showForm = (form) => {
+    form.querySelector('[aria-invalid], input:not([type="hidden"])').focus()
+    form.scrollIntoView({ block: 'nearest' })
+  }
+  document.addEventListener('toggle', ({ target }) => {
+    if (!target.matches?.(MENUS)) return
+    const panel = target.lastElementChild
+    if (panel.matches('form')) showForm(panel)
+    else panel.scrollIntoView({ block: 'nearest' })
+  }, true)
+
   // Confirmation: a form or button says what it will do; without a script the server asks on a page of its own.
-  const confirmed = ({ dataset }) => {
+  const confirmed = (question) => {
+    const { dataset } = question
+    // The focus returns to what had it, and a button in a closed menu can't have it.
+    const menu = question.closest(MENUS)
+    if (menu) close(menu)
     const dialog = document.getElementById('confirm')
     dialog.querySelector('#confirm-title').textContent = dataset.confirmTitle || 'Are you sure?'
     dialog.querySelector('#confirm-text').textContent = dataset.confirm
@@ -238,6 +287,8 @@
   document.addEventListener('click', (event) => {
     const at = (selector) => event.target.closest(selector)
     at('.toast-close')?.closest('[data-toast]').remove()
+    const span = at('[data-span]')
+    if (span) fillSpan(span)
     const copy = at('[data-copy]')
     if (copy) {
       navigator.clipboard?.writeText(document.getElementById(copy.dataset.copy).textContent)
@@ -250,22 +301,22 @@
     }
     const all = at('[data-check-all]')
     if (all) for (const box of all.form.querySelectorAll('[name="id"]')) box.checked = all.checked
-    // One menu at a time, and none after a click elsewhere.
-    for (const menu of document.querySelectorAll('details.menu[open], details.inline[open]')) {
+    if (at('dialog')) return
+    for (const menu of document.querySelectorAll(MENUS)) {
       if (!menu.contains(event.target)) menu.open = false
     }
   })
   document.addEventListener('keydown', (event) => {
-    if (event.key !== 'Escape') return
-    const menu = document.querySelector('details.menu[open], details.inline[open]')
-    if (menu) { menu.open = false; menu.querySelector('summary').focus() }
+    if (event.key !== 'Escape' || document.querySelector('dialog[open]')) return
+    const menu = document.querySelector(MENUS)
+    if (menu) close(menu)
   })
 
   const prepare = (root) => {
     localise(root)
     localInputs(root)
-    ageToasts()
-    if (root.matches?.('form.inline-panel')) root.querySelector('input:not([type="hidden"])').focus()
+    ageNotes()
+    if (root.matches?.('form.inline-panel')) showForm(root)
   }
   document.addEventListener('DOMContentLoaded', () => prepare(document))
   document.addEventListener('htmx:load', ({ detail }) => prepare(detail.elt))

@@ -3,6 +3,8 @@
 (() => {
   'use strict'
   const WINDOW_SECONDS = 15 * 60
+  // A sample a second; where more than one is missing nobody looked, and no line is drawn.
+  const GAP_SECONDS = 2
   const columns = { second: [], accepted: [], refused: [], waiting: [], free: [] }
 
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim()
@@ -46,6 +48,15 @@
   // From zero, and never flat against the top.
   const range = (_, low, high) => [0, Math.max(high * 1.12, 4)]
 
+  // The time axis: steps in seconds, and seconds in the labels only where the minutes would repeat.
+  const STEPS = [1, 2, 5, 10, 15, 30, 60, 120, 180, 300, 600, 900]
+  const clock = (step) => {
+    const second = step < 60 ? '2-digit' : undefined
+    const format = new Intl.DateTimeFormat(undefined, { hour: '2-digit', minute: '2-digit', second })
+    return (moment) => format.format(new Date(moment * 1000))
+  }
+  const numbers = (_, splits) => splits.map(short)
+
   const draw = (chart) => {
     const place = document.getElementById(`chart-${chart.id}`)
     const two = chart.series[1].scale === 'y2'
@@ -57,9 +68,9 @@
       legend: { show: false },
       scales: { x: { time: true }, y: { range }, ...(two ? { y2: { range } } : {}) },
       axes: [
-        axis({ size: 28, space: 90, values: (_, splits) => splits.map((s) => new Date(s * 1000).toLocaleTimeString(undefined, { hour: '2-digit', minute: '2-digit' })) }),
-        axis({ size: 46, values: (_, splits) => splits.map(short), stroke: two ? colour(chart.series[0].ink) : colour('--ink-2') }),
-        ...(two ? [axis({ side: 1, size: 40, scale: 'y2', grid: { show: false }, values: (_, splits) => splits.map(short), stroke: colour(chart.series[1].ink) })] : []),
+        axis({ size: 28, space: 90, incrs: STEPS, values: (_, splits, at, space, step) => splits.map(clock(step)) }),
+        axis({ size: 46, values: numbers, stroke: colour(two ? chart.series[0].ink : '--ink-2') }),
+        ...(two ? [axis({ side: 1, size: 40, scale: 'y2', grid: { show: false }, values: numbers, stroke: colour(chart.series[1].ink) })] : []),
       ],
       series: [
         {},
@@ -78,21 +89,32 @@
     chart.plot = new uPlot(options, dataOf(chart), place)
     legend(chart)
   }
-  const dataOf = (chart) => [columns.second, ...chart.series.map(({ of }) => columns[of])]
+  // With a point without values in each gap: uPlot joins what is next to each other.
+  const dataOf = (chart) => {
+    const names = ['second', ...chart.series.map(({ of }) => of)]
+    const data = names.map(() => [])
+    columns.second.forEach((second, index) => {
+      const before = columns.second[index - 1]
+      if (second - before > GAP_SECONDS) data.forEach((column, place) => column.push(place ? null : before + 1))
+      names.forEach((name, place) => data[place].push(columns[name][index]))
+    })
+    return data
+  }
 
   const legend = (chart) => {
     const place = document.getElementById(`legend-${chart.id}`)
-    const at = chart.plot?.cursor.idx ?? columns.second.length - 1
+    const data = chart.plot?.data ?? dataOf(chart)
+    const at = chart.plot?.cursor.idx ?? data[0].length - 1
     while (place.children.length < chart.series.length) {
       const item = document.createElement('li')
       item.append(document.createElement('i'), document.createElement('span'), document.createElement('b'))
       place.append(item)
     }
-    chart.series.forEach(({ name, of, ink }, index) => {
+    chart.series.forEach(({ name, ink }, index) => {
       const [mark, label, value] = place.children[index].children
       mark.className = `mark-${ink.slice(-1)}`
       label.textContent = name
-      value.textContent = short(columns[of][at])
+      value.textContent = short(data[index + 1][at])
     })
   }
 

@@ -31,6 +31,9 @@ sys.path.insert(0, str(ROOT / "stress"))
 
 from client import sign_in
 
+# Fixtures of the tests in a real browser.
+pytest_plugins = ["browser"]
+
 API_TOKEN = "test-token-0123456789"
 ADMIN_PASSWORD = people.PASSWORD
 

@@ -9,7 +9,17 @@ from app.config import ROOT
 APP = ROOT / "app"
 
 # Each room, and the rooms that it may import; its own is always allowed.
-GROUND = {"problems", "reading", "config", "times", "addresses", "breaker", "lines", "logs"}
+GROUND = {
+    "problems",
+    "reading",
+    "sheet",
+    "config",
+    "times",
+    "addresses",
+    "breaker",
+    "lines",
+    "logs",
+}
 TABLES = GROUND | {"extensions", "models", "audit", "idempotency"}
 ROOMS = {
     "problems": set(),
@@ -17,6 +27,7 @@ ROOMS = {
     "addresses": set(),
     "breaker": set(),
     "reading": {"problems"},
+    "sheet": set(),
     "config": set(),
     "lines": {"config"},
     "logs": {"config", "lines"},

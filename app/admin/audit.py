@@ -1,20 +1,17 @@
 """Every change: who, what, from where, and what it was before."""
 
-import csv
-import io
 import json
-from collections.abc import Iterator
 from datetime import UTC, datetime
 
 from flask import Blueprint, Response, render_template, request, stream_with_context
 
-from .. import audit
+from .. import audit, sheet
 from ..extensions import limiter
 from ..models import AuditEntry
 from ..problems import InvalidRequest
 from ..times import utc_text
 from . import forms
-from .orders import CSV_CHUNK_ROWS, EXPORT_LIMIT, safe_cell
+from .orders import EXPORT_LIMIT
 
 bp = Blueprint("audit", __name__, url_prefix="/admin/audit")
 
@@ -28,9 +25,9 @@ def read_filter() -> tuple[audit.Filter, dict[str, str]]:
     values: dict[str, object] = {
         name: request.args.get(name, "").strip() or None for name in ("actor", "action", "target")
     }
-    for field, name in (("from", "since"), ("to", "until")):
+    for field, name, called in (("from", "since", "The first"), ("to", "until", "The last")):
         try:
-            values[name] = forms.moment_as_datetime(field, request.args)
+            values[name] = forms.moment(field, request.args, called)
         except InvalidRequest as error:
             errors[field] = str(error)
     return audit.Filter(**values), errors
@@ -63,25 +60,10 @@ def export():
         raise InvalidRequest(next(iter(errors.values())))
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     return Response(
-        stream_with_context(csv_chunks(audit.export(wanted))),
+        stream_with_context(sheet.chunks(CSV_HEADER, map(row_of, audit.export(wanted)))),
         mimetype="text/csv",
         headers={"Content-Disposition": f'attachment; filename="audit-{stamp}.csv"'},
     )
-
-
-def csv_chunks(found: Iterator[AuditEntry]) -> Iterator[str]:
-    buffer = io.StringIO()
-    writer = csv.writer(buffer)
-    writer.writerow(CSV_HEADER)
-    for count, entry in enumerate(found, 1):
-        writer.writerow([safe_cell(value) for value in row_of(entry)])
-        if count % CSV_CHUNK_ROWS == 0:
-            yield buffer.getvalue()
-            if request.environ.get("asgi.scope", {}).get("gone"):
-                return
-            buffer.seek(0)
-            buffer.truncate()
-    yield buffer.getvalue()
 
 
 def row_of(entry: AuditEntry) -> tuple[str, ...]:

@@ -5,9 +5,10 @@ import logging
 
 import redis
 import rq_dashboard
-from flask import Flask, Response, abort, request
+from flask import Flask, Response, abort, redirect, request, url_for
 from flask_wtf.csrf import generate_csrf
 from rq.exceptions import InvalidJobOperation, NoSuchJobError
+from rq.job import Job
 from rq.serializers import JSONSerializer
 from rq_dashboard import web
 from werkzeug.exceptions import HTTPException
@@ -20,6 +21,11 @@ log = logging.getLogger(__name__)
 
 REGISTRIES = {"queued", "scheduled", "deferred", "started", "finished", "failed", "canceled"}
 MOST_PER_PAGE = 200
+# What rq-dashboard shows of the queue "orders" (worker/jobs.py) at first: done jobs, newest first.
+JOBS_LIST = {
+    "instance_number": 0, "queue_name": "orders", "registry_name": "finished", "per_page": 8,
+    "order": "dsc", "page": 1,
+}  # fmt: skip
 
 
 def init_app(app: Flask) -> None:
@@ -40,13 +46,15 @@ def init_app(app: Flask) -> None:
             views[endpoint] = never_failing(view)
 
 
-def check_request() -> None:
+def check_request() -> Response | None:
     """Refuse what rq-dashboard would answer with a 500, and the change that it makes on GET.
+
+    Its list of jobs begins with the queue that has some.
 
     On the app, because its blueprint can take no more handlers once an app has registered it.
     """
     if request.blueprint != "rq_dashboard":
-        return
+        return None
     if request.endpoint == "rq_dashboard.requeue_all" and request.method != "POST":
         abort(405, valid_methods=["POST"])
     arguments = request.view_args or {}
@@ -57,6 +65,18 @@ def check_request() -> None:
     for name, most in (("page", 10**9), ("per_page", MOST_PER_PAGE)):
         if read_digits(str(arguments.get(name, 1)), 1, most) is None:
             abort(404)
+    if request.endpoint == "rq_dashboard.jobs_overview" and not arguments.get("queue_name"):
+        # It would show RQ's queue "default", which nobody uses here.
+        return redirect(url_for(request.endpoint, **JOBS_LIST))
+    return None
+
+
+def is_known(job_id: str) -> bool:
+    """Tell whether RQ still remembers a job; False too when it can't be asked."""
+    try:
+        return Job.exists(job_id, connection=stock.raw_client)
+    except redis.RedisError:
+        return False
 
 
 def never_failing(view):

@@ -1,8 +1,6 @@
 """The support desk: find an order, read its story, cancel it, take a list away."""
 
-import csv
-import io
-from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 
 from flask import (
@@ -19,26 +17,19 @@ from flask import (
 from .. import auth
 from ..extensions import limiter
 from ..orders import lookup as orders
-from ..orders import search
+from ..orders import search, sheet
 from ..problems import Conflict, InvalidRequest, Unavailable, UnknownOrder
 from ..products import catalogue
-from ..reading import MAX_ID, read_digits
-from ..times import utc_text
-from . import forms
+from ..reading import MAX_ID, VALID_KEY, read_digits
+from . import forms, jobs
 
 bp = Blueprint("orders", __name__, url_prefix="/admin/orders")
 CHANGE_LIMIT = "120/minute"
 limiter.limit(CHANGE_LIMIT, methods=["POST"])(bp)
 
 EXPORT_LIMIT = "10/minute"
-CSV_HEADER = (
-    "order", "status", "user", "product", "product name", "quantity", "unit price", "currency",
-    "total", "claimed at", "persisted at", "cancelled at", "cancelled by", "cancel reason",
-)  # fmt: skip
-# A spreadsheet takes a cell that begins like this for a formula (OWASP, CSV injection).
-FORMULA = ("=", "+", "-", "@", "\t", "\r")
-# A file may be so many rows before it is sent on: few system calls, little memory.
-CSV_CHUNK_ROWS = 500
+# Orders shown above the list because the number is theirs, too.
+MOST_HITS = 5
 
 
 def read_filter() -> tuple[search.Filter, dict[str, str]]:
@@ -46,11 +37,13 @@ def read_filter() -> tuple[search.Filter, dict[str, str]]:
     errors: dict[str, str] = {}
     args = request.args
     values: dict[str, object] = {}
-    text = args.get("q", "").strip().lstrip("#")
+    text = args.get("q", "").strip()
     if text:
-        values["user_id"] = read_digits(text, 1, MAX_ID)
-        if values["user_id"] is None:
-            errors["q"] = "A user id or an order id is a whole number"
+        values["user_id"] = read_digits(text.removeprefix("#"), 1, MAX_ID)
+        if values["user_id"] is None and VALID_KEY(text):
+            values["key"] = text
+        elif values["user_id"] is None:
+            errors["q"] = "An id is a whole number, and a key is of at most 255 visible characters"
     values["product_id"] = read_digits(args.get("product", ""), 0, 10**16)
     if args.get("status") in search.STATUSES:
         values["status"] = args["status"]
@@ -66,15 +59,15 @@ def find() -> dict:
     """Return what the list shows for this request."""
     wanted, errors = read_filter()
     before = forms.cursor()
-    hit = None
     text = request.args.get("q", "").strip()
-    only_order = text.startswith("#")
+    only_order = wanted.user_id is not None and text.startswith("#")
+    hits = []
     if wanted.user_id and not before:
-        # The number may be an order's as well.
-        try:
-            hit = search.story(wanted.user_id).order
-        except (UnknownOrder, Unavailable):
-            hit = None
+        # The number may be an order's as well, or a key.
+        with suppress(UnknownOrder, Unavailable):
+            hits.append(search.story(wanted.user_id).order)
+        if not only_order:
+            hits += search.search(search.Filter(key=text), limit=MOST_HITS).orders
     page = search.Page([])
     if not errors and not only_order:
         page = search.search(wanted, before)
@@ -82,7 +75,7 @@ def find() -> dict:
         "wanted": wanted,
         "times": {name: forms.moment_text(name, request.args) for name in ("from", "to")},
         "errors": errors,
-        "hit": hit,
+        "hits": hits,
         "only_order": only_order,
         "page": page,
         "before": before,
@@ -111,65 +104,34 @@ def export():
     names = catalogue.names()
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     return Response(
-        stream_with_context(csv_chunks(search.export(wanted), names)),
+        stream_with_context(sheet.chunks(search.export(wanted), names)),
         mimetype="text/csv",
         headers={"Content-Disposition": f'attachment; filename="orders-{stamp}.csv"'},
     )
 
 
-def csv_chunks(found: Iterator[search.Found], names: dict[int, str]) -> Iterator[str]:
-    buffer = io.StringIO()
-    writer = csv.writer(buffer)
-    writer.writerow(CSV_HEADER)
-    for count, order in enumerate(found, 1):
-        writer.writerow([safe_cell(value) for value in row_of(order, names)])
-        if count % CSV_CHUNK_ROWS == 0:
-            yield buffer.getvalue()
-            buffer.seek(0)
-            buffer.truncate()
-    yield buffer.getvalue()
-
-
-def row_of(order: search.Found, names: dict[int, str]) -> tuple:
-    return (
-        order.id,
-        order.status,
-        order.user_id,
-        order.product_id,
-        names.get(order.product_id, ""),
-        order.quantity,
-        decimal(order.unit_price_cents),
-        order.currency,
-        decimal(order.total_cents),
-        utc_text(order.claimed_at),
-        (order.persisted_at and utc_text(order.persisted_at)) or "",
-        (order.cancelled_at and utc_text(order.cancelled_at)) or "",
-        order.cancelled_by or "",
-        order.cancel_reason or "",
-    )
-
-
-def decimal(cents: int) -> str:
-    return f"{cents // 100}.{cents % 100:02}"
-
-
-def safe_cell(value: object) -> object:
-    return "'" + value if isinstance(value, str) and value.startswith(FORMULA) else value
-
-
 @bp.get("/<id:order_id>")
 def show(order_id: int):
-    story = search.story(order_id)
-    product = catalogue.names().get(story.order.product_id)
-    return render_template("admin/order.html", story=story, product=product, errors={})
+    return show_story(order_id)
 
 
 @bp.get("/<id:order_id>/live")
 def live(order_id: int):
     """The story again; the page asks while the order is on its way."""
+    return show_story(order_id, "admin/_order.html")
+
+
+def show_story(
+    order_id: int, template: str = "admin/order.html", errors: dict[str, str] | None = None
+) -> str:
     story = search.story(order_id)
-    product = catalogue.names().get(story.order.product_id)
-    return render_template("admin/_order.html", story=story, product=product, errors={})
+    return render_template(
+        template,
+        story=story,
+        product=catalogue.names().get(story.order.product_id),
+        job_is_known=story.batch is not None and jobs.is_known(story.batch.job_id),
+        errors=errors or {},
+    )
 
 
 @bp.post("/<id:order_id>/cancel")
@@ -179,10 +141,7 @@ def cancel(order_id: int):
     try:
         reason = forms.reason()
     except InvalidRequest as error:
-        story = search.story(order_id)
-        product = catalogue.names().get(story.order.product_id)
-        errors = {"reason": str(error)}
-        return render_template("admin/order.html", story=story, product=product, errors=errors), 422
+        return show_story(order_id, errors={"reason": str(error)}), 422
     try:
         order = orders.cancel(order_id, reason, auth.staff_actor())
     except Conflict as error:

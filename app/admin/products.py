@@ -4,14 +4,16 @@ from datetime import UTC, datetime
 from typing import NamedTuple
 
 from flask import Blueprint, make_response, redirect, render_template, request, url_for
+from sqlalchemy.exc import SQLAlchemyError
 
 from .. import auth
+from ..database import is_unavailable
 from ..extensions import db, limiter
 from ..models import Product
 from ..orders import search
 from ..problems import InvalidRequest, KeyMismatch, Unavailable
-from ..products import catalogue, movements, terms
-from ..reading import MAX_RESTOCK, VALID_KEY
+from ..products import catalogue, listing, movements, terms
+from ..reading import MAX_ID, MAX_RESTOCK, VALID_KEY
 from ..watch import monitor
 from . import forms, numbers, product_form
 from .display import moment_utc
@@ -20,7 +22,12 @@ bp = Blueprint("products", __name__, url_prefix="/admin/products")
 CHANGE_LIMIT = "120/minute"
 limiter.limit(CHANGE_LIMIT, methods=["POST"])(bp)
 
+SORTS = {
+    "live": "Live first", "newest": "Newest first", "name": "By name", "stock": "Fewest left first",
+}  # fmt: skip
 MOVEMENTS = 25
+# More pages of products nobody has; a larger number than PostgreSQL's would be an error.
+MAX_PAGE = 10**6
 ORDERS = 8
 COUNTERS = {
     "accepted": "Accepted",
@@ -41,14 +48,48 @@ COUNTERS = {
 
 @bp.get("/")
 def index():
-    items, live = monitor.items()
-    return render_template("admin/products.html", items=items, redis_error=live.error)
+    found = find()
+    fragment = request.headers.get("HX-Target") == "results"
+    template = "admin/_products.html" if fragment else "admin/products.html"
+    return render_template(template, states=listing.STATES, sorts=SORTS, **found)
 
 
 @bp.get("/live")
 def live():
-    items, live = monitor.items()
-    return render_template("admin/_products.html", items=items, redis_error=live.error)
+    """The page's rows again, in the places that they had: none moves away under a pointer."""
+    ids = [number for number in request.args.getlist("id", type=int) if 0 < number <= MAX_ID]
+    ids = ids[: listing.PAGE_PRODUCTS]
+    return render_template("admin/_product_rows.html", **rows(ids or find()["page"].ids))
+
+
+def find() -> dict:
+    """Return what the list shows for this request."""
+    args = request.args
+    state, sort = args.get("state"), args.get("sort")
+    wanted = listing.Wanted(
+        text=args.get("q", "").strip(),
+        state=state if state in listing.STATES else None,
+        sort=sort if sort in listing.SORTS else listing.SORTS[0],
+    )
+    try:
+        page = listing.find(wanted, min(args.get("page", 1, type=int), MAX_PAGE))
+    except SQLAlchemyError as error:
+        if not is_unavailable(error):
+            raise
+        # Without PostgreSQL the brakes are left, and what is known without it, unsorted.
+        db.session.rollback()
+        items, _ = monitor.items()
+        page = listing.Page([item.product.id for item in items], len(items))
+    query = {name: value for name, value in args.items() if value and name != "page"}
+    return {"wanted": wanted, "page": page, "query": query, **rows(page.ids)}
+
+
+def rows(ids: list[int]) -> dict:
+    """Return the products as they stand, in the order of `ids`, without those that are gone."""
+    items, live = monitor.items(among=ids)
+    known = {item.product.id: item for item in items}
+    shown = [known[product_id] for product_id in ids if product_id in known]
+    return {"items": shown, "redis_error": live.error}
 
 
 @bp.get("/<id:product_id>")

@@ -9,6 +9,7 @@ from ..extensions import db, stock
 from ..models import DeadLetter, Order, StockMovement
 from ..problems import Conflict, UnknownOrder
 from ..products.movements import apply_movement
+from ..stock.gateway import Entry
 from ..times import from_ms, utc_text
 
 MAX_LISTED = 500
@@ -50,7 +51,11 @@ def orders_of(
     stored = select(Order).where(Order.user_id == user_id).order_by(Order.id.desc()).limit(limit)
     dead = (
         select(DeadLetter)
-        .where(DeadLetter.user_id == user_id, DeadLetter.resolution.is_(None))
+        .where(
+            DeadLetter.user_id == user_id,
+            DeadLetter.order_id.is_not(None),
+            DeadLetter.not_replayed(),
+        )
         .order_by(DeadLetter.order_id.desc())
         .limit(limit)
     )
@@ -59,8 +64,14 @@ def orders_of(
         dead = dead.where(DeadLetter.order_id < before)
     found = {order["id"]: order for order in queued}
     for letter in db.session.scalars(dead):
+        entry = Entry.parse(letter.payload)
+        # FAILED asks for a decision; given up, it is as final as a cancelled order.
         found[letter.order_id] = _listed(
-            letter.order_id, "FAILED", letter.quantity, letter.product_id, letter.created_at
+            letter.order_id,
+            "CANCELLED" if letter.resolution else "FAILED",
+            entry.quantity,
+            entry.product_id,
+            from_ms(entry.claimed_ms),
         )
     for order in db.session.scalars(stored):
         found[order.id] = _listed(

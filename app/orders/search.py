@@ -7,6 +7,7 @@ the same at a million orders as at a hundred.
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime
+from itertools import islice
 
 from sqlalchemy import Select, select
 
@@ -35,12 +36,15 @@ class Filter:
     status: str | None = None
     since: datetime | None = None
     until: datetime | None = None
+    key: str | None = None  # the Idempotency-Key, all of it
 
-    def admits(self, product_id: int, claimed_at: datetime) -> bool:
+    def admits(self, order: "Found") -> bool:
+        """Tell whether an order that is not in the orders' table is looked for, status apart."""
         return (
-            (self.product_id is None or product_id == self.product_id)
-            and (self.since is None or claimed_at >= self.since)
-            and (self.until is None or claimed_at < self.until)
+            (self.product_id is None or order.product_id == self.product_id)
+            and (self.since is None or order.claimed_at >= self.since)
+            and (self.until is None or order.claimed_at < self.until)
+            and (self.key is None or order.idempotency_key == self.key)
         )
 
 
@@ -105,10 +109,8 @@ def search(wanted: Filter, before: int | None = None, limit: int = PAGE_ORDERS) 
             found |= {order.id: order for order in _waiting(wanted, before, limit + 1)}
         except Unavailable:
             incomplete = True
-    if wanted.status in (None, "FAILED"):
-        found |= {order.id: order for order in _failed(wanted, before, limit + 1)}
-    stored = list(_stored(wanted, before, limit + 1))
-    found |= {order.id: order for order in stored}
+    found |= {order.id: order for order in _never_stored(wanted, before, limit + 1)}
+    found |= {order.id: order for order in _stored(wanted, before, limit + 1)}
     if wanted.status == "QUEUED":
         # What was stored since Redis was read is no longer queued.
         for order_id in db.session.scalars(select(Order.id).where(Order.id.in_(found))):
@@ -126,9 +128,7 @@ def _waiting(wanted: Filter, before: int | None, limit: int) -> Iterator[Found]:
         entries = stock.newest_waiting(limit, before)
     for order_id, entry in entries:
         order = from_entry(order_id, entry)
-        if (before is None or order_id < before) and wanted.admits(
-            order.product_id, order.claimed_at
-        ):
+        if (before is None or order_id < before) and wanted.admits(order):
             yield order
 
 
@@ -147,24 +147,47 @@ def from_entry(order_id: int, entry: Entry) -> Found:
     )
 
 
-def _failed(wanted: Filter, before: int | None, limit: int) -> Iterator[Found]:
-    query = select(DeadLetter).where(
-        DeadLetter.resolution.is_(None), DeadLetter.order_id.is_not(None)
-    )
+def _never_stored(wanted: Filter, before: int | None, limit: int) -> Iterator[Found]:
+    """Yield the dead letters: FAILED while nobody has decided, CANCELLED once given up."""
+    query = select(DeadLetter).where(DeadLetter.order_id.is_not(None))
+    match wanted.status:
+        case "FAILED":
+            query = query.where(DeadLetter.resolution.is_(None))
+        case "CANCELLED":
+            query = query.where(DeadLetter.resolution == "abandoned")
+        case None:
+            query = query.where(DeadLetter.not_replayed())
+        case _:
+            return
     if before is not None:
         query = query.where(DeadLetter.order_id < before)
     if wanted.user_id is not None:
         query = query.where(DeadLetter.user_id == wanted.user_id)
     if wanted.product_id is not None:
         query = query.where(DeadLetter.product_id == wanted.product_id)
-    for letter in db.session.scalars(query.order_by(DeadLetter.order_id.desc()).limit(limit)):
-        order = replace(
-            from_entry(letter.order_id, Entry.parse(letter.payload)),
-            status="FAILED",
-            persisted_at=None,
-        )
-        if wanted.admits(order.product_id, order.claimed_at):
-            yield order
+    if wanted.key is not None:
+        query = query.where(DeadLetter.payload.contains(wanted.key, autoescape=True))
+    if wanted.until is not None and (last := _id_at(wanted.until)) is not None:
+        query = query.where(DeadLetter.order_id < last + ID_MARGIN)
+    # Its time of claim stands in the payload alone, so the limit can't be the statement's.
+    query = query.order_by(DeadLetter.order_id.desc()).execution_options(yield_per=limit)
+    with db.session.scalars(query) as letters:
+        orders = (from_letter(letter) for letter in letters)
+        yield from islice((order for order in orders if wanted.admits(order)), limit)
+
+
+def from_letter(letter: DeadLetter) -> Found:
+    """Return the order of a dead letter that holds one; it was not replayed."""
+    order = from_entry(letter.order_id, Entry.parse(letter.payload))
+    if letter.resolution is None:
+        return replace(order, status="FAILED")
+    return replace(
+        order,
+        status="CANCELLED",
+        cancelled_at=letter.resolved_at,
+        cancelled_by=letter.resolved_by,
+        cancel_reason=letter.resolve_reason,
+    )
 
 
 def _stored(wanted: Filter, before: int | None, limit: int) -> Iterator[Found]:
@@ -187,6 +210,8 @@ def stored_query(wanted: Filter, before: int | None, limit: int) -> Select | Non
         query = query.where(Order.product_id == wanted.product_id)
     if wanted.status is not None:
         query = query.where(Order.status == wanted.status)
+    if wanted.key is not None:
+        query = query.where(Order.idempotency_key == wanted.key)
     if wanted.since is not None:
         first = _id_at(wanted.since)
         if first is None:
@@ -262,8 +287,13 @@ def story(order_id: int) -> Story:
             ),
         )
     if letter is not None:
-        order = from_entry(order_id, Entry.parse(letter.payload))
-        return Story(replace(order, status="FAILED"), letter=letter)
+        return Story(
+            from_letter(letter),
+            returned=db.session.scalar(
+                select(StockMovement).where(StockMovement.dead_letter_id == letter.id)
+            ),
+            letter=letter,
+        )
     if entry is not None:
         return Story(from_entry(order_id, entry))
     if unavailable:

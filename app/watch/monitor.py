@@ -147,8 +147,10 @@ def state_of(product: Product, free: int | None, now: datetime, braked: bool = F
     return SOLD_OUT if free <= 0 else LIVE
 
 
-def items(product_id: int | None = None) -> tuple[list[Item], "_Live"]:
-    """Return the products (or the one) by id, and what else Redis said at that instant.
+def items(
+    product_id: int | None = None, among: list[int] | None = None
+) -> tuple[list[Item], "_Live"]:
+    """Return the products (or the one, or those `among` ids), and what else Redis said then.
 
     With one of the two servers away it is told in the second value, and what the other knows is
     returned. Raises UnknownProduct, and PostgreSQL's error when both are away.
@@ -158,6 +160,8 @@ def items(product_id: int | None = None) -> tuple[list[Item], "_Live"]:
         query = shelf.products_and_totals()
         if product_id is not None:
             query = query.where(Product.id == product_id)
+        if among is not None:
+            query = query.where(Product.id.in_(among))
         rows = db.session.execute(query).all()
         expected = db.session.scalar(select(Sale.generation)) or ""
     except SQLAlchemyError as failed:
@@ -166,7 +170,11 @@ def items(product_id: int | None = None) -> tuple[list[Item], "_Live"]:
         db.session.rollback()
         error = failed
         try:
-            rows = [r for r in shelf.read() if product_id is None or r[0].id == product_id]
+            rows = [
+                row
+                for row in shelf.read()
+                if product_id in (None, row[0].id) and (among is None or row[0].id in among)
+            ]
         except Unavailable:
             raise failed from None
     if product_id is not None and not rows:

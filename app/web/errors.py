@@ -3,7 +3,7 @@
 import logging
 
 import redis
-from flask import Flask, Response, current_app, jsonify, request, session
+from flask import Flask, Response, current_app, g, jsonify, render_template, request, session
 from flask_wtf.csrf import CSRFError
 from werkzeug.exceptions import HTTPException, TooManyRequests
 
@@ -78,11 +78,21 @@ def show_error(status: int, message: str, code: str | None = None, **more: objec
     if request.headers.get("HX-Request"):
         # The page shows the words as a note; another whole page has no place inside it.
         return message, status, headers | {"Content-Type": "text/plain; charset=utf-8"}
-    # Past Flask's context processors: one of them asks PostgreSQL who is signed in.
-    page = current_app.jinja_env.get_template("error.html")
+    return _error_page(status, message), status, headers
+
+
+def _error_page(status: int, message: str) -> str:
+    """Return the page, with the menu where it is known, without asking anybody, whose it is."""
     limit = limits.told() if status == 429 else None
     wait = in_words(limit.seconds) if limit else "in a minute"
-    return page.render(status=status, message=message, wait=wait), status, headers
+    person = g.get("_login_user")
+    if status < 500 and person is not None and person.is_authenticated:
+        return render_template(
+            "error.html", status=status, message=message, wait=wait, person=person
+        )
+    # Past Flask's context processors: one of them asks PostgreSQL who is signed in.
+    page = current_app.jinja_env.get_template("error.html")
+    return page.render(status=status, message=message, wait=wait)
 
 
 def init_app(app: Flask) -> None:

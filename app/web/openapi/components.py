@@ -99,7 +99,8 @@ SCHEMAS = {
             "id": ID,
             "status": {
                 "enum": ["QUEUED", "CONFIRMED", "CANCELLED", "FAILED"],
-                "description": "`QUEUED` until stored; `FAILED` while a person has to decide",
+                "description": "`QUEUED` until stored; `FAILED` while a person has to decide, "
+                "`CANCELLED` once that person gave it up",
             },
             "quantity": integer(1, MAX_QUANTITY),
             "productId": ID,

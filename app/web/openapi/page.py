@@ -1,6 +1,7 @@
 """The document rearranged as the page at /docs reads it: everything looked up, nothing nested."""
 
 import json
+import shlex
 from functools import cache
 
 from .document import document
@@ -8,6 +9,7 @@ from .document import document
 METHODS = ("get", "post", "patch", "put", "delete")
 # Told once for all operations; a list of them below each would hide what is particular.
 COMMON = ("X-Request-Id",)
+LINE_CHARACTERS = 60
 
 
 @cache
@@ -42,11 +44,35 @@ def _operation(method: str, path: str, operation: dict) -> dict:
             if parameter["name"] not in COMMON
         ],
         "fields": _fields(body["schema"]) if body else [],
-        "example": _example(body) if body else "",
+        "command": _command(method, path, operation, _example(body, None) if body else ""),
         "responses": [
             _response(status, response) for status, response in operation["responses"].items()
         ],
     }
+
+
+def _command(method: str, path: str, operation: dict, body: str) -> str:
+    """Return the request as a command for a shell, with what it needs and no more."""
+    parameters = operation.get("parameters", ())
+    for parameter in parameters:
+        if parameter["in"] == "path":
+            path = path.replace(f"{{{parameter['name']}}}", "1")
+    words = ["curl"] + [f"-X {method.upper()}"] * (method not in ("get", "post"))
+    words.append(f'"$SHOP{path}"')
+    secured = [name for entry in operation.get("security", ()) for name in entry]
+    if secured and {} not in operation["security"]:
+        words.append(f'-H "Authorization: Bearer ${secured[0].upper()}_TOKEN"')
+    if any(parameter["name"] == "Idempotency-Key" for parameter in parameters):
+        words.append('-H "Idempotency-Key: $(uuidgen)"')
+    if body:
+        words += ['-H "Content-Type: application/json"', f"-d {shlex.quote(body)}"]
+    lines = [words[0]]
+    for word in words[1:]:
+        if len(lines[-1]) + len(word) > LINE_CHARACTERS:
+            lines.append("  " + word)
+        else:
+            lines[-1] += " " + word
+    return " \\\n".join(lines)
 
 
 def _response(status: str, response: dict) -> dict:
@@ -62,9 +88,9 @@ def _response(status: str, response: dict) -> dict:
     }
 
 
-def _example(content: dict) -> str:
+def _example(content: dict, indent: int | None = 2) -> str:
     examples = list(content.get("examples", {}).values())
-    return json.dumps(examples[0]["value"], indent=2) if examples else ""
+    return json.dumps(examples[0]["value"], indent=indent) if examples else ""
 
 
 def _resolve(schema: dict) -> dict:
