@@ -13,7 +13,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -46,6 +45,7 @@ from checker import (
     check,
     save,
 )
+from client import free_port
 
 from app import create_app
 from app.audit import Actor
@@ -73,18 +73,14 @@ PATIENCE_SECONDS = 45
 PRODUCTS = {1: 100, 2: 30_000, 3: 500}
 # The supervisor waits longer before each restart of what dies again and again; killed on purpose,
 # it would wait most of the time.
-QUICK = "import sys; from app import processes, supervisor; processes.LAST_DELAY_SECONDS = 0.3; "
+QUICK = (
+    "import sys; from app.run import processes, supervisor; processes.LAST_DELAY_SECONDS = 0.3; "
+)
 QUICK += "sys.exit(supervisor.main())"
 
 
 class Stuck(Exception):
     """The system did not come back."""
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class System:

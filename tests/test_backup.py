@@ -13,10 +13,12 @@ from app.config import ROOT
 from app.run.embedded import PostgresServer, RedisServer, _postgres
 
 COMMANDS = """
-from app import create_app, inventory, ledger, orders, recovery
+from app import create_app
 from app.audit import CLI
-from app.drain import drain_batch
+from app.books import ledger, recovery
 from app.extensions import db, stock
+from app.orders import lookup as orders
+from app.orders.drain import drain_batch
 
 def new_sale():
     import flask_migrate
@@ -184,7 +186,7 @@ drain_batch("test", "test")
     one.redis.start()
     one.run(
         """
-from app.stock import Unprepared
+from app.problems import Unprepared
 try:
     stock.claim(50, 1, 1, None, "a")
 except Unprepared:

@@ -13,11 +13,11 @@ import time
 
 import psycopg2
 import pytest
-from web import call
 
 from app.config import load_settings
 from app.orders.drain import DRAIN_LOCK
 from app.run.embedded import embedded_servers
+from web import call
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 EMAIL = "admin@example.com"

@@ -15,7 +15,8 @@ from pathlib import Path
 import psycopg2
 import pytest
 import redis
-from conftest import Server, start_system, stop_system, wait_until
+from system import Server, start_system, stop_system
+from waiting import wait_until
 
 from app.config import ROOT
 from app.run.embedded import PostgresServer, RedisServer

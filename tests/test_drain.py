@@ -11,8 +11,9 @@ import psutil
 import psycopg2
 import pytest
 import redis
-from conftest import start_system, stop_system, wait_until
 from sqlalchemy import text
+from system import start_system, stop_system
+from waiting import wait_until
 
 from app.books import ledger
 from app.config import NO_LIMIT

@@ -15,8 +15,9 @@ import psutil
 import psycopg2
 import pytest
 import redis
-from conftest import Server, start_system, stop_system, wait_until
 from sqlalchemy.exc import DatabaseError, OperationalError, PendingRollbackError
+from system import Server, start_system, stop_system
+from waiting import wait_until
 
 from app.config import ROOT
 from app.products import inventory
@@ -301,7 +302,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from app.config import NO_LIMIT, load_settings
-from app.stock import Keys, Stock, Unavailable
+from app.problems import Unavailable
+from app.stock.gateway import Stock
+from app.stock.keys import Keys
 
 url = sys.argv[1]
 stock = Stock()

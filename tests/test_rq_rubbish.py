@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import pytest
 import redis
-from conftest import wait_until
 from sqlalchemy import text
+from waiting import wait_until
 
 from app.books import ledger
 from app.config import ROOT

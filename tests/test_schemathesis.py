@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import start_system, stop_system
+from system import start_system, stop_system
 
 HERE = Path(__file__).parent / "schemathesis"
 # For each operation, in each way of making requests up; about 15 s in all.

@@ -6,9 +6,8 @@ import timeit
 
 import pytest
 import redis
-from conftest import wait_until
 from prometheus_client.parser import text_string_to_metric_families
-from web import call
+from waiting import wait_until
 
 from app.audit import CLI
 from app.extensions import stock
@@ -16,6 +15,7 @@ from app.products import inventory
 from app.stock.keys import Keys
 from app.watch import telemetry
 from app.watch.telemetry import DURATION_BOUNDS, Meter
+from web import call
 
 
 def read(client, headers) -> dict:
