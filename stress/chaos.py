@@ -73,9 +73,8 @@ PATIENCE_SECONDS = 45
 PRODUCTS = {1: 100, 2: 30_000, 3: 500}
 # The supervisor waits longer before each restart of what dies again and again; killed on purpose,
 # it would wait most of the time.
-QUICK = (
-    "import sys; from app.run import processes, supervisor; processes.LAST_DELAY_SECONDS = 0.3; "
-)
+QUICK = "import sys; from app.run import processes, supervisor; "
+QUICK += "processes.LAST_DELAY_SECONDS = 0.3; "
 QUICK += "sys.exit(supervisor.main())"
 
 
