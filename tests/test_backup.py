@@ -12,6 +12,8 @@ from conftest import ADMIN_PASSWORD, API_TOKEN
 from app.config import ROOT
 from app.run.embedded import PostgresServer, RedisServer, _postgres
 
+pytestmark = pytest.mark.drill
+
 COMMANDS = """
 from app import create_app
 from app.audit import CLI

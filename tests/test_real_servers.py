@@ -26,6 +26,8 @@ from waiting import wait_until
 from app.config import ROOT, SettingsError, load_settings, with_secrets
 from web import call
 
+pytestmark = pytest.mark.drill
+
 # Both have to be quoted in a URL.
 REDIS_PASSWORD, POSTGRES_PASSWORD = "re/dis:p@ss %41 word", "post/gres:p@ss %41 word"
 PRODUCTION = {

@@ -17,6 +17,8 @@ from waiting import patience, wait_until
 
 from web import call
 
+pytestmark = pytest.mark.drill
+
 BUYERS = 4
 STOCK = 1_000_000
 
