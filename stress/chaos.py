@@ -13,7 +13,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -46,6 +45,7 @@ from checker import (
     check,
     save,
 )
+from client import free_port
 
 from app import create_app
 from app.audit import Actor
@@ -80,12 +80,6 @@ QUICK += "sys.exit(supervisor.main())"
 
 class Stuck(Exception):
     """The system did not come back."""
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class System:

@@ -10,6 +10,8 @@ import json
 import os
 import random
 import re
+import secrets
+import socket
 import sys
 import threading
 import time
@@ -180,6 +182,19 @@ def sign_in(url: str, password: str, agent: str = "stress") -> str:
     body = urllib.parse.urlencode(form).encode()
     browser.open(f"{url}/admin/sign-in", body, timeout=ANSWER_SECONDS)
     return "; ".join(f"{cookie.name}={cookie.value}" for cookie in jar.cookiejar)
+
+
+def free_port() -> int:
+    """Return a port that nothing listens on.
+
+    Not one that the kernel deals out by itself: as long as nobody listens there yet, any
+    connection of anybody's could get it.
+    """
+    while True:
+        port = 10_240 + secrets.randbelow(22_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def fresh_user() -> int:

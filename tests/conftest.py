@@ -1,51 +1,34 @@
 """Real servers for every test: one Redis and one PostgreSQL for all, a clean sale for each."""
 
-import http.client
-import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.parse
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 import flask_migrate
 import people
 import pytest
 import redis
+from client import free_port
 from documented import DocumentedClient
+from system import Server, start_system, stop_system
+from waiting import wait_until
 
 from app import create_app
 from app.audit import CLI
 from app.books import recovery
-from app.config import ROOT, Settings, load_settings
+from app.config import Settings, load_settings
 from app.extensions import db, stock
 from app.orders.drain import drain_batch
 from app.run.embedded import PostgresServer, RedisServer
 
-sys.path.insert(0, str(ROOT / "stress"))
+__all__ = ["Server", "free_port", "start_system", "stop_system", "wait_until"]
 
-from client import sign_in
+pytest_plugins = ["leftovers", "strict"]
 
 # Fixtures of the tests in a real browser.
 pytest_plugins = ["browser"]
 
 API_TOKEN = "test-token-0123456789"
 ADMIN_PASSWORD = people.PASSWORD
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 15, what: str = "") -> object:
-    """Return the condition's first true value; fail when the deadline passes without one."""
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        if time.monotonic() > deadline:
-            pytest.fail(f"waited {seconds} s for {what or condition}")
-        time.sleep(0.01)
-    return value
 
 
 @pytest.fixture(scope="session")
@@ -57,11 +40,13 @@ def servers(tmp_path_factory) -> Iterator[tuple[RedisServer, PostgresServer]]:
         # A test database need not survive a power cut; the reliability tests use their own.
         PostgresServer(folder, extra=("fsync=off",)),
     )
-    for server in started:
-        server.start()
-    yield started
-    for server in started:
-        server.stop()
+    try:
+        for server in started:
+            server.start()
+        yield started
+    finally:
+        for server in started:
+            server.stop()
 
 
 @pytest.fixture(scope="session")
@@ -177,46 +162,6 @@ def buy(client):
     return post
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@dataclass
-class Server:
-    """The whole system as `make run` starts it."""
-
-    url: str
-    api_token: str
-    admin_password: str
-    data_dir: Path
-    process: subprocess.Popen
-
-    def call(
-        self, method: str, path: str, body: object = None, **headers: str
-    ) -> tuple[int, dict[str, str], bytes, float]:
-        """Send a request; return status, headers by lower-case name, content, seconds."""
-        url = urllib.parse.urlsplit(self.url)
-        connection = http.client.HTTPConnection(url.hostname, url.port, timeout=30)
-        started = time.monotonic()
-        if body is not None:
-            headers |= {"Content-Type": "application/json"}
-            body = json.dumps(body)
-        try:
-            connection.request(method, path, body, headers)
-            response = connection.getresponse()
-            content = response.read()
-        finally:
-            connection.close()
-        names = {name.lower(): value for name, value in response.getheaders()}
-        return response.status, names, content, time.monotonic() - started
-
-    def sign_in(self) -> str:
-        """Sign the first admin in as a browser does; return the Cookie header."""
-        return sign_in(self.url, self.admin_password)
-
-
 @pytest.fixture(scope="session")
 def server(tmp_path_factory) -> Iterator[Server]:
     """A running system of its own: web, worker, Redis, PostgreSQL."""
@@ -224,40 +169,3 @@ def server(tmp_path_factory) -> Iterator[Server]:
     started = start_system(data_dir)
     yield started
     stop_system(started)
-
-
-def start_system(data_dir: Path, **environ: str) -> Server:
-    """Start the whole system on a free port and wait until it says that it is ready."""
-    clean = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("REDIS_URL", "DATABASE_URL", "SECRET_KEY")
-    }
-    port = free_port()
-    log = data_dir / "supervisor.log"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "app.run.supervisor"],
-            cwd=ROOT,
-            env=clean | {"DATA_DIR": str(data_dir), "PORT": str(port), **environ},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    wait_until(
-        lambda: "Ready:" in log.read_text() or process.poll() is not None, 60, "the system to start"
-    )
-    if process.poll() is not None:
-        pytest.fail(f"the system did not start: {log.read_text()}")
-    return Server(
-        url=f"http://127.0.0.1:{port}",
-        api_token=(data_dir / "admin_api_token").read_text().strip(),
-        admin_password=(data_dir / "admin_password").read_text().strip(),
-        data_dir=data_dir,
-        process=process,
-    )
-
-
-def stop_system(server: Server) -> None:
-    server.process.send_signal(signal.SIGTERM)
-    server.process.wait(timeout=40)

@@ -12,14 +12,15 @@ from conftest import ADMIN_PASSWORD, API_TOKEN
 from app.config import ROOT
 from app.run.embedded import PostgresServer, RedisServer, _postgres
 
+pytestmark = pytest.mark.drill
+
 COMMANDS = """
 from app import create_app
-from app.books import ledger, recovery
-from app.orders import lookup as orders
-from app.products import movements
 from app.audit import CLI
-from app.orders.drain import drain_batch
+from app.books import ledger, recovery
 from app.extensions import db, stock
+from app.orders import lookup as orders
+from app.orders.drain import drain_batch
 
 def new_sale():
     import flask_migrate

@@ -7,30 +7,30 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from drills import often
+from system import run_program
 
 from app.config import ROOT
+
+pytestmark = pytest.mark.drill
 
 PARTS = ("app", "migrations", "stress", "templates", "web.py", "wsgi.py", "worker.py")
 
 
 def run_chaos(*arguments: str, tree=ROOT) -> subprocess.CompletedProcess:
-    result = subprocess.run(
-        [sys.executable, tree / "stress" / "chaos.py", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+    result = run_program([sys.executable, tree / "stress" / "chaos.py", *arguments], 3600)
     if logs := re.search("^logs: (.+)$", result.stdout, re.M):
         shutil.rmtree(logs[1], ignore_errors=True)
     return result
 
 
 def test_twenty_kills_of_each_kind():
-    result = run_chaos("--kills", "100", "--seed", "1", "--quick", "--faults", "0.1")
+    kills = often(100, 1000)
+    result = run_chaos("--kills", str(kills), "--seed", "1", "--quick", "--faults", "0.1")
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
-    kills = dict(re.findall(r"'(\w+)': (\d+)", result.stdout.split("kills:")[1].split("\n")[0]))
-    assert set(kills) == {"web", "worker", "redis", "postgres", "all"}
-    assert all(int(count) >= 20 for count in kills.values())
+    seen = dict(re.findall(r"'(\w+)': (\d+)", result.stdout.split("kills:")[1].split("\n")[0]))
+    assert set(seen) == {"web", "worker", "redis", "postgres", "all"}
+    assert all(int(count) >= kills // 5 for count in seen.values())
 
 
 # Each a piece of the code, what is put in its place, what chaos then does, and what it must find.

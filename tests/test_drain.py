@@ -11,8 +11,9 @@ import psutil
 import psycopg2
 import pytest
 import redis
-from conftest import start_system, stop_system, wait_until
 from sqlalchemy import text
+from system import start_system, stop_system
+from waiting import patience, wait_until
 
 from app.books import ledger
 from app.config import NO_LIMIT
@@ -135,6 +136,7 @@ def test_a_queue_of_the_wrong_type(app):
         assert ledger.check(rows=True).ok
 
 
+@pytest.mark.drill
 def test_a_backlog_that_no_job_stores_is_stored_at_one_go(make_app):
     """More than a batch: the relay does not wait anew for each one."""
     app = make_app(purchase_user_limit=NO_LIMIT, purchase_address_limit=NO_LIMIT)
@@ -211,6 +213,7 @@ def test_loops_outlive_every_failure(app, caplog):
     assert not errors
 
 
+@pytest.mark.drill
 def test_workers_killed_and_stopped_in_a_running_system(tmp_path_factory):
     """Each time the orders are stored within seconds of a healthy worker being there."""
     system = start_system(
@@ -227,7 +230,7 @@ def test_workers_killed_and_stopped_in_a_running_system(tmp_path_factory):
         url = urlsplit(system.url)
 
         def call(method, path, body=None):
-            connection = http.client.HTTPConnection(url.hostname, url.port, timeout=10)
+            connection = http.client.HTTPConnection(url.hostname, url.port, timeout=patience(10))
             connection.request(
                 method, path, body and json.dumps(body), {"Content-Type": "application/json"}
             )

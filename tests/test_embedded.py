@@ -5,12 +5,12 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import psycopg2
 import pytest
 import redis
+from waiting import wait_until
 
 from app.config import ROOT, Settings
 from app.run import embedded
@@ -28,13 +28,6 @@ print("own" if server.process else "found", flush=True)
 sys.stdin.read()
 server.stop()
 """
-
-
-def until(condition, seconds=15):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
 
 
 @pytest.fixture
@@ -103,7 +96,7 @@ def test_redis_starts_with_a_torn_tail(redis_server):
 def test_postgres_keeps_its_data(postgres, end):
     sql(postgres, "CREATE TABLE kept AS SELECT 7 AS units")
     getattr(postgres, end)()
-    until(lambda: not postgres.is_running())
+    wait_until(lambda: not postgres.is_running())
     postgres.start()
     assert sql(postgres, "SELECT units FROM kept") == 7
     assert sql(postgres, "SHOW data_checksums") == "on"

@@ -4,8 +4,8 @@ import json
 import threading
 
 import pytest
-from conftest import wait_until
 from sqlalchemy import text
+from waiting import wait_until
 
 from app.audit import CLI
 from app.books import ledger

@@ -23,11 +23,14 @@ from urllib.parse import quote
 import psycopg2
 import pytest
 import redis
-from conftest import free_port, wait_until
+from client import free_port
 from test_deploy import make_certificate, nginx_config
+from waiting import wait_until
 
 from app.config import ROOT, SettingsError, load_settings, with_secrets
 from web import call
+
+pytestmark = pytest.mark.drill
 
 # Both have to be quoted in a URL.
 REDIS_PASSWORD, POSTGRES_PASSWORD = "re/dis:p@ss %41 word", "post/gres:p@ss %41 word"

@@ -9,13 +9,15 @@ import signal
 import threading
 import time
 from collections import Counter
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from conftest import start_system, stop_system, wait_until
+from system import processes, start_system, stop_system
+from waiting import patience, wait_until
 
 from web import call
+
+pytestmark = pytest.mark.drill
 
 BUYERS = 4
 STOCK = 1_000_000
@@ -63,7 +65,9 @@ class Crowd:
             user += 1
             body = json.dumps({"userId": user, "productId": 1})
             headers = {"Content-Type": "application/json", "Idempotency-Key": f"key-{user}"}
-            connection = connection or http.client.HTTPConnection(self.address, timeout=10)
+            connection = connection or http.client.HTTPConnection(
+                self.address, timeout=patience(10)
+            )
             try:
                 connection.request("POST", "/purchase", body, headers)
                 response = connection.getresponse()
@@ -80,20 +84,6 @@ class Crowd:
                 connection.close()
                 connection = None
             time.sleep(0.002)
-
-
-def processes(data_dir: Path, *words: str) -> list[int]:
-    """Return this system's processes whose command line has all the words."""
-    found, mark = [], os.fsencode(f"DATA_DIR={data_dir}")
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            ours = mark in (entry / "environ").read_bytes().split(b"\0")
-            line = (entry / "cmdline").read_bytes().decode(errors="replace")
-        except OSError:
-            continue
-        if ours and all(word in line for word in words):
-            found.append(int(entry.name))
-    return sorted(found)
 
 
 def all_persisted(system) -> bool:
@@ -184,7 +174,7 @@ def test_a_neighbour_takes_over_what_waits(system, number):
             body = {"userId": 5_000_000 + user, "productId": 1}
             begun = time.monotonic()
             assert call(f"{system.url}/purchase", body).status == 200
-            assert time.monotonic() - begun < 0.8
+            assert time.monotonic() - begun < patience(0.8)
             if time.monotonic() - started > 1:
                 break
     finally:

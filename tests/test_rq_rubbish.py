@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import pytest
 import redis
-from conftest import wait_until
 from sqlalchemy import text
+from waiting import patience, wait_until
 
 from app.books import ledger
 from app.config import ROOT
@@ -170,6 +170,7 @@ def stored_by_jobs() -> int:
     return found or 0
 
 
+@pytest.mark.drill
 @pytest.mark.parametrize("rubbish", RUBBISH, ids=lambda rubbish: rubbish.__name__)
 def test_orders_are_stored_in_spite_of(app, start_worker, rubbish: Callable):
     with app.app_context():
@@ -210,4 +211,4 @@ def test_a_worker_among_rubbish_ends_when_it_is_asked_to(app, start_worker, tmp_
         log = tmp_path / "worker.log"
         wait_until(lambda: "RQ's worker ended" in log.read_text(), 5, "RQ to stumble")
         worker.terminate()
-        assert worker.wait(5) == 0
+        assert worker.wait(patience(5)) == 0

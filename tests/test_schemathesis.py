@@ -1,17 +1,18 @@
 """The running server against its own description: thousands of requests, right and wrong ones."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import start_system, stop_system
+from drills import often
+from system import run_program, start_system, stop_system
+
+pytestmark = pytest.mark.drill
 
 HERE = Path(__file__).parent / "schemathesis"
 # For each operation, in each way of making requests up; about 15 s in all.
-EXAMPLES = 20
+EXAMPLES = often(20, 300)
 PHASES = "examples,coverage,fuzzing,stateful"
 
 
@@ -25,7 +26,7 @@ def system(tmp_path_factory):
 
 def test_the_server_is_as_described(system, tmp_path):
     report = tmp_path / "report.json"
-    run = subprocess.run(
+    run = run_program(
         [
             *(sys.executable, "-c", "from schemathesis.cli import schemathesis; schemathesis()"),
             *("--config-file", HERE / "schemathesis.toml", "run", f"{system.url}/openapi.json"),
@@ -33,12 +34,10 @@ def test_the_server_is_as_described(system, tmp_path):
             *("--max-examples", str(EXAMPLES), "--phases", PHASES, "--continue-on-failure"),
             *("--report", "json", "--report-json-path", report, "--no-color"),
         ],
-        cwd=tmp_path,
-        env=os.environ | {"SCHEMATHESIS_HOOKS": "hooks", "PYTHONPATH": str(HERE)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
+        3600,
+        tmp_path,
+        SCHEMATHESIS_HOOKS="hooks",
+        PYTHONPATH=str(HERE),
     )
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
     seen = json.loads(report.read_text())

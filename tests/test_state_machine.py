@@ -5,9 +5,9 @@ done is taken up again by the acts that a worker repeats for ever.
 """
 
 import contextlib
-import os
 
 import pytest
+from drills import often
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -36,7 +36,6 @@ USERS = st.integers(1, 4)
 PURCHASES = st.lists(
     st.tuples(USERS, st.integers(1, 4), st.sampled_from([None, "a", "b"])), min_size=10, max_size=40
 )
-EXAMPLES = int(os.environ.get("STATE_MACHINE_EXAMPLES", "70"))
 STEPS = 50
 # The whole ledger takes a few milliseconds, so it is proved every so many steps, and at the end.
 STEPS_PER_LEDGER = 4
@@ -294,7 +293,11 @@ class Sale(RuleBasedStateMachine):
         assert result.products[1].free == self.free()
 
 
-def test_every_order_of_acts_keeps_the_promises(make_app):
+@pytest.mark.parametrize(
+    "examples", [10, pytest.param(often(70, 1000), marks=pytest.mark.drill)], ids=["few", "many"]
+)
+def test_every_order_of_acts_keeps_the_promises(make_app, examples):
+    Sale.steps = 0
     Sale.app = make_app(purchase_user_limit=NO_LIMIT, purchase_address_limit=NO_LIMIT)
     with Sale.app.app_context():
         db.session.execute(text(REFUSALS))
@@ -305,7 +308,7 @@ def test_every_order_of_acts_keeps_the_promises(make_app):
         run_state_machine_as_test(
             Sale,
             settings=settings(
-                max_examples=EXAMPLES,
+                max_examples=examples,
                 stateful_step_count=STEPS,
                 deadline=None,
                 derandomize=True,
@@ -323,4 +326,4 @@ def test_every_order_of_acts_keeps_the_promises(make_app):
                 )
             )
             db.session.commit()
-    assert Sale.steps >= 100 * EXAMPLES
+    assert Sale.steps >= 100 * examples

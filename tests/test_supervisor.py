@@ -5,16 +5,18 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
+from contextlib import ExitStack
 
 import psycopg2
 import pytest
 import redis
+from client import free_port
+from system import end, processes, spawn
+from waiting import patience, wait_until
 
 from app.config import ROOT
 from app.run.embedded import EmbeddedError, PostgresServer, RedisServer
@@ -54,19 +56,6 @@ while True:
 """
 
 
-def until(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 class Run:
     """One supervisor over a tree of stand-ins, and what it printed."""
 
@@ -84,9 +73,8 @@ class Run:
         main += "sys.exit(main(pathlib.Path(sys.argv[1])))"
         settings = {"DATA_DIR": self.data_dir, "PORT": self.port, "WEB_WORKERS": 1, "HOST": ""}
         settings |= {"REDIS_URL": "", "DATABASE_URL": "", "SECRET_KEY": "", "APP_ENV": ""}
-        self.process = subprocess.Popen(
+        self.process = spawn(
             [sys.executable, "-c", main, tree],
-            cwd=ROOT,
             env=os.environ | {name: str(value) for name, value in (settings | environ).items()},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -102,45 +90,34 @@ class Run:
             self.output += line
 
     def says(self, pattern):
-        until(lambda: re.search(pattern, self.output) or self.process.poll() is not None)
+        wait_until(lambda: re.search(pattern, self.output) or self.process.poll() is not None)
         assert re.search(pattern, self.output), self.output
 
     def ends(self):
         """Wait for the end; return the exit code."""
-        code = self.process.wait(60)
-        self.reader.join(5)
+        code = self.process.wait(patience(60))
+        self.reader.join(patience(5))
         return code
 
     def processes(self, *words):
-        """Return the ids of this run's processes whose command line has all the words.
+        return processes(self.data_dir, *words)
 
-        The servers, which write their titles over their environment, are known by their directory.
-        """
-        found, mark = [], os.fsencode(f"DATA_DIR={self.data_dir}")
-        for entry in Path("/proc").glob("[0-9]*"):
-            try:
-                ours = mark in (entry / "environ").read_bytes().split(b"\0")
-                ours = ours or os.readlink(entry / "cwd").startswith(f"{self.data_dir}/")
-                line = (entry / "cmdline").read_bytes().decode()
-            except OSError:
-                continue
-            if ours and line and all(word in line for word in words):
-                found.append(int(entry.name))
-        return sorted(found)
+    def clean_up(self):
+        end(self.process, self.data_dir)
+        self.reader.join()
+        self.process.stdout.close()
 
 
 @pytest.fixture
 def run(tmp_path):
-    runs = []
+    with ExitStack() as ends:
 
-    def start(**options):
-        runs.append(Run(tmp_path, **options))
-        return runs[-1]
+        def start(**options):
+            started = Run(tmp_path, **options)
+            ends.callback(started.clean_up)
+            return started
 
-    yield start
-    for each in runs:
-        each.process.kill()
-        until(lambda each=each: not each.processes())
+        yield start
 
 
 def test_a_run_from_start_to_end(run):
@@ -170,10 +147,10 @@ def test_a_run_from_start_to_end(run):
         before = first.processes(*words)
         os.kill(before[0], signal.SIGKILL)
         first.says(f"{name} was killed by SIGKILL; starting it again in 0.2 s")
-        until(lambda words=words, before=before: set(first.processes(*words)) - set(before))
+        wait_until(lambda words=words, before=before: set(first.processes(*words)) - set(before))
     postgres = PostgresServer(first.data_dir).url.replace("+psycopg2", "")
-    until(lambda: RedisServer(first.data_dir).is_running())
-    until(lambda: PostgresServer(first.data_dir).is_running())
+    wait_until(lambda: RedisServer(first.data_dir).is_running())
+    wait_until(lambda: PostgresServer(first.data_dir).is_running())
     assert redis.from_url(RedisServer(first.data_dir).url).ping()
     psycopg2.connect(postgres).close()
 
@@ -191,8 +168,8 @@ def test_sighup_renews_the_web_processes_and_the_worker(run):
     (main,), workers = it.processes("app.run.serve"), it.processes("web.py")
     worker = it.processes("worker.py")
     it.process.send_signal(signal.SIGHUP)
-    until(lambda: (now := it.processes("worker.py")) and not set(worker) & set(now))
-    until(lambda: (now := it.processes("web.py")) and not set(workers) & set(now))
+    wait_until(lambda: (now := it.processes("worker.py")) and not set(worker) & set(now))
+    wait_until(lambda: (now := it.processes("web.py")) and not set(workers) & set(now))
     assert it.processes("app.run.serve") == [main]
 
 
@@ -212,11 +189,11 @@ def test_a_second_ctrl_c_hurries(run):
     it.says("Ready")
     it.says("worker ")
     it.process.send_signal(signal.SIGINT)
-    until(lambda: not it.processes("app.run.serve"))  # the worker's turn, which ignores it
+    wait_until(lambda: not it.processes("app.run.serve"))  # the worker's turn, which ignores it
     it.process.send_signal(signal.SIGINT)
     asked_at = time.monotonic()
     assert it.ends() == 0
-    assert time.monotonic() - asked_at < 5
+    assert time.monotonic() - asked_at < patience(5)
     assert it.processes() == []
 
 

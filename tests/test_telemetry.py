@@ -6,8 +6,8 @@ import timeit
 
 import pytest
 import redis
-from conftest import wait_until
 from prometheus_client.parser import text_string_to_metric_families
+from waiting import wait_until
 
 from app.audit import CLI
 from app.extensions import stock
