@@ -8,7 +8,7 @@ from alembic import op
 from sqlalchemy import text
 
 revision = "0003_pages"
-down_revision = "0002"
+down_revision = "0003_products"
 branch_labels = None
 depends_on = None
 
