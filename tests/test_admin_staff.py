@@ -11,11 +11,11 @@ from urllib.parse import quote
 import pytest
 from people import BROWSER, csrf_token, fields_of, send, sign_in
 
-from app.admin.orders import CSV_CHUNK_ROWS
 from app.audit import ACTIONS
 from app.config import ROOT
 from app.extensions import db, stock
 from app.models import ApiToken, AuditEntry, RequestKey, Staff
+from app.sheet import CHUNK_ROWS
 from app.stock.keys import Keys
 from app.watch import monitor
 from app.worker import jobs
@@ -209,7 +209,7 @@ def test_audit_refuses_a_time_that_is_none(admin):
 
 def test_audit_as_csv(app, admin):
     with app.app_context():
-        for number in range(CSV_CHUNK_ROWS + 1):
+        for number in range(CHUNK_ROWS + 1):
             db.session.add(
                 AuditEntry(actor="csv", action="test", target="=1+1", before={"n": number})
             )
@@ -218,8 +218,8 @@ def test_audit_as_csv(app, admin):
     assert answer.mimetype == "text/csv"
     rows = list(csv.reader(io.StringIO(answer.text.lstrip("\ufeff"))))
     assert rows[0] == ["id", "at", "who", "from", "change", "of", "before", "after"]
-    assert len(rows) == CSV_CHUNK_ROWS + 2
-    assert rows[1][2:] == ["csv", "", "test", "'=1+1", f'{{"n": {CSV_CHUNK_ROWS}}}', ""]
+    assert len(rows) == CHUNK_ROWS + 2
+    assert rows[1][2:] == ["csv", "", "test", "'=1+1", f'{{"n": {CHUNK_ROWS}}}', ""]
 
 
 def recorded(tree) -> set[str]:
