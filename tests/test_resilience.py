@@ -301,7 +301,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from app.config import NO_LIMIT, load_settings
-from app.stock import Keys, Stock, Unavailable
+from app.problems import Unavailable
+from app.stock.gateway import Stock
 
 url = sys.argv[1]
 stock = Stock()
