@@ -10,6 +10,7 @@ Commands come as lines on standard input:
     tear P          the same, after the first half of the reply was passed on
     delay SECONDS   pass everything on that much later
     refuse          close every connection now, and each new one at once
+    target PATH     new connections go there; those that are open stay where they are
 """
 
 import asyncio
@@ -29,7 +30,11 @@ class Proxy:
         self.writers: set[asyncio.StreamWriter] = set()
 
     def obey(self, line: str) -> None:
-        self.mode, _, value = line.strip().partition(" ")
+        mode, _, value = line.strip().partition(" ")
+        if mode == "target":
+            self.target = value
+            return
+        self.mode = mode
         self.value = float(value or 0)
         if self.mode in ("cut", "refuse"):
             for writer in self.writers:

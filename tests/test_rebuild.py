@@ -280,6 +280,24 @@ def test_interrupted_anywhere_it_stays_closed_and_can_be_repeated(sold, buy, mon
     assert not ledger.differences(1)
 
 
+def test_what_is_sold_the_moment_it_opens_is_sold_by_its_terms(sold, buy, monkeypatch):
+    """The terms are in force before the first claim is let in: no valid purchase is a final 400."""
+    opened = []
+    original = stock.open
+
+    def open_and_sell(*arguments, **options):
+        original(*arguments, **options)
+        opened.append(buy(40, quantity=2))
+        opened.append(buy(41, quantity=11))
+
+    monkeypatch.setattr(stock, "open", open_and_sell)
+    recovery.rebuild(CLI)
+    assert [answer.status_code for answer in opened] == [200, 400]
+    assert opened[1].json["error"] == "quantity must be from 1 to 10"
+    entry = stock.newest_waiting(1)[0][1]
+    assert (entry.unit_price_cents, entry.currency) == (99_999, "USD")
+
+
 def test_another_sale_in_redis_is_not_replaced_by_accident(sold, buy, runner):
     stock.client.set(Keys.generation, "somebody-else")
     assert buy(20, key="k").status_code == 200  # a connection from before: see the next test

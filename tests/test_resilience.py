@@ -322,7 +322,6 @@ from pathlib import Path
 from app.config import NO_LIMIT, load_settings
 from app.problems import Unavailable
 from app.stock.gateway import Stock
-from app.stock.keys import Keys
 
 url = sys.argv[1]
 stock = Stock()

@@ -136,10 +136,15 @@ class _Cautious:
             raise
         except redis.RedisError as error:
             if code_of(error) in UNFIT:
-                _Cautious.unfit += 1
+                leave_server()
             raise
         self.breaker.answered()
         return response
+
+
+def leave_server() -> None:
+    """Have every connection of requests connect anew before it is used again."""
+    _Cautious.unfit += 1
 
 
 CAUTIOUS = {

@@ -33,6 +33,7 @@ from .keys import (
     Keys,
     code_of,
     connection_options,
+    leave_server,
 )
 
 # After a failure requests are refused at once for so long, then one of them tries again.
@@ -198,6 +199,8 @@ class ThreadLine:
                 # This claim was refused; the next one may be asked all the same.
                 self._closed_until = 0.0
             else:
+                if code_of(error) in UNFIT:
+                    leave_server()
                 self._failures += 1
                 self._closed_until = time.monotonic() + RETRY_AFTER_FAILURE_SECONDS
             raise (refused(error) if sent else Unavailable(str(error), executed=False)) from error
@@ -280,6 +283,7 @@ class LoopLine:
             if code != "NOSCRIPT":
                 if code in UNFIT:
                     channel.retire()
+                    leave_server()
                 raise refused(answer)
             # Nothing ran, so this is the one case where sending again is safe.
             await channel.ask_well(self._script.load)
