@@ -12,6 +12,7 @@ from people import send
 from sqlalchemy.exc import OperationalError
 
 from app.admin import dashboard
+from app.books import ledger
 from app.extensions import db, login, stock
 from app.stock.keys import Keys
 from app.watch import monitor, samples, shelf
@@ -248,6 +249,18 @@ class TestWithoutRedis:
         stop()
         answer = admin.get("/admin/")
         assert answer.status_code == 503
+
+
+def test_after_a_rebuild_nothing_is_said_to_be_missing(app, admin):
+    with app.app_context():
+        stock.client.delete(Keys.generation)
+        ledger.keep_proof()
+        assert "does not hold this sale" in admin.get("/admin/ledger/").text
+    send(admin, "/admin/ledger/rebuild", confirmed="yes")
+    for path in ("/admin/ledger/", "/admin/live"):
+        page = admin.get(path).text
+        assert "does not hold this sale" not in page
+        assert re.search("balanced", page, re.IGNORECASE)
 
 
 class TestWithoutWorker:

@@ -181,6 +181,7 @@ EITHER = {
     "dashboard": {302, 503},
     "description": {200, 503},
     # Forms and lists that can be drawn without PostgreSQL; sending them can't be done.
+    "page: products": {200, 503},
     "page: products, polled": {200, 503},
     "page: product's form": {200, 503},
     "page: restock": {200, 503},

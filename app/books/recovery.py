@@ -20,11 +20,12 @@ from ..database import waiting_at_most
 from ..extensions import db, stock
 from ..models import Sale
 from ..orders.drain import BATCH_ORDERS, DRAIN_LOCK, Row, store
-from ..problems import Conflict
+from ..problems import Conflict, Unavailable
 from ..products import catalogue, movements, sale, terms
 from ..products.sale import SALE_LOCK
 from ..stock.gateway import Entry
 from ..stock.keys import IDEMPOTENCY_TTL_MS, USERS_PER_BUCKET
+from . import ledger
 
 log = logging.getLogger(__name__)
 
@@ -233,6 +234,9 @@ def rebuild(actor: Actor, replace: bool = False) -> Rebuilt:
         seconds=time.monotonic() - started,
     )
     db.session.rollback()
+    with suppress(Unavailable):
+        # The pages would go on showing what was wrong before, for as long as a proof is believed.
+        ledger.keep_proof()
     log.warning("the sale was rebuilt: %s", report)
     return report
 
