@@ -287,6 +287,7 @@ class AuditEntry(db.Model):
     __table_args__ = (
         Index("ix_audit_log_target_id", "target", "id"),
         Index("ix_audit_log_actor_id", "actor", "id"),
+        Index("ix_audit_log_action_id", "action", "id"),
         Index("ix_audit_log_at", "at"),
     )
 

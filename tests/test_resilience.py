@@ -152,14 +152,22 @@ PAGES = {
     "page: jobs, polled": "/admin/rq/0/data/queues.json",
 }
 POLLS = {name: {"X-Poll": "1"} for name in PAGES if name.endswith("polled")}
-# What is answered while a server is gone; every other route: 503. Who is signed in stands in
-# PostgreSQL, so that no page can do without; without Redis a page shows what it knows.
+# What is answered while a server is gone; every other route: 503. Who is signed in is known without
+# PostgreSQL too, so that pages which need nothing else of it are shown; without Redis a page shows
+# what it knows.
 WITHOUT = {
     "redis": {
         "alive": 200,
         **dict.fromkeys(PAGES.keys() - {"page: chart", "page: jobs, polled"}, 200),
     },
-    "postgres": {"buy": 200, "metrics": 200, "alive": 200},
+    "postgres": {
+        "buy": 200,
+        "metrics": 200,
+        "alive": 200,
+        "page: chart": 200,
+        "page: password": 200,
+        "page: jobs, polled": 200,
+    },
 }
 # Pages that need no server of their own are let through or refused, as the limiter can tell; and a
 # dashboard that polls may get the figures of a moment ago.
