@@ -325,6 +325,7 @@ class AuditEntry(db.Model):
         Index("ix_audit_log_target_id", "target", "id"),
         Index("ix_audit_log_actor_id", "actor", "id"),
         Index("uq_audit_log_act_id", "act_id", unique=True),
+        Index("ix_audit_log_action_id", "action", "id"),
         Index("ix_audit_log_at", "at"),
     )
 

@@ -20,7 +20,7 @@ from app.audit import CLI
 from app.extensions import db, limiter, stock
 from app.models import AuditEntry, Staff, StaffSession
 from app.problems import Unavailable
-from app.staff import people, sessions, signin
+from app.staff import people, sessions, signin, tokens
 
 ADMIN_PAGES = (
     "/admin/products/", "/admin/products/live", "/admin/products/1", "/admin/products/1/live",
@@ -142,6 +142,19 @@ def test_without_postgres_a_confirmed_session_reads_and_changes_nothing(app, bli
         stock.client.delete(*stock.client.keys("staff:session:*"))
     answer = kept.get("/admin/password")
     assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1"), "not a 302: unknown"
+
+
+def test_a_token_that_cannot_be_checked_is_neither_valid_nor_wrong(app, blind, admin_headers):
+    with app.app_context():
+        _, text = tokens.create("checkout", CLI)
+    body = {"productId": 1, "amount": 1}
+    client = blind.test_client()
+    for token in (text, "fst_unknown"):
+        headers = {"Authorization": f"Bearer {token}"}
+        answer = client.post("/products/restock", json=body, headers=headers)
+        assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+    # The setting's own needs no server to be known: the shape is looked at.
+    assert client.post("/products/restock", json={}, headers=admin_headers).status_code == 400
 
 
 def leave(browser):

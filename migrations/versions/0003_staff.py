@@ -28,10 +28,12 @@ def upgrade():
     )
     op.create_index("ix_staff_sessions_staff_id", "staff_sessions", ["staff_id"])
     op.add_column("api_tokens", sa.Column("hint", sa.String(16)))
+    op.create_index("ix_audit_log_action_id", "audit_log", ["action", "id"])
     op.create_index("ix_audit_log_at", "audit_log", ["at"])
 
 
 def downgrade():
     op.drop_index("ix_audit_log_at", "audit_log")
+    op.drop_index("ix_audit_log_action_id", "audit_log")
     op.drop_column("api_tokens", "hint")
     op.drop_table("staff_sessions")
