@@ -294,6 +294,8 @@ def test_what_the_page_says_of_a_time_is_what_is_stored(open_page, shop, zone, w
     page.fill("#f-closes", wall)
     said = page.inner_text("#utc-closes")
     assert said == f"{instant.replace('T', ' ')} UTC · {told}"
+    page.set_viewport_size({"width": 360, "height": 740})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
     page.get_by_role("button", name="Save terms").click()
     page.get_by_text("Lamp is saved.").wait_for()
     assert shop.show(product)["closesAt"] == f"{instant}.000Z"
