@@ -57,7 +57,10 @@ def row_of(order: Found, names: dict[int, str]) -> tuple[object, ...]:
 
 def line(cells: Iterable[object]) -> str:
     """Return a row with its end of line; None is an empty cell."""
-    return ",".join(_quoted(safe_cell(str(value or ""))) for value in cells) + "\r\n"
+    return (
+        ",".join(_quoted(safe_cell("" if value is None else str(value))) for value in cells)
+        + "\r\n"
+    )
 
 
 def safe_cell(text: str) -> str:
