@@ -18,7 +18,8 @@ def thousand(app):
     with app.app_context():
         db.session.execute(
             text(
-                "INSERT INTO products (id, name, price_cents, currency, opens_at, closes_at, paused)"
+                "INSERT INTO products"
+                " (id, name, price_cents, currency, opens_at, closes_at, paused)"
                 " OVERRIDING SYSTEM VALUE SELECT i, 'Drop ' || i, 100, 'USD',"
                 " CASE WHEN i % 10 = 3 THEN now() + interval '1 hour' END,"
                 " CASE WHEN i % 10 > 3 THEN now() - interval '1 hour' END, i % 10 = 2"
