@@ -28,7 +28,8 @@ def chunks(header: Iterable[object], rows: Iterable[Iterable[object]]) -> Iterat
 
 def line(cells: Iterable[object]) -> str:
     """Return a row with its end of line; None is an empty cell."""
-    return ",".join(_quoted(safe_cell(str(value or ""))) for value in cells) + "\r\n"
+    texts = ("" if value is None else str(value) for value in cells)
+    return ",".join(_quoted(safe_cell(text)) for text in texts) + "\r\n"
 
 
 def safe_cell(text: str) -> str:

@@ -9,9 +9,8 @@ import pytest
 from people import BROWSER, send
 from sqlalchemy import text
 
-from app.admin.orders import safe_cell
 from app.extensions import db, stock
-from app.orders import search
+from app.orders import search, sheet
 
 RESULTS = BROWSER | {"HX-Target": "results"}
 
@@ -75,7 +74,7 @@ def test_a_number_is_a_user_or_an_order(support, buy, drain):
     answer = support.get("/admin/orders/?q=%232")
     assert 'class="hit"' in answer.text
     assert listed(answer) == []
-    assert "a whole number" in support.get("/admin/orders/?q=abc").text
+    assert "a whole number" in support.get("/admin/orders/?q=Zoë").text
     assert "There is no such order" in support.get("/admin/orders/?q=%2399").text
 
 
@@ -161,7 +160,7 @@ def export(browser, **query) -> list[dict]:
     answer = browser.get("/admin/orders/orders.csv", query_string=query)
     assert answer.mimetype == "text/csv"
     assert "attachment" in answer.headers["Content-Disposition"]
-    return list(csv.DictReader(io.StringIO(answer.text)))
+    return list(csv.DictReader(io.StringIO(answer.text.removeprefix("\ufeff"))))
 
 
 def test_export_is_the_filter(support, many, buy):
@@ -184,13 +183,61 @@ def test_export_goes_on_past_a_step(app, many, monkeypatch):
         assert len(list(search.export(search.Filter()))) == 1000
 
 
-@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1"])
-def test_no_cell_is_a_formula(text):
-    assert safe_cell(text) == "'" + text
+FORMULAS = (
+    "=1+1",
+    "+1",
+    "-1",
+    "@SUM(A1)",
+    "\t=1",
+    "\r=1",
+    "\n=1",
+    "＝1",
+    "＋1",
+    "－1",
+    "＠SUM(A1)",
+)
 
 
-def test_plain_cells_stay_as_they_are():
-    assert [safe_cell(value) for value in ("USD", 5, "", "a=b")] == ["USD", 5, "", "a=b"]
+@pytest.mark.parametrize("text", [*FORMULAS, "9007199254740991", "007", "1e5", "12E-3"])
+def test_no_cell_is_calculated_or_rounded(text):
+    assert sheet.safe_cell(text) == "'" + text
+
+
+@pytest.mark.parametrize("text", ["USD", "5", "", "a=b", "19.90", "999999999999999", "0", "Zoë"])
+def test_plain_cells_stay_as_they_are(text):
+    assert sheet.safe_cell(text) == text
+
+
+def test_a_cell_is_one_cell_whatever_parts_them():
+    cells = ("a;=1", "b\t=1", 'c"d', "e,f", "g\nh", None, 0)
+    line = sheet.line(cells)
+    assert next(csv.reader(io.StringIO(line, newline=""))) == [
+        "" if cell is None else str(cell) for cell in cells
+    ]
+    assert '"a;=1"' in line
+    assert '"b\t=1"' in line
+
+
+def test_the_export_names_each_key(support, buy, drain):
+    buy(7, key="checkout-1")
+    drain()
+    answer = support.get("/admin/orders/orders.csv")
+    assert answer.data.startswith(b"\xef\xbb\xbf")
+    (row,) = csv.DictReader(io.StringIO(answer.data.decode("utf-8-sig")))
+    assert row["idempotency key"] == "checkout-1"
+
+
+def test_an_order_is_found_by_its_key(support, buy, drain):
+    for user, key in ((7, "checkout-1"), (8, "checkout-2"), (9, "4711")):
+        buy(user, key=key)
+    assert listed(support.get("/admin/orders/?q=checkout-2")) == [2]
+    drain()
+    assert listed(support.get("/admin/orders/?q=checkout-1")) == [1]
+    assert listed(support.get("/admin/orders/?q=checkout")) == []
+    # A number may be a key, too.
+    answer = support.get("/admin/orders/?q=4711").text
+    assert re.findall(r'class="hit">.*?#(\d+)</a>', answer, re.DOTALL) == ["3"]
+    assert "under this key" in answer
 
 
 def test_search_survives_a_dead_redis(support, many, monkeypatch):
@@ -214,6 +261,7 @@ def test_no_filter_reads_every_row(app, many):
             search.Filter(user_id=1),
             search.Filter(product_id=1),
             search.Filter(status="CANCELLED"),
+            search.Filter(key="checkout-1"),
         ):
             query = search.stored_query(wanted, None, 51)
             sql = query.compile(dialect=db.engine.dialect, compile_kwargs={"literal_binds": True})

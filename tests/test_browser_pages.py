@@ -33,7 +33,7 @@ COVERED = """() => {
   toasts.style.visibility = ''
   return without.filter((each) => !now.has(each)).map((each) => each.outerHTML)
 }"""
-# The narrow bar's name is the one thing that a note may lie over: the menu leads there, too.
+# The name in a narrow bar is all that a note may lie over: it leads where the menu leads, too.
 BRAND = '<a class="brand"'
 
 

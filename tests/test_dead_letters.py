@@ -1,5 +1,6 @@
 """Dead letters: orders PostgreSQL refuses never block others, and are lost by nobody's decision."""
 
+import re
 import threading
 
 import pytest
@@ -9,7 +10,7 @@ from app.audit import CLI
 from app.books import ledger
 from app.extensions import db, stock
 from app.models import DeadLetter, Order, StockMovement
-from app.orders import deadletters
+from app.orders import deadletters, search
 from app.orders.drain import drain_batch
 from app.problems import Unavailable
 from app.products import catalogue, movements, terms
@@ -93,6 +94,46 @@ def test_a_letter_is_resolved_once(letter):
     assert ledger.check(rows=True).ok
     assert deadletters.effect_of([letter.id]) == []
     assert not deadletters.abandon([12345], "?", CLI)[0].done
+
+
+def test_an_order_given_up_stays_listed_as_cancelled(letter, client, admin):
+    assert deadletters.abandon([letter.id], "no answer", CLI)[0].done
+    (shown,) = client.get("/purchase/orders/2").json
+    assert (shown["id"], shown["status"], shown["quantity"]) == (2, "CANCELLED", 2)
+    assert client.get("/purchase/orders/2?before=2").json == []
+    for query in ("q=2", "q=2&status=CANCELLED", "q=mine"):
+        assert "Cancelled</span>" in admin.get(f"/admin/orders/?{query}").text
+    for status in ("FAILED", "CONFIRMED", "QUEUED"):
+        assert "No orders found" in admin.get(f"/admin/orders/?q=2&status={status}").text
+    (row,) = search.export(search.Filter(user_id=2))
+    assert (row.status, row.cancelled_by, row.cancel_reason) == (
+        "CANCELLED", "command line", "no answer",
+    )  # fmt: skip
+
+
+def test_the_story_of_an_order_given_up(app, buy, drain, admin):
+    """One whose key had been forgotten: its id is its own."""
+    with app.app_context():
+        buy(7, key="mine")
+        drain()
+        stock.client.delete(Keys.idempotency(7, "mine"))
+        buy(7, quantity=2, key="mine")
+        drain()
+        (letter,) = deadletters.list_letters()
+        assert "Decide</a>" in admin.get("/admin/orders/2").text
+        deadletters.abandon([letter.id], "no answer", CLI)
+    story = admin.get("/admin/orders/2").text
+    assert "Decide</a>" not in story
+    assert "stays held" not in story
+    assert "Abandoned by command line" in story
+    assert "2 units back in stock" in story
+
+
+def test_a_letter_of_an_impossible_time_is_listed(app, letter, client):
+    letter.payload = re.sub(r" \d{13} ", " 999999999999999 ", letter.payload)
+    db.session.commit()
+    (shown,) = client.get("/purchase/orders/2").json
+    assert shown["createdAt"].startswith("9999-12-31")
 
 
 def test_two_at_once_return_the_units_once(app, letter):

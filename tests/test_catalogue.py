@@ -1,0 +1,106 @@
+"""The list of products: found by name and id, filtered by state, sorted, page by page."""
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from sqlalchemy import text
+
+from app.extensions import db
+from app.products import catalogue
+from app.products.catalogue import Wanted
+
+HOUR = timedelta(hours=1)
+
+
+@pytest.fixture
+def thousand(app):
+    """1,000 products besides the first one, each state in turn; only a tenth sells."""
+    with app.app_context():
+        db.session.execute(
+            text(
+                "INSERT INTO products"
+                " (id, name, price_cents, currency, opens_at, closes_at, paused)"
+                " OVERRIDING SYSTEM VALUE SELECT i, 'Drop ' || i, 100, 'USD',"
+                " CASE WHEN i % 10 = 3 THEN now() + interval '1 hour' END,"
+                " CASE WHEN i % 10 > 3 THEN now() - interval '1 hour' END, i % 10 = 2"
+                " FROM generate_series(2, 1001) AS i"
+            )
+        )
+        # As the triggers keep them: ten units of each but of every tenth, which is sold out.
+        db.session.execute(
+            text(
+                "INSERT INTO product_totals (product_id, moved_units, confirmed_units)"
+                " SELECT id, 10, CASE WHEN id % 10 = 1 THEN 10 ELSE 0 END FROM products"
+                " ON CONFLICT (product_id) DO UPDATE SET moved_units = 10"
+                " , confirmed_units = EXCLUDED.confirmed_units"
+            )
+        )
+        db.session.commit()
+        yield
+
+
+def state_of(product_id: int) -> str:
+    return {0: "live", 1: "sold out", 2: "paused", 3: "scheduled"}.get(product_id % 10, "ended")
+
+
+def test_every_product_stands_on_one_page_live_first(thousand):
+    first = catalogue.find(Wanted())
+    assert (first.total, first.first, first.last) == (1001, 1, catalogue.PAGE_PRODUCTS)
+    ids = [i for n in range(1, 22) for i in catalogue.find(Wanted(), n).ids]
+    assert sorted(ids) == list(range(1, 1002))
+    ranks = [catalogue.STATES.index(state_of(product_id)) for product_id in ids if product_id > 1]
+    assert ranks == sorted(ranks)
+
+
+@pytest.mark.parametrize("number", [0, -3, 22, 10**6])
+def test_past_the_ends_are_the_first_and_the_last_page(thousand, number):
+    page = catalogue.find(Wanted(), number)
+    assert page.ids
+    assert page.number == (1 if number < 1 else 21)
+
+
+@pytest.mark.parametrize("state", catalogue.STATES)
+def test_a_state_is_all_of_it_and_nothing_else(thousand, state):
+    page = catalogue.find(Wanted(state=state))
+    assert {state_of(product_id) for product_id in page.ids if product_id > 1} == {state}
+    assert page.total == sum(state_of(i) == state for i in range(1, 1002))
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [("drop 77", [77, 770, 771]), ("#77", [77]), ("DROP 1000", [1000]), ("%", []), ("Drop_7", [])],
+)
+def test_a_part_of_the_name_or_the_id(thousand, words, found):
+    ids = catalogue.find(Wanted(text=words, sort="name")).ids
+    assert [i for i in ids if i in found or not found] == found
+    if words.startswith(("#", "%", "Drop_")):
+        assert ids == found
+
+
+def test_the_page_costs_the_same_with_a_thousand(thousand, admin):
+    """Rows of one page only, whatever there is; a poll asks for those that are shown."""
+    answer = admin.get("/admin/products/?state=live")
+    assert answer.text.count("<article") == catalogue.PAGE_PRODUCTS
+    assert "1–50 of 100" in answer.text
+    answer = admin.get("/admin/products/live?id=30&id=7&id=7&id=-1&id=99999999999999999999&id=x")
+    assert answer.text.index('id="product-30"') < answer.text.index('id="product-7"')
+    for query in ("page=x", "page=-1", "page=99999999999999", "sort=x&state=y", "q=%25&page=3"):
+        assert admin.get(f"/admin/products/?{query}").status_code == 200
+
+
+def test_past_and_future_are_judged_now(app, client, admin_headers):
+    now = datetime.now(UTC)
+    terms = {"priceCents": 1, "currency": "EUR", "stock": 1}
+    for name, more in (
+        ("over", {"closesAt": (now - HOUR).isoformat()}),
+        ("to come", {"opensAt": (now + HOUR).isoformat()}),
+        ("both", {"opensAt": (now + HOUR).isoformat(), "paused": True}),
+        ("empty", {"stock": 0}),
+    ):
+        body = terms | {"name": name} | more
+        assert client.post("/products", json=body, headers=admin_headers).status_code == 201
+    with app.app_context():
+        for state, ids in (
+            ("ended", [2]), ("scheduled", [3]), ("paused", [4]), ("sold out", [5]), ("live", [1]),
+        ):  # fmt: skip
+            assert catalogue.find(Wanted(state=state)).ids == ids
