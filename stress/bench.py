@@ -13,261 +13,40 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "stress")]
 
-import redis
+from bench_growth import growth_figures
 from bench_report import write_report
-from client import Server, fresh_addresses, sign_in
+from client import sign_in
+from systems import (
+    CONNECTIONS,
+    EXPRESS,
+    STOCK,
+    Broken,
+    ExpressPeer,
+    GoPeer,
+    Ours,
+    Users,
+    cpu_seconds,
+    has_go,
+    noop,
+    per_order,
+    until,
+    wrk,
+)
 
-from app.run.embedded import PostgresServer, RedisServer
-
-CONNECTIONS = 64
-STOCK = 10_000_000
-PEER = ROOT / "stress" / "peer_express"
-TICKS = os.sysconf("SC_CLK_TCK")
-# The roles of processes, by a word of their command lines.
-ROLES = {
-    "app.run.serve": "web",
-    "web.py": "web",
-    "server.js": "web",
-    "worker.py": "worker",
-    "worker.js": "worker",
-    "valkey": "redis",
-    "postgres": "postgres",
-}
-
-
-class Broken(Exception):
-    """The figures of a run don't agree, so it does not count."""
-
-
-def until(condition, seconds: float, what: str):
-    """Return the condition's first true value. Raises Broken when the time is over."""
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        if time.monotonic() > deadline:
-            raise Broken(f"waited {seconds:.0f} s for {what}")
-        time.sleep(0.02)
-    return value
-
-
-def wrk(
-    script: str, url: str, *args: object, seconds: float, connections: int = CONNECTIONS
-) -> dict:
-    """Return wrk's figures for one load; rates are per second."""
-    threads = min(2, connections)
-    command = ["wrk", f"-t{threads}", f"-c{connections}", f"-d{max(1, round(seconds))}s", "-s"]
-    command += [str(ROOT / "stress" / "load" / script), url, "--", *map(str, args)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    figures = json.loads(output.strip().splitlines()[-1])
-    figures["rate"] = figures["requests"] / (figures["duration_us"] / 1e6)
-    return figures
-
-
-def cpu_seconds(roots: list[int]) -> dict[str, float]:
-    """Return the CPU time of these processes and all below them, by role."""
-    parents, times, roles = {}, {}, {}
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            words = (entry / "cmdline").read_bytes().decode(errors="replace")
-            words += (entry / "comm").read_text()
-        except OSError:
-            continue
-        pid = int(entry.name)
-        parents[pid], times[pid] = int(fields[1]), (int(fields[11]) + int(fields[12])) / TICKS
-        roles[pid] = next((role for word, role in ROLES.items() if word in words), "other")
-    sums: dict[str, float] = {}
-    for pid, role in roles.items():
-        ancestor = pid
-        while ancestor not in roots and ancestor in parents:
-            ancestor = parents[ancestor]
-        if ancestor in roots:
-            sums[role] = sums.get(role, 0) + times[pid]
-    return sums
-
-
-def per_order(before: dict[str, float], after: dict[str, float], orders: int) -> dict[str, float]:
-    """Return microseconds of CPU per order, by role."""
-    return {
-        role: (after[role] - before.get(role, 0)) / orders * 1e6
-        for role in ("web", "redis", "worker", "postgres")
-        if role in after
-    }
-
-
-class Users:
-    """Ranges of user ids that no run has used."""
-
-    def __init__(self) -> None:
-        self._base = 0
-
-    def next(self) -> int:
-        self._base += 10**9
-        return self._base
-
-
-class Ours:
-    """The system as `make run` starts it."""
-
-    name = "this system"
-
-    def __init__(self, folder: Path, port: int, **environ: str) -> None:
-        self.folder, self.port = folder, port
-        self.url = f"http://127.0.0.1:{port}"
-        self.environ = {
-            name: value
-            for name, value in os.environ.items()
-            if name not in ("REDIS_URL", "DATABASE_URL", "SECRET_KEY", "APP_ENV")
-        } | {
-            "DATA_DIR": str(folder),
-            "PORT": str(port),
-            # All load comes from one address; and the peer limits users alone.
-            "PURCHASE_ADDRESS_LIMIT": "off",
-            **environ,
-        }
-
-    @contextmanager
-    def running(self):
-        self.folder.mkdir(parents=True, exist_ok=True)
-        log = self.folder / "bench.log"
-        with log.open("w") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "app.run.supervisor"],
-                cwd=ROOT,
-                env=self.environ,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
-        self.roots = [process.pid]
-        try:
-            started = time.monotonic()
-            until(
-                lambda: "Ready:" in log.read_text() or process.poll() is not None, 90, "the start"
-            )
-            self.start_seconds = time.monotonic() - started
-            if process.poll() is not None:
-                raise Broken(f"did not start:\n{log.read_text()}")
-            self.api = Server(self.url, (self.folder / "admin_api_token").read_text().strip())
-            self.redis = redis.Redis.from_url(RedisServer(self.folder).url)
-            yield self
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(60)
-
-    def product(self, stock: int) -> int:
-        body = {"name": "bench", "priceCents": 1999, "currency": "EUR", "stock": stock}
-        admin = {"Authorization": f"Bearer {self.api.token}"}
-        return self.api.call("POST", "/products", body, **admin).body["id"]
-
-    def metrics(self, product: int) -> dict:
-        # From an address of its own each time: look-ups are limited to 600 a minute for each.
-        return self.api.read(f"/purchase/metrics?productId={product}", fresh_addresses(1)[0])
-
-    def pid_of(self, role: str) -> int:
-        word = next(word for word, known in ROLES.items() if known == role and ".js" not in word)
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                try:
-                    words = (entry / "cmdline").read_bytes().decode(errors="replace")
-                    environ = (entry / "environ").read_bytes().decode(errors="replace")
-                except OSError:
-                    continue
-                if word in words and f"DATA_DIR={self.folder}\0" in environ:
-                    return int(entry.name)
-        raise Broken(f"no process for {role}")
-
-
-class Peer:
-    """Express 5, ioredis, BullMQ, pg: the usual design, without fsync in its Redis."""
-
-    def __init__(self, folder: Path, port: int, processes: int) -> None:
-        self.name = f"peer, {processes} process{'es' if processes > 1 else ''}"
-        self.folder, self.port, self.processes = folder, port, processes
-        self.url = f"http://127.0.0.1:{port}"
-
-    @contextmanager
-    def running(self, stock: int):
-        self.folder.mkdir(parents=True, exist_ok=True)
-        servers = (
-            RedisServer(self.folder, extra=("appendonly=no", "appendfsync=no")),
-            PostgresServer(self.folder),
-        )
-        children = []
-        for server in servers:
-            server.start()
-        try:
-            redis.Redis.from_url(servers[0].url).flushall()
-            environ = os.environ | {
-                "NODE_ENV": "production",
-                "REDIS_URL": servers[0].url.partition("?")[0],
-                "DATABASE_URL": servers[1].url.replace("+psycopg2", ""),
-                "PORT": str(self.port),
-                "PROCESSES": str(self.processes),
-                "STOCK": str(stock),
-            }
-            with (self.folder / "peer.log").open("a") as log:
-                options = {"cwd": PEER, "env": environ, "stdout": log, "stderr": log}
-                subprocess.run(["node", "seed.js"], check=True, **options)
-                for program in ("server.js", "worker.js"):
-                    children.append(subprocess.Popen(["node", program], **options))
-            self.roots = [child.pid for child in children] + [
-                server.process.pid for server in servers
-            ]
-            until(self._answers, 30, "the peer")
-            yield self
-        finally:
-            for child in children:
-                child.terminate()
-            for child in children:
-                child.wait(30)
-            for server in servers:
-                server.stop()
-
-    def _answers(self) -> bool:
-        try:
-            return "queue_depth" in self.metrics(1)
-        except OSError:
-            return False
-
-    def metrics(self, product: int) -> dict:
-        with urllib.request.urlopen(f"{self.url}/purchase/metrics", timeout=10) as answer:
-            return json.load(answer)
-
-
-@contextmanager
-def noop(port: int):
-    """The ceiling: Granian with the smallest application there is."""
-    command = ["granian", "--interface", "wsgi", "--port", str(port), "--workers", "2"]
-    command += ["--blocking-threads", "2", "--no-ws", "--log-level", "error", "noop_wsgi:app"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", *command], cwd=ROOT / "stress", stdout=subprocess.DEVNULL
-    )
-    try:
-        until(lambda: _listens(port), 20, "the no-op server")
-        yield f"http://127.0.0.1:{port}/purchase"
-    finally:
-        process.terminate()
-        process.wait(20)
-
-
-def _listens(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+CROWD = 1000
+# The limit is on, and counts, but one machine's load does not meet it.
+HIGH_LIMIT = "100000000/minute"
 
 
 def sell(system, product: int, base: int, seconds: float) -> dict:
@@ -314,22 +93,25 @@ def sell(system, product: int, base: int, seconds: float) -> dict:
 def refuse(system, product: int, users: Users, seconds: float) -> dict:
     """Measure refusals: of a product that is sold out, and of users over their limit."""
     url = f"{system.url}/purchase"
+    before = cpu_seconds(system.roots)
     sold_out = wrk("buy.lua", url, users.next(), product, seconds=seconds)
+    sold_out["cpu"] = per_order(before, cpu_seconds(system.roots), sold_out["requests"])
     limited = wrk("limited.lua", url, users.next(), 50, product, seconds=seconds)
     if sold_out["ok"] or limited["ok"] > 50 * 5:
         raise Broken(f"{system.name}: sold what it had not")
     return {"sold_out": sold_out, "limited": limited}
 
 
-def round_of_ours(folder: Path, port: int, users: Users, seconds: float) -> dict:
-    with Ours(folder, port).running() as system:
+def round_of_ours(
+    folder: Path, port: int, users: Users, seconds: float, address_limit: str = "off"
+) -> dict:
+    with Ours(folder, port, PURCHASE_ADDRESS_LIMIT=address_limit).running() as system:
         wrk("buy.lua", f"{system.url}/purchase", users.next(), system.product(STOCK), seconds=1)
         result = sell(system, system.product(STOCK), users.next(), seconds)
         return result | refuse(system, system.product(0), users, seconds / 2)
 
 
-def round_of_peer(folder: Path, port: int, processes: int, users: Users, seconds: float) -> dict:
-    peer = Peer(folder, port, processes)
+def round_of_peer(peer: ExpressPeer | GoPeer, users: Users, seconds: float) -> dict:
     with peer.running(STOCK):
         # Node compiles what is hot: a cold start would wrong it. One user can take five units.
         wrk("limited.lua", f"{peer.url}/purchase", users.next(), 1, 1, seconds=2)
@@ -337,6 +119,20 @@ def round_of_peer(folder: Path, port: int, processes: int, users: Users, seconds
     with peer.running(0):
         wrk("limited.lua", f"{peer.url}/purchase", users.next(), 1, 1, seconds=1)
         return result | refuse(peer, 1, users, seconds / 2)
+
+
+def peers(folder: Path, port: int, with_peer: bool) -> dict[str, ExpressPeer | GoPeer]:
+    """Return what this machine can compare with, by the names of bench_report.py."""
+    if not with_peer:
+        return {}
+    found: dict[str, ExpressPeer | GoPeer] = {
+        f"peer{processes}": ExpressPeer(folder / f"peer{processes}", port, processes)
+        for processes in (1, 2)
+    }
+    if has_go():
+        found["go"] = GoPeer(folder / "go", port, fsync=True)
+        found["go_weak"] = GoPeer(folder / "go_weak", port, fsync=False)
+    return found
 
 
 def sell_beside(system: Ours, product: int, users: Users, dashboards: int, cookie: str) -> tuple:
@@ -383,6 +179,7 @@ def single_figures(folder: Path, port: int, users: Users) -> dict:
     with Ours(folder, port).running() as system:
         product, url = system.product(STOCK), f"{system.url}/purchase"
         found["idle"] = wrk("buy.lua", url, users.next(), product, seconds=4, connections=1)
+        found["crowd"] = wrk("buy.lua", url, users.next(), product, seconds=4, connections=CROWD)
         worker = system.pid_of("worker")
         # The rates of the last minute go by themselves; what is left is what the sale leaves.
         time.sleep(62)
@@ -424,8 +221,10 @@ def main() -> int:
     if with_peer and not (shutil.which("node") and shutil.which("npm")):
         print("node and npm are not installed; --no-peer does without them", file=sys.stderr)
         return 2
-    if with_peer and not (PEER / "node_modules").exists():
-        subprocess.run(["npm", "ci", "--silent"], cwd=PEER, check=True)
+    if with_peer and not (EXPRESS / "node_modules").exists():
+        subprocess.run(["npm", "ci", "--silent"], cwd=EXPRESS, check=True)
+    if with_peer and not has_go():
+        print("no Go peer: apt-get install golang-go golang-github-gomodule-redigo-dev")
     users, rounds = Users(), []
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
         folder = Path(scratch)
@@ -442,18 +241,17 @@ def main() -> int:
                 with noop(wanted.port + 1) as url:
                     results["noop"] = wrk("buy.lua", url, 10**9, 1, seconds=wanted.seconds / 2)
                 print(f"  no-op {results['noop']['rate']:,.0f}/s", flush=True)
-                for processes in (1, 2) if with_peer else ():
-                    name = f"peer{processes}"
-                    results[name] = round_of_peer(
-                        folder / name, wanted.port + 2, processes, users, wanted.seconds
-                    )
+                results["ours_limited"] = round_of_ours(
+                    folder / "ours", wanted.port, users, wanted.seconds, HIGH_LIMIT
+                )
+                print(f"  address limit on {results['ours_limited']['rate']:,.0f}/s", flush=True)
+                for name, peer in peers(folder, wanted.port + 2, with_peer).items():
+                    results[name] = round_of_peer(peer, users, wanted.seconds)
                     print(f"  {name} {results[name]['rate']:,.0f}/s", flush=True)
                 rounds.append(results)
             single = single_figures(folder / "ours", wanted.port, users)
             growth = None
             if not wanted.no_growth:
-                from bench_growth import growth_figures
-
                 growth = growth_figures(folder / "growth", wanted.port, users)
         except Broken as error:
             print(f"the run does not count: {error}", file=sys.stderr)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
-from bench import ROOT, STOCK, Ours, Users, cpu_seconds, per_order, until, wrk
+from systems import ROOT, STOCK, Ours, Users, cpu_seconds, per_order, until, wrk
 
 ORDERS, PRODUCTS = 1_000_000, 50
 SAMPLES = 60

@@ -11,7 +11,14 @@ DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
 PLOT = DOCUMENT.parent / "queue-depth.svg"
 BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
 COLOURS = {"ours": "#2563eb", "peer1": "#d97706", "peer2": "#b91c1c"}
-NAMES = {"ours": "this system", "peer1": "peer, 1 process", "peer2": "peer, 2 processes"}
+NAMES = {
+    "ours": "this system",
+    "ours_limited": "this system, address limit on",
+    "peer1": "Express, 1 process",
+    "peer2": "Express, 2 processes",
+    "go": "Go, fsync, nothing stored",
+    "go_weak": "Go, no fsync, nothing stored",
+}
 
 
 def spread(rounds: list[dict], figure: Callable[[dict], float], form: str = "{:,.0f}") -> str:
@@ -33,8 +40,10 @@ def ratio(rounds: list[dict], figure: Callable[[dict], float], others: list[str]
 
 
 def tables(rounds: list[dict], single: dict, growth: dict | None, seconds: float) -> str:
-    peers = [name for name in ("peer1", "peer2") if name in rounds[0]]
-    systems = ["ours", *peers]
+    systems = [name for name in NAMES if name in rounds[0]]
+    # The best of each kind: with and without Node.js, the Go peer with the same fsync as ours.
+    kinds = {"Express": ["peer1", "peer2"], "Go, fsync": ["go"]}
+    kinds = {kind: names for kind, names in kinds.items() if names[0] in rounds[0]}
     lines = [
         f"Measured on {time.strftime('%Y-%m-%d')} by `make bench`: {len(rounds)} rounds of "
         f"{seconds:g} s, {os.cpu_count()} cores shared by load, web, Redis, PostgreSQL and worker, "
@@ -56,12 +65,12 @@ def tables(rounds: list[dict], single: dict, growth: dict | None, seconds: float
         ("refused/s, rate-limited", lambda r: r["limited"]["rate"], "{:,.0f}"),
     ]
     table(
-        ["", *(NAMES[name] for name in systems), *(["ratio to the better peer"] if peers else [])],
+        ["", *(NAMES[name] for name in systems), *(f"ratio to {kind}" for kind in kinds)],
         [
             [
                 name,
                 *(spread(rounds, lambda r, s=s, f=figure: f(r[s]), form) for s in systems),
-                *([ratio(rounds, figure, peers)] if peers else []),
+                *(ratio(rounds, figure, names) for names in kinds.values()),
             ]
             for name, figure, form in figures
         ]
@@ -69,7 +78,7 @@ def tables(rounds: list[dict], single: dict, growth: dict | None, seconds: float
             [
                 name,
                 *(spread(rounds, lambda r, s=s, f=figure: f(r[s]), form) for s in systems),
-                *([""] if peers else []),
+                *("" for _ in kinds),
             ]
             for name, figure, form in (
                 ("median latency, ms", lambda r: r["p50_us"] / 1000, "{:.1f}"),
@@ -95,6 +104,22 @@ def tables(rounds: list[dict], single: dict, growth: dict | None, seconds: float
             for name in systems
         ],
     )
+    lines.append("CPU time per sold-out refusal, µs:\n")
+    table(
+        ["", "web", "redis"],
+        [
+            [
+                NAMES[name],
+                *(
+                    spread(
+                        rounds, lambda r, n=name, role=role: r[n]["sold_out"]["cpu"].get(role, 0)
+                    )
+                    for role in ("web", "redis")
+                ),
+            ]
+            for name in systems
+        ],
+    )
     ceiling = spread(rounds, lambda r: r["noop"]["rate"])
     share = spread(rounds, lambda r: r["ours"]["rate"] / r["noop"]["rate"], "{:.2f}")
     table(
@@ -108,6 +133,7 @@ def tables(rounds: list[dict], single: dict, growth: dict | None, seconds: float
             ],
             ["one client on an idle server, median ms", f"{single['idle']['p50_us'] / 1000:.2f}"],
             ["one client on an idle server, p99 ms", f"{single['idle']['p99_us'] / 1000:.2f}"],
+            ["1,000 connections, p99 ms", f"{single['crowd']['p99_us'] / 1000:.0f}"],
             [
                 "accepted purchases with 20 open dashboards (50 products) against none, 5 pairs",
                 spread(single["dashboards"], lambda pair: pair["ratio"], "{:.2f}"),
