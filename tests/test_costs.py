@@ -9,6 +9,7 @@ from test_claim import commandstats
 from app.extensions import db, stock
 from app.orders.drain import drain_batch
 from app.stock.keys import Keys
+from app.watch.telemetry import Meter
 
 
 @pytest.fixture
@@ -31,6 +32,12 @@ def statements(app):
             event.remove(engine, "before_cursor_execute", note)
 
     return count
+
+
+@pytest.fixture(autouse=True)
+def no_reports(monkeypatch):
+    """Nothing but what is counted: each second a thread reports the figures of its process."""
+    monkeypatch.setattr(Meter, "flush", lambda meter: None)
 
 
 def commands_of(action) -> dict[str, int]:

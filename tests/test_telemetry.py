@@ -7,7 +7,7 @@ import timeit
 import pytest
 import redis
 from prometheus_client.parser import text_string_to_metric_families
-from waiting import wait_until
+from waiting import patience, wait_until
 
 from app.audit import CLI
 from app.extensions import stock
@@ -113,8 +113,10 @@ def test_what_was_counted_while_redis_was_away_is_not_lost(app, client, admin_he
 def test_counting_costs_next_to_nothing():
     meter = Meter("web")
     meter._thread = True  # nothing to report to
-    best = min(timeit.repeat(lambda: meter.observe("200 OK", 0.0013), number=10_000, repeat=5))
-    assert best / 10_000 < 5e-6
+    times = timeit.repeat(
+        lambda: meter.observe("200 OK", 0.0013), time.thread_time, number=10_000, repeat=5
+    )
+    assert min(times) / 10_000 < patience(5e-6)
 
 
 def test_processes_and_workers(app, client, admin_headers):
