@@ -182,8 +182,8 @@ class Connection(asyncio.BufferedProtocol):
         self.rest = b""
         self.url = b""
         self.headers: list[tuple[bytes, bytes]] = []
-        # Of the head that is being read, and of what else of its request has been received.
-        self.head_bytes = self.wire_bytes = 0
+        # Of the newest request, counted from the piece on in which it begins.
+        self.wire_bytes = 0
         # The bytes of the head that begin the body again, after an offer to upgrade.
         self.begin_body: bytes | None = None
         # The client doesn't read what was written; `read` is set when it does, or is gone.
@@ -275,24 +275,21 @@ class Connection(asyncio.BufferedProtocol):
             self._receive(self._buffer[:size])
 
     def _receive(self, data: memoryview) -> None:
+        """Parse what was received, as far as what waits already leaves room for it."""
         queue = self.queue
         unfinished = queue[-1] if self.reading is BODY else None
-        self._read(data)
+        while data and self.reading is not DEAF:
+            if queue and self._has_enough():
+                self.rest = bytes(data)
+                self.transport.pause_reading()
+                break
+            self._parse(data[:PIECE_BYTES])
+            self._advance()
+            data = data[PIECE_BYTES:]
         if (queue[-1] if self.reading is BODY else None) is not unfinished:
             self._restart_clock()
         if self.reading is not BETWEEN or len(queue) > 1 or self.holds:
             self._note_holding()
-
-    def _read(self, data: memoryview) -> None:
-        """Parse what was received, as far as what waits already leaves room for it."""
-        while data and self.reading is not DEAF:
-            if self._has_enough():
-                self.rest = bytes(data)
-                self.transport.pause_reading()
-                return
-            self._parse(data[:PIECE_BYTES])
-            data = data[PIECE_BYTES:]
-            self._advance()
 
     def _read_rest(self) -> None:
         if self.rest and not self._has_enough():
@@ -332,14 +329,12 @@ class Connection(asyncio.BufferedProtocol):
     def _parse(self, data: memoryview) -> None:
         self.wire_bytes += len(data)
         try:
-            while True:
-                try:
-                    self.parser.feed_data(data)
-                    break
-                except httptools.HttpParserUpgrade as offer:
-                    data = data[offer.args[0] :]
-                    self._ignore_upgrade()
-            self._check_progress(data)
+            self.parser.feed_data(data)
+            if self.reading is not BETWEEN:
+                self._check_progress(data)
+        except httptools.HttpParserUpgrade as offer:
+            self._ignore_upgrade()
+            self._parse(data[offer.args[0] :])
         except Stop as stop:
             self._stop(stop.refused)
         except httptools.HttpParserCallbackError as error:
@@ -383,9 +378,10 @@ class Connection(asyncio.BufferedProtocol):
         if self.reading is BODY:
             request = self.queue[-1]
         else:
-            request = Request()
+            request = Request({})
             self.queue.append(request)
-        request.refusal, request.whole, request.keep_alive = answer, True, False
+        request.refusal, request.whole = answer, True
+        request.purchase = request.keep_alive = False
         request.body = bytearray()
         self.reading, self.rest, self.headers, self.cut_off = DEAF, b"", [], True
 
@@ -398,19 +394,15 @@ class Connection(asyncio.BufferedProtocol):
             raise Stop
         self.reading = HEAD
         self.url = b""
-        self.head_bytes = self.wire_bytes = 0
+        self.wire_bytes = 0
 
     def on_url(self, url: bytes) -> None:
         self.url += url
-        self.head_bytes += len(url)
-        if self.head_bytes > MAX_HEAD_BYTES:
-            raise Stop(HEAD_TOO_LARGE)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         # Trailers are headers to the parser: after the head's end they are counted, and no more.
         headers = self.headers
-        self.head_bytes += len(name) + len(value) + 4
-        if self.head_bytes > MAX_HEAD_BYTES or len(headers) >= MAX_HEADERS:
+        if len(headers) == MAX_HEADERS:
             raise Stop(HEAD_TOO_LARGE)
         headers.append((name.lower(), value))
 
@@ -419,32 +411,29 @@ class Connection(asyncio.BufferedProtocol):
             return
         headers, self.headers = self.headers, []
         parser, url = self.parser, self.url
-        environ = {"REMOTE_ADDR": self.address}
+        method, version = parser.get_method().decode(), parser.get_http_version()
+        environ = {"REQUEST_METHOD": method, "REMOTE_ADDR": self.address}
         for name, value in headers:
             if key := HEADERS.get(name):
-                text = value.decode("latin-1")
                 if key not in environ:
-                    environ[key] = text
+                    environ[key] = value.decode("latin-1")
                 elif key in ONCE:
                     raise Stop(ONCE[key])
                 else:
-                    environ[key] += f",{text}"
-        environ["REQUEST_METHOD"] = method = parser.get_method().decode()
-        version = parser.get_http_version()
+                    environ[key] += f",{value.decode('latin-1')}"
         length = _check_framing(method, version, environ)
-        request = Request()
+        request = Request(environ)
         if url == b"/purchase" or url.startswith(b"/purchase?"):
             request.purchase, request.most = True, MAX_BODY_BYTES
         elif url[:1] == b"/" or url[:7].lower() == b"http://" or url[:8].lower() == b"https://":
-            request.method, request.url, request.version = method, url.decode("latin-1"), version
-            request.headers, request.server = headers, self.server
+            request.is_page(method, url, version, headers, self.server)
             request.most = self.pages.most
         else:
             raise Stop(MALFORMED)
-        request.environ = environ
-        request.size = self.head_bytes + HEADER_COST * len(headers)
+        request.size = self.wire_bytes + HEADER_COST * len(headers)
         request.keep_alive = version == "1.1" and parser.should_keep_alive()
-        request.expects_continue = environ.get("HTTP_EXPECT", "").lower() == "100-continue"
+        if "HTTP_EXPECT" in environ:
+            request.expects_continue = environ["HTTP_EXPECT"].lower() == "100-continue"
         self.queue.append(request)
         self.reading = BODY
         if length > request.most:
@@ -489,13 +478,13 @@ class Connection(asyncio.BufferedProtocol):
                     request.expects_continue = False
                     self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
                 return
-            if request.refusal:
+            if request.purchase:
+                self.answering = SERVING
+                self.task = self.loop.create_task(self._sell(request))
+            elif request.refusal:
                 identity = logs.HEADER, logs.request_id(None)
                 status, headers, body = request.refusal
                 self._answer(Answer(status, (*headers, identity), body))
-            elif request.purchase:
-                self.answering = SERVING
-                self.task = self.loop.create_task(self._sell(request))
             elif answer := self.pages.at_once(request):
                 self._answer(answer)
             else:
@@ -632,10 +621,12 @@ def _check_framing(method: str, version: str, environ: dict[str, str]) -> int:
         raise Stop(OTHER_VERSION)
     if method == "CONNECT":
         raise Stop(NO_TUNNEL)
-    if environ.get("HTTP_TRANSFER_ENCODING", "chunked").strip().lower() != "chunked":
-        raise Stop(UNKNOWN_CODING)
-    length = environ.get("CONTENT_LENGTH", "0")
+    if "HTTP_TRANSFER_ENCODING" in environ:
+        if environ["HTTP_TRANSFER_ENCODING"].strip().lower() != "chunked":
+            raise Stop(UNKNOWN_CODING)
+        return 0
+    length = environ.get("CONTENT_LENGTH") or "0"
     # The parser has seen that it is a number.
     if len(length) > 18:
         raise Stop(NO_LENGTH)
-    return int(length or 0)
+    return int(length)

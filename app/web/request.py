@@ -1,30 +1,38 @@
 """A request as the connection read it, on its way to its answer."""
 
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
-
 from .answer import Answer
 
 
 class Request:
     """What was asked, how much of it has come, and what is known about its answer."""
 
-    method = url = version = ""
-    headers: Sequence[tuple[bytes, bytes]] = ()
-    # REMOTE_ADDR and the headers that this process looks at itself, by their WSGI names.
-    environ: Mapping[str, str] = MappingProxyType({})
-    server: tuple[str, int] = ("", 0)
-    # What it takes in memory, roughly, without the body.
-    size = 0
-    # How many bytes of a body are of use.
-    most = 0
-    purchase = whole = gone = False
-    # Whether the client waits to be told to send the body (RFC 9110, 10.1.1).
-    expects_continue = False
-    # Whether more may be asked on the connection after it.
-    keep_alive = False
-    # What the connection itself answers, where it is no request that could be served.
-    refusal: Answer | None = None
+    __slots__ = (
+        "body", "environ", "expects_continue", "gone", "headers", "keep_alive", "method", "most",
+        "purchase", "refusal", "server", "size", "url", "version", "whole",
+    )  # fmt: skip
 
-    def __init__(self) -> None:
+    def __init__(self, environ: dict[str, str]) -> None:
+        """`environ` is REMOTE_ADDR and what else this process looks at, by its WSGI name."""
+        self.environ = environ
         self.body = bytearray()
+        # What it takes in memory, roughly, without the body; and how much of a body is of use.
+        self.size = self.most = 0
+        self.purchase = self.whole = self.gone = False
+        # Whether the client waits to be told to send the body (RFC 9110, 10.1.1).
+        self.expects_continue = False
+        # Whether more may be asked on the connection after it.
+        self.keep_alive = False
+        # What the connection itself answers, where it is no request that could be served.
+        self.refusal: Answer | None = None
+
+    def is_page(
+        self,
+        method: str,
+        url: bytes,
+        version: str,
+        headers: list[tuple[bytes, bytes]],
+        server: tuple[str, int],
+    ) -> None:
+        """Note the rest of the head, which only Flask looks at; `server` is the own address."""
+        self.method, self.url, self.version = method, url.decode("latin-1"), version
+        self.headers, self.server = headers, server
