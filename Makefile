@@ -1,4 +1,6 @@
 VENV = .venv/bin
+PYTHON = python3
+PIP = $(VENV)/pip install --quiet --disable-pip-version-check --require-hashes --requirement
 
 # Tests at a time; each has servers of its own.
 JOBS = 2
@@ -7,7 +9,7 @@ PYTEST = $(VENV)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 .PHONY: run test drills coverage lint format types lock stress screenshots bench chaos fuzz
 
 run: .venv/installed
-	exec $(VENV)/python -m app.run.supervisor
+	@exec $(VENV)/python -m app.run.supervisor
 
 # make test args="-k restock"
 test: .venv/installed-dev
@@ -66,14 +68,21 @@ fuzz: .venv/installed-dev
 bench: .venv/installed-dev
 	$(VENV)/python stress/bench.py
 
-.venv/installed: requirements.lock
-	python3 -m venv .venv
-	$(VENV)/pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements.lock
-	touch $@
+# Always made anew as a whole, so that one that was cut short, or of another Python, does no harm.
+.venv/installed: requirements.lock .venv/bin/python
+	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info < (3, 14) or sys.exit("error: Python 3.11, 3.12 or 3.13 is needed, and $(PYTHON) is %d.%d; if there is another: make PYTHON=python3.12" % sys.version_info[:2])'
+	@echo "Installing the packages into .venv: about half a minute, this once"
+	@$(PYTHON) -m venv --clear .venv
+	@$(PIP) requirements.lock
+	@touch $@
+
+# Missing, or its Python is gone: the rule above makes it.
+.venv/bin/python: ;
 
 .venv/installed-dev: requirements-dev.lock .venv/installed
-	$(VENV)/pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements-dev.lock
-	touch $@
+	@echo "Installing what tests and benchmarks need"
+	@$(PIP) requirements-dev.lock
+	@touch $@
 
 lint/node_modules: lint/package-lock.json
 	npm ci --prefix lint --no-audit --no-fund --silent

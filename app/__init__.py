@@ -9,8 +9,6 @@ if TYPE_CHECKING:
 
     from .config import Settings
 
-__version__ = "0.1.0"
-
 
 def create_app(settings: Settings | None = None) -> Flask:
     """Build the app. The servers need not be up: nothing is connected before the first request.

@@ -17,6 +17,7 @@ from pathlib import Path
 from dotenv import dotenv_values
 
 ROOT = Path(__file__).resolve().parent.parent
+VERSION = "0.1.0"  # pyproject.toml says the same
 
 
 class SettingsError(ValueError):

@@ -290,25 +290,63 @@ class Promises:
 
 def arguments(description: str) -> argparse.ArgumentParser:
     """Return a parser of the arguments that every program takes."""
-    port = os.environ.get("PORT") or 8000
-    url = os.environ.get("URL") or f"http://127.0.0.1:{port}"
     parser = argparse.ArgumentParser(
         description=description,
-        epilog="Exits 0 when every promise was kept, 1 when one was broken, 2 when it can't run.",
+        epilog="Without arguments the system that `make run` started here is tested. "
+        "Exits 0 when every promise was kept, 1 when one was broken, 2 when it can't run.",
     )
-    parser.add_argument("--url", default=url, help="the server (env URL or PORT; %(default)s)")
-    parser.add_argument(
-        "--token", help="admin token (env ADMIN_API_TOKEN; DATA_DIR/admin_api_token)"
-    )
+    parser.add_argument("--url", help="the server (env URL, or PORT)")
+    parser.add_argument("--token", help="admin token (env ADMIN_API_TOKEN)")
     return parser
 
 
-def _default_token() -> str:
-    path = Path(os.environ.get("DATA_DIR") or ROOT / ".data").expanduser() / "admin_api_token"
+def find_server(url: str | None, token: str | None) -> Server:
+    """Return the server that was named, or else the one that runs here. Raises CannotRun."""
+    given = _settings()
+    url = url or given.get("URL")
+    token = token or given.get("ADMIN_API_TOKEN")
+    data_dir = given.get("DATA_DIR") and Path(given["DATA_DIR"]).expanduser().absolute()
+    if not url and given.get("PORT"):
+        url = f"http://{given.get('HOST') or '127.0.0.1'}:{given['PORT']}"
+    runs = [
+        run
+        for run in _running()
+        if url in (None, run["url"]) and data_dir in (None, Path(run["data_dir"]))
+    ]
+    if len(runs) > 1 and not (url and token):
+        found = ", ".join(f"{run['url']} (DATA_DIR={run['data_dir']})" for run in runs)
+        raise CannotRun(f"several systems run here: name one with --url or DATA_DIR: {found}")
+    if runs:
+        url, data_dir = runs[0]["url"], Path(runs[0]["data_dir"])
+    if not url:
+        raise CannotRun("no running system found: start `make run`, or give --url and --token")
+    return Server(url, token or _token_of(data_dir or ROOT / ".data"))
+
+
+def _settings() -> dict[str, str]:
+    """Return the environment over `.env`; the latter only where the system's own reader is."""
+    settings = {}
+    with contextlib.suppress(ImportError):
+        from dotenv import dotenv_values
+
+        settings = {name: value for name, value in dotenv_values(ROOT / ".env").items() if value}
+    return settings | {name: value for name, value in os.environ.items() if value}
+
+
+def _running() -> Iterator[dict[str, str]]:
+    """Find the notes that each `make run` of this directory leaves for as long as it is ready."""
+    for note in sorted((ROOT / ".runs").glob("[0-9]*")):
+        with contextlib.suppress(OSError, ValueError):
+            os.kill(int(note.name), 0)  # one that was killed could not take its note away
+            yield json.loads(note.read_text())
+
+
+def _token_of(data_dir: Path) -> str:
+    path = data_dir / "admin_api_token"
     try:
-        return os.environ.get("ADMIN_API_TOKEN") or path.read_text().strip()
+        return path.read_text().strip()
     except OSError as error:
-        hint = f"give --token or ADMIN_API_TOKEN ({path}: {error.strerror})"
+        hint = f"give --token, ADMIN_API_TOKEN or its DATA_DIR ({path}: {error.strerror})"
         raise CannotRun(f"no admin token: {hint}") from None
 
 
@@ -317,7 +355,7 @@ def run(test: Callable[[Server, argparse.Namespace, Promises], None], parser) ->
     options = parser.parse_args()
     promises = Promises()
     try:
-        test(Server(options.url, options.token or _default_token()), options, promises)
+        test(find_server(options.url, options.token), options, promises)
     except CannotRun as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import tomllib
 from dataclasses import fields
 from html.parser import HTMLParser
 
@@ -54,6 +55,11 @@ def test_the_document_is_served_as_it_is(client):
     assert (answer.status_code, answer.mimetype) == (200, "application/json")
     assert answer.json == json.loads(json.dumps(document()))
     assert answer.json["openapi"].startswith("3.1")
+
+
+def test_the_version_is_the_projects():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert document()["info"]["version"] == project["version"]
 
 
 def test_every_reference_leads_somewhere():

@@ -11,8 +11,8 @@ from contextlib import suppress
 # What a process says: that it can work; that its event loop turns, but none of its page threads.
 ALIVE, PAGES_STUCK = b".", b"!"
 BEAT_SECONDS = 1.0
-# So many seconds of a process are looked at in vain before it counts as hung. The longest gap of a
-# busy one was 1.2 s (docs/performance.md); a debugger or a paused container gets time to go on.
+# So many looks in vain, a second apart, and a process counts as hung. The longest gap of a busy one
+# was 2 s, with 10 runnable programs for each core (docs/performance.md).
 MOST_MISSED = 10
 # Before the first beat it imports; on a machine that has other things to do, slowly.
 MOST_MISSED_AT_START = 60

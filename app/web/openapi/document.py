@@ -6,6 +6,7 @@ Written by hand beside the contract; the tests hold it against the routes and th
 import json
 from functools import cache
 
+from ...config import VERSION
 from .components import (
     CREATION_KEY,
     HEADERS,
@@ -392,7 +393,7 @@ def document() -> dict:
     """Return the document."""
     return {
         "openapi": "3.1.0",
-        "info": {"title": "Flash sale", "version": "1.0.0", "description": INTRODUCTION},
+        "info": {"title": "Flash sale", "version": VERSION, "description": INTRODUCTION},
         "servers": [{"url": "/"}],
         "tags": [{"name": name} for name in ("Buying", "Products", "Operation")],
         "paths": _paths(),
