@@ -1,4 +1,4 @@
-"""What the dashboard of a large sale weighs on its way to the browser, compressed as it is served."""
+"""What the dashboard of a large sale weighs on its way to a browser, compressed as it is served."""
 
 import gzip
 import re

@@ -349,7 +349,7 @@ CREATION_KEY = KEY | {
     "description": "One for each intent, such as a UUID; kept for 30 days. Sent again, it makes "
     "nothing anew: the first answer comes again, with `Idempotent-Replayed`.",
 }
-VERSION = parameter(
+IF_MATCH = parameter(
     "If-Match",
     "header",
     {"type": "string", "pattern": r'^\*$|^(W/)?"[0-9]{1,18}"(, *(W/)?"[0-9]{1,18}")*$'},
