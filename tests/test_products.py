@@ -1,6 +1,6 @@
 """Products and restocks over the API."""
 
-from test_claim import at_once
+from crowd import at_once
 
 from app.extensions import db, stock
 from app.models import AuditEntry, StockMovement
