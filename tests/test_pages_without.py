@@ -13,6 +13,7 @@ from sqlalchemy.exc import OperationalError
 from app.admin import dashboard
 from app.books import ledger
 from app.extensions import db, stock
+from app.staff import sessions
 from app.stock.keys import Keys
 from app.watch import monitor, samples, shelf
 from app.worker.relay import Sampler, Sweeper
@@ -25,6 +26,8 @@ def nothing_shared(monkeypatch):
     """No figures of another test: polls share theirs for a moment."""
     monkeypatch.setattr(dashboard, "_shared", {})
     monkeypatch.setattr(monitor, "_readings", samples.Readings())
+    # Each test empties Redis, so that a process must not remember what it has written there.
+    monkeypatch.setattr(sessions, "_confirmed", {})
 
 
 def stopped() -> threading.Event:
