@@ -23,8 +23,7 @@ from ..orders.drain import BATCH_ORDERS, DRAIN_LOCK, Row, store
 from ..problems import Conflict, Unavailable
 from ..products import catalogue, movements, sale, terms
 from ..products.sale import SALE_LOCK
-from ..stock.entries import Entry
-from ..stock.keys import IDEMPOTENCY_TTL_MS
+from ..stock.entries import STANDING, Entry, key_record
 from ..stock.place import USERS_PER_BUCKET
 from . import ledger
 
@@ -37,6 +36,8 @@ SEED_PRODUCT = {
     "stock": 100,
 }
 REBUILD_LOCK = 7_316_004
+# How a lookup calls an order that was a dead letter and is given up.
+_GIVEN_UP = "CANCELLED"
 # How many ids a lost Redis may have issued since it was last sampled, a second ago or an hour:
 # far more than any sale sells, and still nothing beside 2^53.
 UNKNOWN_IDS = 1_000_000
@@ -393,29 +394,32 @@ def _put_bought(connection) -> None:
 
 
 def _put_keys(connection) -> int:
-    """Remember the Idempotency-Keys of the last 24 hours, for what is left of their time."""
+    """Remember the Idempotency-Key of every order of the sale, and what has become of it."""
     count = 0
-    since = {"life": IDEMPOTENCY_TTL_MS}
     letters = """
-        SELECT payload, order_id FROM dead_letters
-        WHERE order_id IS NOT NULL AND created_at > now() - %(life)s * interval '1 ms'
-          AND resolution IS DISTINCT FROM 'replayed' ORDER BY id
+        SELECT payload, order_id, resolution FROM dead_letters
+        WHERE order_id IS NOT NULL AND resolution IS DISTINCT FROM 'replayed' ORDER BY id
     """
-    for rows in _pages(connection, letters, since):
-        parsed = [(Entry.parse(payload), order_id) for payload, order_id in rows]
+    for rows in _pages(connection, letters):
+        parsed = [(Entry.parse(payload), *of) for payload, *of in rows]
         count += stock.put_keys(
-            (e.user, e.idempotency_key, order_id, e.product_id, e.quantity, e.claimed_ms)
-            for e, order_id in parsed
+            (
+                e.user,
+                e.idempotency_key,
+                key_record(order_id, e, _GIVEN_UP if given_up else STANDING),
+            )
+            for e, order_id, given_up in parsed
             if e.idempotency_key
         )
     # After the letters: where both have a key, the order is the one that exists.
     orders = """
-        SELECT user_id, idempotency_key, id, product_id, quantity,
-               (extract(epoch FROM claimed_at) * 1000)::bigint
-        FROM orders
-        WHERE idempotency_key IS NOT NULL AND claimed_at > now() - %(life)s * interval '1 ms'
+        SELECT user_id, idempotency_key,
+               concat_ws(' ', id, unit_price_cents, currency,
+                         CASE status WHEN 'CONFIRMED' THEN %(standing)s ELSE status END,
+                         product_id, quantity)
+        FROM orders WHERE idempotency_key IS NOT NULL
     """
-    for rows in _pages(connection, orders, since):
+    for rows in _pages(connection, orders, {"standing": STANDING}):
         count += stock.put_keys(rows)
     return count
 

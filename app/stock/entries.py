@@ -95,3 +95,21 @@ class Entry:
             reference,
             int(held) if held else None,
         )
+
+
+# The status in a key's record of an order that is neither cancelled nor given up.
+STANDING = "+"
+
+
+def key_record(order_id: int, entry: Entry, status: str = STANDING) -> str:
+    """Return what Redis keeps under an order's Idempotency-Key, as claim.lua writes it."""
+    words = (
+        order_id,
+        entry.unit_price_cents,
+        entry.currency,
+        status,
+        entry.product_id,
+        entry.quantity,
+        entry.reference,
+    )
+    return " ".join(str(word) for word in words if word is not None)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import resources
+from typing import NamedTuple
 
 import hiredis
 import redis
@@ -20,8 +21,8 @@ from ..problems import Unavailable, Unprepared
 from .board import HISTORY_SAMPLES, Noticeboard
 from .brakes import BrakeGateway, Brakes
 from .doorkeeper import Doorkeeper
-from .entries import Entry
-from .keys import IDEMPOTENCY_TTL_MS, Keys, cautious_options
+from .entries import Entry, key_record
+from .keys import Keys, cautious_options
 from .lines import Claim, ClaimScript, LoopLine, Request, ThreadLine
 from .place import User, queued_score
 
@@ -37,6 +38,14 @@ REFUSALS = (
 
 # A product's terms of sale, in the order of put_product.lua.
 TERMS = ("opens", "closes", "pause", "cap", "max", "price")
+
+
+class Ended(NamedTuple):
+    """An order that came with an Idempotency-Key, and its status now; STANDING for one that holds."""
+
+    key: str
+    order_id: int
+    status: str
 
 
 @dataclass(frozen=True)
@@ -159,11 +168,13 @@ class Stock:
         product_id: int,
         units: int,
         user: User | None = None,
+        ended: Ended | None = None,
     ) -> tuple[str, int]:
         """Apply a stock movement at most once: (applied | repeated | short | unknown, free stock).
 
-        With `user` the units also go back to what this user may still buy. Raises Unprepared
-        when Redis holds another sale than `generation`.
+        With `user` the units also go back to what this user may still buy, and a replay of the
+        purchase with the key of the order that `ended` tells what has become of it. Raises
+        Unprepared when Redis holds another sale than `generation`.
         """
         keys = [Keys.generation, Keys.movements, Keys.product(product_id)]
         args = [movement_id, units, generation or ""]
@@ -171,6 +182,10 @@ class Stock:
             bucket, field = Keys.bought(product_id, user)
             keys.append(bucket)
             args.append(field)
+            if ended:
+                name, field = Keys.idempotency(user, ended.key)
+                keys += [name, Keys.former_idempotency(user, ended.key)]
+                args += [field, ended.order_id, ended.status]
         outcome, free = self._run("move", keys, args)
         if outcome == "unprepared":
             raise Unprepared("the sale is not in Redis")
@@ -438,6 +453,7 @@ class Stock:
             self.client.unlink(Keys.generation, Keys.outbox, Keys.queued, Keys.movements)
             self._unlink(Keys.bought_prefix)
             self._unlink(Keys.idempotency_prefix)
+            self._unlink(Keys.former_idempotency_prefix)
             for product_id in self.product_ids():
                 self.client.hdel(Keys.product(product_id), *accounting)
             self.client.unlink(Keys.products, Keys.order_ids)
@@ -486,17 +502,10 @@ class Stock:
             for product_id, bucket, fields, units in buckets
         )
 
-    def put_keys(self, keys: Iterable[tuple[int, str, int, int, int, int]]) -> int:
-        """Write Idempotency-Keys: (user, key, order id, product id, quantity, claimed ms) each."""
+    def put_keys(self, keys: Iterable[tuple[User, str, str]]) -> int:
+        """Write Idempotency-Keys: (user, key, its record, see entries.key_record) each."""
         return self._write(
-            (
-                "SET",
-                Keys.idempotency(user_id, key),
-                f"{order_id} {product_id} {quantity}",
-                "PXAT",
-                int(claimed_ms) + IDEMPOTENCY_TTL_MS,
-            )
-            for user_id, key, order_id, product_id, quantity, claimed_ms in keys
+            ("HSET", *Keys.idempotency(user, key), record) for user, key, record in keys
         )
 
     def _write(self, commands: Iterable[tuple]) -> int:
@@ -534,11 +543,13 @@ class Stock:
 
     def rename_order(self, entry: Entry, former: int, order_id: int) -> None:
         """Let a replay of the purchase tell the order's new id, if its key is still remembered."""
-        key = Keys.idempotency(entry.user, entry.idempotency_key)
-        request = f"{entry.product_id} {entry.quantity}"
+        assert entry.idempotency_key is not None
+        name, field = Keys.idempotency(entry.user, entry.idempotency_key)
+        older = Keys.former_idempotency(entry.user, entry.idempotency_key)
         with contextlib.suppress(redis.RedisError):
-            if self.client.get(key) == f"{former} {request}":
-                self.client.set(key, f"{order_id} {request}", xx=True, keepttl=True)
+            known = self.client.hget(name, field) or self.client.get(older)
+            if known and known.partition(" ")[0] == str(former):
+                self.client.hset(name, field, key_record(order_id, entry))
 
     def open(self, generation: str, first_order_id: int) -> None:
         """Let claims in: from here on order ids start at `first_order_id`."""

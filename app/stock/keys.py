@@ -11,7 +11,6 @@ from .place import User, place
 # A shopper gets an answer within 2 s even from a dead Redis; a healthy one needs about 1 ms.
 CONNECT_TIMEOUT_SECONDS = 0.5
 COMMAND_TIMEOUT_SECONDS = 1.0
-IDEMPOTENCY_TTL_MS = 24 * 60 * 60 * 1000
 # How a server says that it can't do a primary's work any more, or not yet: it has become a replica,
 # lost its primary or its replicas, is loading, or another holds these keys. Who is told so leaves.
 UNFIT = frozenset(
@@ -54,7 +53,8 @@ class Keys:
     brakes = "sale:{0}:brakes"
     brake_acts = "sale:{0}:brake-acts"
     bought_prefix = "sale:{0}:bought:"
-    idempotency_prefix = "sale:{0}:key:"
+    idempotency_prefix = "sale:{0}:keys:"
+    former_idempotency_prefix = "sale:{0}:key:"
 
     @staticmethod
     def product(product_id: int) -> str:
@@ -79,10 +79,18 @@ class Keys:
         return f"sale:{{0}}:bought:{product_id}:{bucket}"
 
     @staticmethod
-    def idempotency(user: User, key: str) -> str:
-        # A blank is in neither alphabet: no two pairs of user and key share a name.
-        between = ":" if isinstance(user, int) else " "
-        return f"sale:{{0}}:key:{user}{between}{key}"
+    def idempotency(user: User, key: str) -> tuple[str, str]:
+        """Return the hash and the field that hold the record of a user's Idempotency-Key.
+
+        A blank is in neither alphabet, so no two pairs of user and key share a field.
+        """
+        _, bucket, field = place(user)
+        return f"sale:{{0}}:keys:{bucket}", f"{field} {key}"
+
+    @staticmethod
+    def former_idempotency(user: User, key: str) -> str:
+        """Return where 0.1.0 kept the record; of a text, which it did not know, there is none."""
+        return f"sale:{{0}}:key:{user}:{key}" if isinstance(user, int) else Keys.nothing
 
 
 class StaffKeys:

@@ -7,7 +7,7 @@ to Redis.
 """
 
 import logging
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from time import perf_counter
 
@@ -23,7 +23,7 @@ from ..problems import (
 )
 from ..reading import MAX_BODY_BYTES
 from ..stock.gateway import Stock
-from ..stock.lines import Claim, Request, early_limit
+from ..stock.lines import Claim, Request, Tell, early_limit
 from ..times import from_ms, utc_text
 from ..watch.telemetry import Meter
 from .answer import (
@@ -136,20 +136,30 @@ class PurchaseLane:
         start_response(status, headers)
         return (body,)
 
-    async def serve(
-        self, environ: dict, body: bytearray, claim: Callable[..., Awaitable[Claim]]
-    ) -> Answer:
-        """Answer one request; `claim` is the road to Redis.
+    def serve(
+        self,
+        environ: dict,
+        body: bytearray,
+        ask: Callable[[Request, Tell], None],
+        answer: Callable[[Answer], None],
+    ) -> None:
+        """Answer one request, by calling `answer`; `ask` is the road to Redis.
 
         Of `environ` only what WSGI names the request's method, address and headers is looked at.
         """
         started = perf_counter()
+
+        def tell(claim: Claim | Exception) -> None:
+            told = self.refuse(claim) if isinstance(claim, Exception) else self.tell(claim)
+            answer(self.finish(environ, *told, started))
+
         try:
             self.check(environ)
-            told = self.tell(await claim(self.read(environ, body)))
+            request = self.read(environ, body)
         except Exception as error:
-            told = self.refuse(error)
-        return self.finish(environ, *told, started)
+            tell(error)
+        else:
+            ask(request, tell)
 
     def check(self, environ: dict) -> int:
         """Return how much of the body is to be read. Raises Refused for what need not be read."""
