@@ -41,7 +41,7 @@ TERMS = ("opens", "closes", "pause", "cap", "max", "price")
 
 
 class Ended(NamedTuple):
-    """An order that came with an Idempotency-Key, and its status now; STANDING for one that holds."""
+    """An order that came with an Idempotency-Key, and its status now; STANDING if it holds."""
 
     key: str
     order_id: int
