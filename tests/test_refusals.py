@@ -13,6 +13,7 @@ from app.problems import Unavailable
 from app.run.embedded import RedisServer
 from app.stock.gateway import Stock
 from app.stock.keys import Keys
+from app.stock.lines import Request
 
 MEGABYTE = 1 << 20
 
@@ -26,7 +27,9 @@ def refuse(count: int, first: int = 1_000_000) -> list[bytes]:
     try:
         for start in range(first, first + count, 500):
             users = range(start, min(start + 500, first + count))
-            commands = [script.command(user, 1, 1, None, str(IPv4Address(user))) for user in users]
+            commands = [
+                script.command(Request(user, 1, 1, None, str(IPv4Address(user)))) for user in users
+            ]
             connection.send_packed_command((script.load, *commands))
             answers = [connection.read_response() for _ in range(len(commands) + 1)]
             outcomes += [answer[0] for answer in answers[1:]]

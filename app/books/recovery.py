@@ -23,8 +23,9 @@ from ..orders.drain import BATCH_ORDERS, DRAIN_LOCK, Row, store
 from ..problems import Conflict, Unavailable
 from ..products import catalogue, movements, sale, terms
 from ..products.sale import SALE_LOCK
-from ..stock.gateway import Entry
-from ..stock.keys import IDEMPOTENCY_TTL_MS, USERS_PER_BUCKET
+from ..stock.entries import Entry
+from ..stock.keys import IDEMPOTENCY_TTL_MS
+from ..stock.place import USERS_PER_BUCKET
 from . import ledger
 
 log = logging.getLogger(__name__)
@@ -403,7 +404,7 @@ def _put_keys(connection) -> int:
     for rows in _pages(connection, letters, since):
         parsed = [(Entry.parse(payload), order_id) for payload, order_id in rows]
         count += stock.put_keys(
-            (e.user_id, e.idempotency_key, order_id, e.product_id, e.quantity, e.claimed_ms)
+            (e.user, e.idempotency_key, order_id, e.product_id, e.quantity, e.claimed_ms)
             for e, order_id in parsed
             if e.idempotency_key
         )

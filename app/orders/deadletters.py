@@ -17,7 +17,7 @@ from ..extensions import db, stock
 from ..models import DeadLetter, Order, Product, StockMovement
 from ..problems import Conflict, Unavailable
 from ..products.movements import apply_movement
-from ..stock.gateway import Entry
+from ..stock.entries import Entry
 from ..times import from_ms
 
 log = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ def _order_under_key(entry: Entry) -> int | None:
         return None
     return db.session.scalar(
         select(Order.id).where(
-            Order.user_id == entry.user_id, Order.idempotency_key == entry.idempotency_key
+            Order.user_id == entry.user, Order.idempotency_key == entry.idempotency_key
         )
     )
 
@@ -169,7 +169,7 @@ def replay(ids: list[int], reason: str, actor: Actor) -> list[Resolved]:
                 db.session.execute(
                     insert(Order).values(
                         id=order_id,
-                        user_id=entry.user_id,
+                        user_id=entry.user,
                         product_id=entry.product_id,
                         quantity=entry.quantity,
                         unit_price_cents=entry.unit_price_cents,

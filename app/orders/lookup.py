@@ -9,7 +9,7 @@ from ..extensions import db, stock
 from ..models import DeadLetter, Order, StockMovement
 from ..problems import Conflict, UnknownOrder
 from ..products.movements import apply_movement
-from ..stock.gateway import Entry
+from ..stock.entries import Entry
 from ..times import from_ms, utc_text
 
 MAX_LISTED = 500

@@ -14,7 +14,7 @@ from sqlalchemy import Select, select
 from ..extensions import db, stock
 from ..models import Batch, DeadLetter, Order, StockMovement
 from ..problems import Unavailable, UnknownOrder
-from ..stock.gateway import Entry
+from ..stock.entries import Entry
 from ..times import from_ms
 from .lookup import MAX_LISTED
 
@@ -137,7 +137,7 @@ def from_entry(order_id: int, entry: Entry) -> Found:
     return Found(
         id=order_id,
         status="QUEUED",
-        user_id=entry.user_id,
+        user_id=entry.user,
         product_id=entry.product_id,
         quantity=entry.quantity,
         unit_price_cents=entry.unit_price_cents,

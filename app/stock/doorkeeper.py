@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Callable
 
 from ..problems import Unavailable
-from .lines import Claim, LoopLine
+from .lines import Claim, LoopLine, Request
+from .place import User
 
 BELIEVED_SECONDS = 1.0
 # Past so many products a second, further ones are counted as unknown.
@@ -29,25 +30,24 @@ class Doorkeeper:
         self.line = line
         self._count = count
         # Until when a user is turned away, and until when the window stays full, monotonic.
-        self._limited: dict[int, tuple[float, float]] = {}
+        self._limited: dict[User, tuple[float, float]] = {}
         self._turned_away: Counter[int] = Counter()
         self._rounds: asyncio.Task | None = None
 
-    async def claim(
-        self, user_id: int, product_id: int, quantity: int, key: str | None, address: str
-    ) -> Claim:
+    async def claim(self, request: Request) -> Claim:
         """Decide one purchase. Raises Unavailable when Redis gave no answer."""
-        if key is None and user_id in self._limited:
+        user, product_id = request.user, request.product_id
+        if request.key is None and user in self._limited:
             now = time.monotonic()
-            believed, full = self._limited[user_id]
+            believed, full = self._limited[user]
             if now < believed:
                 known = product_id in self._turned_away or len(self._turned_away) < MOST_PRODUCTS
                 self._turned_away[product_id if known else NO_PRODUCT] += 1
-                return Claim(b"limited", 0, 0, int((full - now) * 1000) + 1)
-        claim = await self.line.claim(user_id, product_id, quantity, key, address)
+                return Claim(b"limited", 0, 0, int((full - now) * 1000) + 1, b"")
+        claim = await self.line.claim(request)
         if claim.outcome == b"limited" and len(self._limited) < MOST_USERS:
             now, seconds = time.monotonic(), claim.reset_ms / 1000
-            self._limited[user_id] = now + min(seconds, BELIEVED_SECONDS), now + seconds
+            self._limited[user] = now + min(seconds, BELIEVED_SECONDS), now + seconds
             if self._rounds is None or self._rounds.done():
                 self._rounds = asyncio.create_task(self._make_rounds())
         return claim

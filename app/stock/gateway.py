@@ -7,7 +7,6 @@ import contextlib
 import itertools
 import json
 import logging
-import re
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,8 +20,10 @@ from ..problems import Unavailable, Unprepared
 from .board import HISTORY_SAMPLES, Noticeboard
 from .brakes import BrakeGateway, Brakes
 from .doorkeeper import Doorkeeper
+from .entries import Entry
 from .keys import IDEMPOTENCY_TTL_MS, Keys, cautious_options
-from .lines import Claim, ClaimScript, LoopLine, ThreadLine
+from .lines import Claim, ClaimScript, LoopLine, Request, ThreadLine
+from .place import User, queued_score
 
 log = logging.getLogger(__name__)
 
@@ -36,38 +37,6 @@ REFUSALS = (
 
 # A product's terms of sale, in the order of put_product.lua.
 TERMS = ("opens", "closes", "pause", "cap", "max", "price")
-
-
-# An order in the outbox, as claim.lua writes it: user, product, quantity, price in cents, currency,
-# time of the claim in ms since 1970, Idempotency-Key or nothing.
-ENTRY = re.compile(
-    r"(\d{1,16}) (\d{1,16}) (\d{1,9}) (\d{1,16}) ([A-Z]{3}) (\d{1,15}) ([\x21-\x7e]{0,255})",
-    re.ASCII,
-).fullmatch
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One order as the outbox holds it."""
-
-    user_id: int
-    product_id: int
-    quantity: int
-    unit_price_cents: int
-    currency: str
-    claimed_ms: int
-    idempotency_key: str | None
-
-    @classmethod
-    def parse(cls, text: str) -> "Entry":
-        """Raises ValueError when the text is not an order."""
-        match = ENTRY(text)
-        if match is None:
-            raise ValueError("not an order")
-        user, product, quantity, cents, currency, claimed, key = match.groups()
-        return cls(
-            int(user), int(product), int(quantity), int(cents), currency, int(claimed), key or None
-        )
 
 
 @dataclass(frozen=True)
@@ -142,13 +111,21 @@ class Stock:
         self.loop_line = Doorkeeper(LoopLine(url, script, on_record), self.turn_away)
 
     def claim(
-        self, user_id: int, product_id: int, quantity: int, key: str | None, address: str
+        self,
+        user: User,
+        product_id: int,
+        quantity: int,
+        key: str | None,
+        address: str,
+        expected_cents: int | None = None,
+        reference: str | None = None,
     ) -> Claim:
-        """Decide one purchase in one round trip.
+        """Decide one purchase, a `Request`, in one round trip.
 
         Raises Unavailable when Redis gave no answer: the order may or may not exist.
         """
-        return self.thread_line.claim(user_id, product_id, quantity, key, address)
+        request = Request(user, product_id, quantity, key, address, expected_cents, reference)
+        return self.thread_line.claim(request)
 
     def _run(self, name: str, keys: list, args: list):
         try:
@@ -181,17 +158,17 @@ class Stock:
         movement_id: int,
         product_id: int,
         units: int,
-        user_id: int | None = None,
+        user: User | None = None,
     ) -> tuple[str, int]:
         """Apply a stock movement at most once: (applied | repeated | short | unknown, free stock).
 
-        With `user_id` the units also go back to what this user may still buy. Raises Unprepared
+        With `user` the units also go back to what this user may still buy. Raises Unprepared
         when Redis holds another sale than `generation`.
         """
         keys = [Keys.generation, Keys.movements, Keys.product(product_id)]
         args = [movement_id, units, generation or ""]
-        if user_id is not None:
-            bucket, field = Keys.bought(product_id, user_id)
+        if user is not None:
+            bucket, field = Keys.bought(product_id, user)
             keys.append(bucket)
             args.append(field)
         outcome, free = self._run("move", keys, args)
@@ -199,9 +176,11 @@ class Stock:
             raise Unprepared("the sale is not in Redis")
         return outcome, free
 
-    def queued_orders(self, user_id: int, most: int) -> list[tuple[int, Entry]]:
+    def queued_orders(self, user: User, most: int) -> list[tuple[int, Entry]]:
         """Return the user's orders that wait to be persisted, newest first."""
-        found = self._run("queued", [Keys.queued, Keys.outbox], [user_id, most])
+        found = self._run(
+            "queued", [Keys.queued, Keys.outbox], [queued_score(user), str(user), most]
+        )
         return [(int(order_id), Entry.parse(text)) for order_id, text in found]
 
     def read_outbox(
@@ -494,7 +473,9 @@ class Stock:
         except redis.RedisError as error:
             raise Unavailable(str(error)) from error
 
-    def put_bought(self, buckets: Iterable[tuple[int, int, list[int], list[int]]]) -> None:
+    def put_bought(
+        self, buckets: Iterable[tuple[int, int | str, list[int] | list[str], list[int]]]
+    ) -> None:
         """Write what users have bought: (product id, bucket, fields, units) each."""
         self._write(
             (
@@ -553,7 +534,7 @@ class Stock:
 
     def rename_order(self, entry: Entry, former: int, order_id: int) -> None:
         """Let a replay of the purchase tell the order's new id, if its key is still remembered."""
-        key = Keys.idempotency(entry.user_id, entry.idempotency_key)
+        key = Keys.idempotency(entry.user, entry.idempotency_key)
         request = f"{entry.product_id} {entry.quantity}"
         with contextlib.suppress(redis.RedisError):
             if self.client.get(key) == f"{former} {request}":

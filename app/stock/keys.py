@@ -6,6 +6,7 @@ from redis.connection import parse_url
 from redis.retry import Retry
 
 from ..breaker import Breaker
+from .place import User, place
 
 # A shopper gets an answer within 2 s even from a dead Redis; a healthy one needs about 1 ms.
 CONNECT_TIMEOUT_SECONDS = 0.5
@@ -22,8 +23,6 @@ UNFIT = frozenset(
 # Errors of a claim after which surely nothing has happened: Redis gives them before a script runs
 # or at its first write. UNDONE is the script's own. Any other may mean that it was cut off midway.
 NOTHING_RAN = UNFIT | {"NOSCRIPT", "OOM", "MISCONF", "BUSY", "NOPERM", "WRONGTYPE", "UNDONE"}
-# So many users share one small hash of bought units: about 8 bytes each instead of 100.
-USERS_PER_BUCKET = 128
 
 
 class Keys:
@@ -70,18 +69,20 @@ class Keys:
         return f"sale:{{0}}:address-units:{product_id}"
 
     @staticmethod
-    def bought(product_id: int, user_id: int) -> tuple[str, int]:
+    def bought(product_id: int, user: User) -> tuple[str, str]:
         """Return the hash and the field that count the units a user bought of a product."""
-        bucket, field = divmod(user_id, USERS_PER_BUCKET)
+        _, bucket, field = place(user)
         return Keys.bucket(product_id, bucket), field
 
     @staticmethod
-    def bucket(product_id: int, bucket: int) -> str:
+    def bucket(product_id: int, bucket: int | str) -> str:
         return f"sale:{{0}}:bought:{product_id}:{bucket}"
 
     @staticmethod
-    def idempotency(user_id: int, key: str) -> str:
-        return f"sale:{{0}}:key:{user_id}:{key}"
+    def idempotency(user: User, key: str) -> str:
+        # A blank is in neither alphabet: no two pairs of user and key share a name.
+        between = ":" if isinstance(user, int) else " "
+        return f"sale:{{0}}:key:{user}{between}{key}"
 
 
 class StaffKeys:

@@ -35,6 +35,7 @@ from .keys import (
     connection_options,
     leave_server,
 )
+from .place import User, queued_score
 
 # After a failure requests are refused at once for so long, then one of them tries again.
 RETRY_AFTER_FAILURE_SECONDS = 0.25
@@ -53,13 +54,34 @@ MOST_ATTEMPTS_BYTES = 256 << 20
 OnRecord = Callable[[], tuple[str, int] | None]
 
 
+class Request(NamedTuple):
+    """One purchase that is to be decided. `user` is in canonical form, see place.py.
+
+    `address` is a client's, as addresses.py names it.
+    """
+
+    user: User
+    product_id: int
+    quantity: int
+    key: str | None
+    address: str
+    expected_cents: int | None = None
+    reference: str | None = None
+
+
 class Claim(NamedTuple):
-    """What the claim script decided; see claim.lua for the outcomes."""
+    """What the claim script decided; see claim.lua for the outcomes.
+
+    `text` is a price, such as b"1999 EUR": of the order where it is accepted or replayed (empty where
+    its record is of 0.1.0), the one in force where it is price_changed. Of an order_ended it is the
+    order's status, and `detail` its id.
+    """
 
     outcome: bytes
     detail: int
     attempts_left: int
     reset_ms: int
+    text: bytes
 
 
 def early_limit(user: RateLimit) -> RateLimit:
@@ -104,10 +126,9 @@ class ClaimScript:
         self._sha = hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest()
         self.load = hiredis.pack_command(("SCRIPT", "LOAD", script))
 
-    def command(
-        self, user_id: int, product_id: int, quantity: int, key: str | None, address: str
-    ) -> bytes:
-        bucket, field = Keys.bought(product_id, user_id)
+    def command(self, request: Request) -> bytes:
+        user, product_id, quantity, key, address, expected, reference = request
+        bucket, field = Keys.bought(product_id, user)
         keys = (
             Keys.generation,
             Keys.brakes,
@@ -122,10 +143,20 @@ class ClaimScript:
         if self._address_units:
             keys += (Keys.address_units(product_id),)
         network = network_of(address) if self._networks else ""
-        args = (str(user_id), str(product_id), str(quantity), str(field), address, network)
+        args = (
+            str(user),
+            str(product_id),
+            str(quantity),
+            field,
+            address,
+            network,
+            key or "",
+            str(queued_score(user)),
+            "" if expected is None else str(expected),
+            reference or "",
+        )
         if key is not None:
-            keys += (Keys.idempotency(user_id, key),)
-            args += (key,)
+            keys += (Keys.idempotency(user, key),)
         return hiredis.pack_command(("EVALSHA", self._sha, str(len(keys)), *keys, *args))
 
 
@@ -172,7 +203,7 @@ class ThreadLine:
         self._failures = 0
         self._closed_until = 0.0
 
-    def claim(self, *request: object) -> Claim:
+    def claim(self, request: Request) -> Claim:
         """Decide one purchase. Raises Unavailable when Redis gave no answer."""
         failures = self._failures
         if self._closed_until and time.monotonic() < self._closed_until:
@@ -180,7 +211,7 @@ class ThreadLine:
         if self._closed_until:
             # This request is the one that tries; the others go on being refused meanwhile.
             self._closed_until = time.monotonic() + COMMAND_TIMEOUT_SECONDS
-        command = self._script.command(*request)
+        command = self._script.command(request)
         sent = False
         try:
             connection = self._connection(failures)
@@ -271,12 +302,12 @@ class LoopLine:
         self._verified = False
         self._compared_at = 0.0
 
-    async def claim(self, *request: object) -> Claim:
+    async def claim(self, request: Request) -> Claim:
         """Decide one purchase. Raises Unavailable when Redis gave no answer."""
         channel = self._channel
         if channel is None or channel.lost:
             channel = await self._reach()
-        command = self._script.command(*request)
+        command = self._script.command(request)
         answer = await channel.ask(command)
         if isinstance(answer, hiredis.ReplyError):
             code = code_of(answer)

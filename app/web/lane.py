@@ -23,7 +23,7 @@ from ..problems import (
 )
 from ..reading import MAX_BODY_BYTES
 from ..stock.gateway import Stock
-from ..stock.lines import Claim, early_limit
+from ..stock.lines import Claim, Request, early_limit
 from ..times import from_ms, utc_text
 from ..watch.telemetry import Meter
 from .answer import (
@@ -146,7 +146,7 @@ class PurchaseLane:
         started = perf_counter()
         try:
             self.check(environ)
-            told = self.tell(await claim(*self.read(environ, body)))
+            told = self.tell(await claim(self.read(environ, body)))
         except Exception as error:
             told = self.refuse(error)
         return self.finish(environ, *told, started)
@@ -165,7 +165,7 @@ class PurchaseLane:
         self.callers.check(environ.get("REMOTE_ADDR", ""))
         return check_body(environ)
 
-    def read(self, environ: dict, body: bytes | bytearray) -> tuple[int, int, int, str | None, str]:
+    def read(self, environ: dict, body: bytes | bytearray) -> Request:
         """Return what is to be claimed, as the roads to Redis take it."""
         if len(body) > MAX_BODY_BYTES:
             raise Refused(*TOO_LARGE)
@@ -221,7 +221,7 @@ class PurchaseLane:
 
     def limits(self, claim: Claim) -> list[tuple[str, str]]:
         """Return the rate-limit headers of an answer (draft-ietf-httpapi-ratelimit-headers-10)."""
-        outcome, detail, left, reset_ms = claim
+        outcome, detail, left, reset_ms, _ = claim
         # Rounded up: who waits so long is surely let in.
         seconds = -(-reset_ms // 1000)
         headers = []

@@ -2,12 +2,13 @@
 
 from ..problems import AnotherShopper
 from ..reading import MAX_ID, check_key, read_integer, read_object
+from ..stock.lines import Request
 
 
 def read_purchase(
     body: bytes | bytearray, key: str | None, address: str, shopper: int | None = None
-) -> tuple[int, int, int, str | None, str]:
-    """Return user, product, quantity, key and address, as the roads to Redis take them.
+) -> Request:
+    """Return what is to be claimed, as the roads to Redis take it.
 
     The request must be the `shopper`'s own where one is given. Members that it does not know are
     ignored. Raises InvalidRequest and AnotherShopper.
@@ -20,4 +21,4 @@ def read_purchase(
     # The product's own maximum is checked by the claim, which alone knows it.
     quantity = read_integer(data, "quantity", 1, MAX_ID) if "quantity" in data else 1
     check_key(key)
-    return user_id, product_id, quantity, key, address
+    return Request(user_id, product_id, quantity, key, address)

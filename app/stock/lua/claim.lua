@@ -4,12 +4,13 @@
 --       7 outbox       8 queued   9 order ids   10 refused   11 units by address (only where they
 --       are limited)   then the idempotency key's (only with a key)
 -- ARGV  1 user   2 product   3 quantity   4 field of the user in KEYS[6]   5 address   6 network ('' where
---       networks are not limited)   7 the idempotency key (only with a key)
+--       networks are not limited)   7 the idempotency key, or ''   8 score in the queued   9 expected price
+--       in cents, or ''   10 reference, or ''
 -- What is the same for every claim stands in a line that lines.py puts before this script:
 --       USER_, EARLY_, ADDRESS_, NETWORK_: LIMIT (attempts, 0 for no limit) and WINDOW (ms),
 --       ADDRESS_UNITS (0 for no limit), TURN (ms, see below), MOST_BYTES of attempts,
 --       MOST_WAITING orders in the outbox, KEY_LIFE in ms
--- Returns {outcome, detail, attempts left, ms until one more is allowed}; attempts left is -1 where
+-- Returns {outcome, detail, attempts left, ms until one more is allowed, price}; attempts left is -1 where
 -- the rate limit was not reached. detail: the order id, the units left, or the opening time in ms.
 -- An error that begins with UNDONE: nothing was sold, and nothing is left of it.
 --
@@ -31,7 +32,7 @@ local key = KEYS[ADDRESS_UNITS > 0 and 12 or 11]
 local known = key and redis.call('MGET', KEYS[1], KEYS[2], key) or redis.call('MGET', KEYS[1], KEYS[2])
 
 -- No generation: this Redis has lost the sale (or never had it). Selling from it would oversell.
-if not known[1] then return { 'unprepared', 0, -1, 0 } end
+if not known[1] then return { 'unprepared', 0, -1, 0, '' } end
 
 local product = redis.call('HMGET', KEYS[5],
   'free', 'opens', 'closes', 'pause', 'cap', 'max', 'price', 'accepted', 'claimed')
@@ -71,6 +72,7 @@ local function slide(now, record, limit, window)
 end
 
 local request, order_id, first_request = product_id .. ' ' .. ARGV[3], nil, nil
+if ARGV[10] ~= '' then request = request .. ' ' .. ARGV[10] end
 if known[3] then order_id, first_request = string.match(known[3], '^(%d+) (.+)$') end
 
 -- The rate. A replay counts for its address alone.
@@ -99,7 +101,7 @@ if NETWORK_LIMIT > 0 and not outcome then
 end
 if outcome then
   redis.pcall('HINCRBY', counters, outcome, 1)
-  return { outcome, 0, 0, wait }
+  return { outcome, 0, 0, wait, '' }
 end
 
 if order_id then outcome = first_request == request and 'replayed' or 'mismatched'
@@ -111,6 +113,7 @@ else
   elseif product[4] == '1' or known[2] and (string.find(known[2], ' * ', 1, true)
       or string.find(known[2], ' ' .. product_id .. ' ', 1, true)) then outcome = 'paused'
   elseif opens and opens > now then outcome, detail = 'not_open', opens
+  elseif ARGV[9] ~= '' and ARGV[9] ~= string.match(product[7], '^%d+') then outcome = 'price_changed'
   elseif cap and (tonumber(redis.call('HGET', KEYS[6], ARGV[4])) or 0) + quantity > cap then outcome = 'capped'
   elseif ADDRESS_UNITS > 0
       and (tonumber(redis.call('HGET', KEYS[11], address)) or 0) + quantity > ADDRESS_UNITS then
@@ -120,7 +123,7 @@ else
   -- Back-pressure: better a clear refusal than a Redis out of memory. Costs the shopper no attempt.
   elseif redis.call('XLEN', KEYS[7]) >= MOST_WAITING then
     redis.pcall('HINCRBY', counters, 'overloaded', 1)
-    return { 'overloaded', 0, -1, 0 }
+    return { 'overloaded', 0, -1, 0, '' }
   end
 end
 
@@ -132,7 +135,7 @@ if user_record and (outcome == 'paused' or outcome == 'not_open') then
     slide(now, mine[2] or redis.call('HGET', before, user_field), EARLY_LIMIT, EARLY_WINDOW)
   if wait then
     redis.pcall('HINCRBY', counters, 'limited_early', 1)
-    return { 'limited_early', 0, 0, wait }
+    return { 'limited_early', 0, 0, wait, '' }
   end
 elseif user_record then left = left - 1 end
 
@@ -165,20 +168,21 @@ end
 
 if order_id then
   redis.pcall('HINCRBY', counters, outcome, 1)
-  return { outcome, outcome == 'replayed' and tonumber(order_id) or 0, -1, 0 }
+  return { outcome, outcome == 'replayed' and tonumber(order_id) or 0, -1, 0, '' }
 end
 if outcome then
   redis.pcall('HINCRBY', counters, outcome, 1)
-  return { outcome, detail, left, reset }
+  return { outcome, detail, left, reset, outcome == 'price_changed' and product[7] or '' }
 end
 
 redis.set_repl(redis.REPL_ALL)
 -- Each step can fail (no memory left, a key of another type, an id that is not above the last, a
 -- right that is lacking); then those before it are taken back.
-local entry = table.concat({ user, product_id, ARGV[3], product[7], string.format('%d', now), ARGV[7] or '' }, ' ')
+local entry = table.concat({ user, product_id, ARGV[3], product[7], string.format('%d', now), ARGV[7] }, ' ')
+if ARGV[10] ~= '' or not string.find(user, '^%d+$') or ARGV[8] ~= user then entry = 'v2 ' .. entry .. ' ' .. ARGV[10] .. ' ' end
 local accepted, claimed = product[8] + 1, product[9] + quantity
 order_id = redis.call('INCR', KEYS[9])
-local step, done = 1, redis.pcall('ZADD', KEYS[8], user, order_id)
+local step, done = 1, redis.pcall('ZADD', KEYS[8], ARGV[8], order_id)
 if type(done) ~= 'table' then step, done = 2, redis.pcall('HINCRBY', KEYS[6], ARGV[4], quantity) end
 if step == 2 and type(done) ~= 'table' then
   step = 3
@@ -196,7 +200,7 @@ if step == 5 and (type(done) ~= 'table' or done.ok) then
   -- The order's id is also its id in the outbox.
   step, done = 6, redis.pcall('XADD', KEYS[7], order_id .. '-0', 'order', entry)
 end
-if step == 6 and type(done) ~= 'table' then return { 'accepted', order_id, left, reset } end
+if step == 6 and type(done) ~= 'table' then return { 'accepted', order_id, left, reset, product[7] } end
 
 if step > 5 and key then redis.call('DEL', key) end
 if step > 4 and ADDRESS_UNITS > 0 then redis.call('HINCRBY', KEYS[11], address, -quantity) end
