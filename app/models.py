@@ -30,7 +30,7 @@ from .reading import MAX_QUANTITY, User
 Timestamp = TIMESTAMP(timezone=True)
 # Names are compared byte for byte, whatever the database's collation.
 UserName = Text(collation="C")
-# A name is none that reading.canonical_user() takes for a number: a shopper has one form.
+# A name is none that reading.canonical() takes for a number: a shopper has one form.
 USER_NAME = (
     "case when user_name ~ '^[1-9][0-9]{0,15}$' then user_name::numeric > 9007199254740991"
     " else user_name ~ '^[A-Za-z0-9._~:@|+-]{1,64}$' end"

@@ -25,8 +25,9 @@ User = int | str
 USER_TEXT = re.compile(r"[A-Za-z0-9._~:@|+-]{1,64}").fullmatch
 USER_WORDS = "an integer or a text of 1 to 64 characters of A-Z a-z 0-9 . _ ~ : @ | + -"
 # Clients take these for parts of a path (RFC 3986, 5.2.4) and leave them out.
-DOTS = (".", "..")
+DOTS = frozenset((".", ".."))
 COUNTED = re.compile(r"[1-9][0-9]{0,15}").fullmatch
+# The shop's own name for an order: a cart, or a line of one.
 REFERENCE = re.compile(r"[\x21-\x7e]{1,64}").fullmatch
 # All but tab, line feed and carriage return: PostgreSQL refuses NUL, and none of them is text.
 CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]").search
@@ -108,32 +109,35 @@ def read_digits(text: str, low: int, high: int) -> int | None:
     return number if number is not None and low <= number <= high else None
 
 
-def canonical_user(text: str) -> User | None:
-    """Return the shopper that a text names, None where it can be nobody's name.
+def canonical(value: object) -> User:
+    """Return the one form of a shopper's name: 42 for 42 and "42", any other text byte for byte.
 
-    "42" is the number 42. Any other text is itself, byte for byte: so are "042", "0", and numbers
-    above MAX_ID, which not every JSON reader keeps.
+    So "042", "0" and numbers above MAX_ID, which not every JSON reader keeps, are texts of their
+    own, and case counts. Raises ValueError for what can be nobody's name.
     """
-    if COUNTED(text) and (number := int(text)) <= MAX_ID:
-        return number
-    return text if USER_TEXT(text) and text not in DOTS else None
+    # bool is a subclass of int, so isinstance() would let `true` through.
+    if type(value) is str:
+        if COUNTED(value) and (number := int(value)) <= MAX_ID:
+            return number
+        if USER_TEXT(value) and value not in DOTS:
+            return value
+    elif type(value) is int and 1 <= value <= MAX_ID:
+        return value
+    raise ValueError("not a user id")
 
 
 def read_user(data: Mapping, name: str = "userId") -> User:
-    """Return the shopper in a member: a JSON integer from 1 to MAX_ID, or a text.
+    """Return the shopper in a member: an integer from 1 to MAX_ID or a text, in canonical form.
 
     Raises InvalidRequest.
     """
-    value = data.get(name)
-    # bool is a subclass of int, so isinstance() would let `true` through.
-    if type(value) is int:
-        if not 1 <= value <= MAX_ID:
-            raise InvalidRequest(f"{name} must be from 1 to {MAX_ID}", name)
-        return value
-    if type(value) is str and (user := canonical_user(value)) is not None:
-        return user
-    missing = name not in data
-    raise InvalidRequest(f"{name} is required" if missing else f"{name} must be {USER_WORDS}", name)
+    try:
+        return canonical(data.get(name))
+    except ValueError:
+        if type(data.get(name)) is int:
+            raise InvalidRequest(f"{name} must be from 1 to {MAX_ID}", name) from None
+        fault = f"must be {USER_WORDS}" if name in data else "is required"
+        raise InvalidRequest(f"{name} {fault}", name) from None
 
 
 def read_reference(data: Mapping, name: str = "reference") -> str | None:

@@ -72,9 +72,9 @@ class Request(NamedTuple):
 class Claim(NamedTuple):
     """What the claim script decided; see claim.lua for the outcomes.
 
-    `text` is a price, such as b"1999 EUR": of the order where it is accepted or replayed (empty where
-    its record is of 0.1.0), the one in force where it is price_changed. Of an order_ended it is the
-    order's status, and `detail` its id.
+    `text` is a price, such as b"1999 EUR": of the order where it is accepted or replayed (empty
+    where its record is of 0.1.0), the one in force where it is price_changed. Of an order_ended it
+    is the order's status, and `detail` its id.
     """
 
     outcome: bytes

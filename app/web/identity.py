@@ -20,7 +20,7 @@ from jwt.algorithms import Algorithm, get_default_algorithms
 
 from ..config import Settings, SettingsError
 from ..problems import CHALLENGE, Unauthenticated
-from ..reading import MAX_ID, User, canonical_user
+from ..reading import User, canonical
 
 log = logging.getLogger(__name__)
 
@@ -110,12 +110,10 @@ class Shoppers:
 
     def _shopper(self, value: object) -> User:
         """Return the shopper in a claim: a text (RFC 7519, 4.1.2), or a number all the same."""
-        shopper = canonical_user(value) if type(value) is str else value
-        if shopper is None or type(shopper) not in (int, str):
-            raise _invalid(f"The token's {self._claim} is not a user id")
-        if type(shopper) is int and not 1 <= shopper <= MAX_ID:
-            raise _invalid(f"The token's {self._claim} is not a user id")
-        return shopper
+        try:
+            return canonical(value)
+        except ValueError:
+            raise _invalid(f"The token's {self._claim} is not a user id") from None
 
     def _find_key(self, head: bytes) -> tuple[Algorithm, object]:
         """Return what a token with this header is verified with. Raises ValueError."""
