@@ -250,7 +250,7 @@ def list_dead_letters(state: str, limit: int) -> None:
     for letter in deadletters.list_letters(filters, limit=limit):
         click.echo(
             f"{letter.id}  {letter.resolution or 'open'}  order {letter.order_id or '?'}  "
-            f"user {letter.user_id or '?'}  product {letter.product_id or '?'}  "
+            f"user {letter.user or '?'}  product {letter.product_id or '?'}  "
             f"quantity {letter.quantity or '?'}  {letter.error}"
         )
 

@@ -116,7 +116,7 @@ def apply_movement(movement: StockMovement) -> int:
     if movement.applied_at is not None:
         db.session.commit()
         return movement.stock_after or 0
-    identity = (movement_id, movement.product_id, movement.units, movement.user_id)
+    identity = (movement_id, movement.product_id, movement.units, movement.user)
     outcome, free = stock.move(generation, *identity)
     if outcome == "unknown":
         publish(db.session.get_one(Product, movement.product_id))
