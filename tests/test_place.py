@@ -4,9 +4,10 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from app.reading import canonical
 from app.stock.entries import Columns, Entry, split
 from app.stock.keys import Keys
-from app.stock.place import Place, canonical, place, queued_score
+from app.stock.place import Place, place, queued_score
 
 ALPHABET = "ABCXYZabcxyz0123456789._~:@|+-"
 TEXTS = st.text(ALPHABET, min_size=1, max_size=64).filter(lambda text: text not in (".", ".."))

@@ -24,7 +24,7 @@ from ..problems import Conflict, Unavailable
 from ..products import catalogue, movements, sale, terms
 from ..products.sale import SALE_LOCK
 from ..stock.entries import STANDING, Entry, key_record
-from ..stock.place import USERS_PER_BUCKET
+from ..stock.place import place
 from . import ledger
 
 log = logging.getLogger(__name__)
@@ -376,21 +376,27 @@ def _put_movements(connection) -> None:
 def _put_bought(connection) -> None:
     """Count what each user has bought, whether or not the product has a cap: it may get one."""
     query = """
-        SELECT product_id, user_id / %(users)s,
-               array_agg(user_id %% %(users)s), array_agg(units::bigint)
-        FROM (SELECT product_id, user_id, sum(units) AS units FROM (
-                SELECT product_id, user_id, quantity AS units FROM orders
-                UNION ALL
-                SELECT product_id, user_id, quantity FROM dead_letters
-                WHERE product_id IS NOT NULL AND resolution IS DISTINCT FROM 'replayed'
-                UNION ALL
-                SELECT product_id, user_id, -units FROM stock_movements
-                WHERE user_id IS NOT NULL AND applied_at IS NOT NULL
-              ) flows GROUP BY 1, 2 HAVING sum(units) > 0) bought
-        GROUP BY 1, 2
+        SELECT product_id, user_id, user_name, sum(units)::bigint FROM (
+          SELECT product_id, user_id, user_name, quantity AS units FROM orders
+          UNION ALL
+          SELECT product_id, user_id, user_name, quantity FROM dead_letters
+          WHERE product_id IS NOT NULL AND num_nonnulls(user_id, user_name) = 1
+            AND resolution IS DISTINCT FROM 'replayed'
+          UNION ALL
+          SELECT product_id, user_id, user_name, -units FROM stock_movements
+          WHERE num_nonnulls(user_id, user_name) = 1 AND applied_at IS NOT NULL
+        ) flows GROUP BY 1, 2, 3 HAVING sum(units) > 0
+        -- Neighbours share a bucket: few commands.
+        ORDER BY 1, 2
     """
-    for rows in _pages(connection, query, {"users": USERS_PER_BUCKET}):
-        stock.put_bought(rows)
+    for rows in _pages(connection, query):
+        buckets: dict[tuple[int, str], tuple[list[str], list[int]]] = {}
+        for product_id, number, name, units in rows:
+            _, bucket, field = place(name if number is None else number)
+            fields, bought = buckets.setdefault((product_id, bucket), ([], []))
+            fields.append(field)
+            bought.append(units)
+        stock.put_bought((*where, *what) for where, what in buckets.items())
 
 
 def _put_keys(connection) -> int:
@@ -413,14 +419,16 @@ def _put_keys(connection) -> int:
         )
     # After the letters: where both have a key, the order is the one that exists.
     orders = """
-        SELECT user_id, idempotency_key,
+        SELECT user_id, user_name, idempotency_key,
                concat_ws(' ', id, unit_price_cents, currency,
                          CASE status WHEN 'CONFIRMED' THEN %(standing)s ELSE status END,
-                         product_id, quantity)
+                         product_id, quantity, reference)
         FROM orders WHERE idempotency_key IS NOT NULL
     """
     for rows in _pages(connection, orders, {"standing": STANDING}):
-        count += stock.put_keys(rows)
+        count += stock.put_keys(
+            (name if number is None else number, key, record) for number, name, key, record in rows
+        )
     return count
 
 

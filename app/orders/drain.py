@@ -33,25 +33,27 @@ INSERT_BATCH = """
     VALUES (%s, %s, %s, %s, %s, 0) RETURNING id
 """
 INSERT_ORDERS = """
-    INSERT INTO orders (id, user_id, product_id, quantity, unit_price_cents, currency,
-                        claimed_at, idempotency_key, batch_id)
-    SELECT id, user_id, product_id, quantity, cents, currency,
-           'epoch'::timestamptz + claimed_ms * interval '1 ms', key, %s
-    FROM unnest(%s::bigint[], %s::bigint[], %s::bigint[], %s::int[], %s::bigint[], %s::text[],
-                %s::bigint[], %s::text[])
-         AS entry (id, user_id, product_id, quantity, cents, currency, claimed_ms, key)
+    INSERT INTO orders (id, user_id, user_name, product_id, quantity, unit_price_cents, currency,
+                        claimed_at, idempotency_key, reference, batch_id)
+    SELECT id, user_id, user_name, product_id, quantity, cents, currency,
+           'epoch'::timestamptz + claimed_ms * interval '1 ms', key, reference, %s
+    FROM unnest(%s::bigint[], %s::bigint[], %s::text[], %s::bigint[], %s::int[], %s::bigint[],
+                %s::text[], %s::bigint[], %s::text[], %s::text[])
+         AS entry (id, user_id, user_name, product_id, quantity, cents, currency, claimed_ms, key,
+                   reference)
     -- A dead letter read again (the trim failed) stays one: somebody may have abandoned it since.
     WHERE NOT EXISTS (SELECT FROM dead_letters WHERE stream_id = entry.id || '-0')
     ON CONFLICT DO NOTHING
 """
 SELECT_STORED = """
-    SELECT id, user_id, product_id, quantity,
-           (extract(epoch FROM claimed_at) * 1000)::bigint, coalesce(idempotency_key, '')
+    SELECT id, user_id, user_name, product_id, quantity,
+           (extract(epoch FROM claimed_at) * 1000)::bigint, idempotency_key, reference
     FROM orders WHERE id = ANY(%s)
 """
 INSERT_DEAD_LETTER = """
-    INSERT INTO dead_letters (stream_id, payload, error, order_id, user_id, product_id, quantity)
-    VALUES (%s, %s, %s, %s, %s, %s, %s) ON CONFLICT DO NOTHING
+    INSERT INTO dead_letters (stream_id, payload, error, order_id, user_id, user_name, product_id,
+                              quantity, reference)
+    VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s) ON CONFLICT DO NOTHING
 """
 UPDATE_BATCH = "UPDATE batches SET orders = %s, dead_letters = %s WHERE id = %s"
 
@@ -144,8 +146,10 @@ def _insert_all(cursor, batch_id: int, rows: list[Row]) -> tuple[set[str], int]:
                     dead[row.stream_id],
                     row.order_id if row.parts else None,
                     parts and parts.user_id,
+                    parts and parts.user_name,
                     parts and parts.product_id,
                     parts and parts.quantity,
+                    parts and parts.reference,
                 ),
             )
     return set(dead), inserted
@@ -165,12 +169,14 @@ def _insert(cursor, batch_id: int, rows: list[Row], refused: dict[str, str]) -> 
                 batch_id,
                 ids,
                 _array(columns.user_id),
+                list(columns.user_name),
                 _array(columns.product_id),
                 _array(columns.quantity),
                 _array(columns.unit_price_cents),
                 list(columns.currency),
                 _array(columns.claimed_ms),
                 list(columns.idempotency_key),
+                list(columns.reference),
             ),
         )
     except (psycopg2.IntegrityError, psycopg2.DataError, errors.RaiseException) as error:
@@ -206,11 +212,13 @@ def _tell_conflicts(cursor, rows: list[Row], refused: dict[str, str]) -> dict[st
                 row.stream_id, "the user has another order under this Idempotency-Key"
             )
         elif found != (
-            int(of.user_id or 0),
+            of.user_id and int(of.user_id),
+            of.user_name,
             int(of.product_id),
             int(of.quantity),
             int(of.claimed_ms),
-            of.idempotency_key or "",
+            of.idempotency_key,
+            of.reference,
         ):
             dead[row.stream_id] = f"order id {row.order_id} belongs to another order"
     return dead

@@ -122,7 +122,7 @@ def apply_movement(movement: StockMovement) -> int:
         movement_id,
         movement.product_id,
         movement.units,
-        movement.user_id,
+        movement.user,
         _ended_by(movement),
     )
     outcome, free = stock.move(generation, *identity)

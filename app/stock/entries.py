@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .place import User, canonical
+from ..reading import User, canonical
 
 ORDER = r"(\d{1,16}) (\d{1,9}) (\d{1,16}) ([A-Z]{3}) (\d{1,15}) ([\x21-\x7e]{0,255})"
 FIRST = re.compile(rf"(\d{{1,16}}) {ORDER}", re.ASCII).fullmatch

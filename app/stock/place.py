@@ -4,18 +4,9 @@ Every process must find the same place: nothing here may depend on the process, 
 """
 
 import hashlib
-import re
 from typing import NamedTuple
 
-# A shop's own name of a shopper: an integer, or a text such as a UUID, "auth0|7f" or "ann@example".
-User = int | str
-
-# The largest integer that every JSON reader keeps exactly (RFC 8259, 6).
-MAX_INTEGER = 2**53 - 1
-INTEGER = re.compile(r"[1-9][0-9]{0,15}").fullmatch
-TEXT = re.compile(r"[A-Za-z0-9._~:@|+-]{1,64}").fullmatch
-# Texts that would mean another path where they stand in one (RFC 3986, 3.3).
-DOTS = frozenset((".", ".."))
+from ..reading import User
 
 # So many users share one small hash of bought units: about 8 bytes each instead of 100.
 USERS_PER_BUCKET = 128
@@ -32,22 +23,6 @@ class Place(NamedTuple):
     shard: int
     bucket: str
     field: str
-
-
-def canonical(value: int | str) -> User:
-    """Return the one form of a user's name: 42 for 42 and "42", any other text byte for byte.
-
-    Raises ValueError for what is neither an integer of 1 to 2^53 - 1 nor 1 to 64 of the characters
-    A-Z a-z 0-9 . _ ~ : @ | + -
-    """
-    if isinstance(value, str):
-        if INTEGER(value) and (number := int(value)) <= MAX_INTEGER:
-            return number
-        if TEXT(value) and value not in DOTS:
-            return value
-    elif type(value) is int and 1 <= value <= MAX_INTEGER:
-        return value
-    raise ValueError("not a user id")
 
 
 def place(user: User, shards: int = 1) -> Place:

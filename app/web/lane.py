@@ -43,6 +43,7 @@ from .purchase import read_purchase
 log = logging.getLogger(__name__)
 
 SOLD = "200 OK"
+REPLAYED = ("Idempotent-Replayed", "true")
 
 # The outcomes that are refusals of a limit, and the limit's name.
 LIMITS = {
@@ -191,10 +192,23 @@ class PurchaseLane:
         """Return what the shopper is told of a decision."""
         outcome = claim.outcome
         if outcome == b"accepted":
-            return SOLD, b'{"status":"queued","orderId":%d}' % claim.detail, self.limits(claim)
+            return SOLD, bought_body(claim), self.limits(claim)
         if outcome == b"replayed":
-            body = b'{"status":"queued","orderId":%d}' % claim.detail
-            return SOLD, body, (("Idempotent-Replayed", "true"),)
+            return SOLD, bought_body(claim), (REPLAYED,)
+        if outcome == b"order_ended":
+            body = error_body(
+                "Order ended",
+                "order_ended",
+                orderId=claim.detail,
+                orderStatus=claim.text.decode(),
+            )
+            return "409 Conflict", body, (REPLAYED,)
+        if outcome == b"price_changed":
+            cents, currency = claim.text.decode().split()
+            body = error_body(
+                "Price changed", "price_changed", priceCents=int(cents), currency=currency
+            )
+            return "409 Conflict", body, self.limits(claim)
         status, body = REFUSALS[outcome]
         if callable(body):
             body = body(claim.detail)
@@ -249,6 +263,18 @@ class PurchaseLane:
             wait_ms = detail - datetime.now(UTC).timestamp() * 1000
             headers.append(("Retry-After", str(max(1, -int(-wait_ms // 1000)))))
         return headers
+
+
+def bought_body(claim: Claim) -> bytes:
+    """Return what a buyer is told; records of 0.1.0, which a replay may meet, know no price."""
+    if not claim.text:
+        return b'{"status":"queued","orderId":%d}' % claim.detail
+    cents, _, currency = claim.text.partition(b" ")
+    return b'{"status":"queued","orderId":%d,"unitPriceCents":%b,"currency":"%b"}' % (
+        claim.detail,
+        cents,
+        currency,
+    )
 
 
 def _policy(name: str, limit: RateLimit) -> tuple[str, str]:
