@@ -203,7 +203,8 @@
   }
   const fillSpan = ({ form, dataset }) => {
     spans[dataset.span](new Date()).forEach((moment, index) => {
-      const input = form.elements[['from', 'to'][index]]
+      // By id: its name has gone to the field that is sent.
+      const input = form.querySelector(`#f-${['from', 'to'][index]}`)
       const local = moment && new Date(moment - moment.getTimezoneOffset() * 60000)
       input.value = local ? local.toISOString().slice(0, 19) : ''
       input.dispatchEvent(new Event('input', { bubbles: true }))

@@ -9,8 +9,9 @@ import pytest
 from people import BROWSER, send
 from sqlalchemy import text
 
+from app import sheet
 from app.extensions import db, stock
-from app.orders import search, sheet
+from app.orders import search
 
 RESULTS = BROWSER | {"HX-Target": "results"}
 

@@ -23,7 +23,7 @@ from app.books import recovery
 from app.config import NO_LIMIT, ROOT
 from app.extensions import stock
 from app.problems import Unavailable
-from app.products import inventory
+from app.products import movements
 from app.run.embedded import RedisServer
 from app.stock.keys import UNFIT, Keys, code_of
 from app.worker import relay
@@ -201,7 +201,7 @@ def test_what_replication_had_not_carried_over_closes_the_sale(app, pair):
     for user in range(6, 11):
         assert stock.claim(user, 1, 1, None, "a").outcome == b"accepted"
     with app.app_context():
-        relay.sample(int(time.time()), stock.view([1]))
+        relay.record_issued()
     pair.nodes[0].replicaof("127.0.0.1", pair.ports[1])
     pair.point_to(1)
     for _ in range(3):
@@ -211,7 +211,7 @@ def test_what_replication_had_not_carried_over_closes_the_sale(app, pair):
     assert pair.nodes[1].get(Keys.order_ids) == b"5"
     with app.app_context():
         recovery.rebuild(CLI)
-        inventory.finish_pending()
+        movements.finish_pending()
     assert stock.claim(20, 1, 1, None, "a").outcome == b"accepted"
 
 

@@ -4,7 +4,7 @@ import threading
 from datetime import UTC, datetime
 
 import pytest
-from test_claim import at_once
+from crowd import at_once
 
 from app.audit import CLI
 from app.extensions import db, stock

@@ -48,6 +48,7 @@ def index():
         query={name: value for name, value in request.args.items() if value and name != "before"},
         before=before,
         errors=errors,
+        times={name: forms.moment_text(name, request.args) for name in ("from", "to")},
     )
 
 

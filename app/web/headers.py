@@ -21,10 +21,12 @@ DEFAULTS = {
 def init_app(app: Flask) -> None:
     """Add the headers after every request, and refuse what one of a request's asks in vain."""
 
-    @app.before_request
     def refuse_coded_body() -> None:
         if is_coded(request.environ):
             raise UnsupportedMediaType(CODED)
+
+    # Before anything looks into the body.
+    app.before_request_funcs.setdefault(None, []).insert(0, refuse_coded_body)
 
     @app.after_request
     def protect(response: Response) -> Response:

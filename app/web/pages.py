@@ -46,6 +46,9 @@ COMPRESSION = 5
 # What belongs to one answer, not to the next one that is made of it.
 OWN_HEADERS = {"x-request-id"}
 NO_BODY = ("204", "304")
+# What is between client and server alone (RFC 9110, 7.6.1). Werkzeug would look for another route
+# where a websocket is offered.
+OF_CONNECTION = {b"connection", b"upgrade", b"http2-settings", b"keep-alive", b"te", b"expect"}
 
 
 class Turns:
@@ -307,7 +310,7 @@ def environ_of(request: Request) -> dict:
 def _headers(pairs: list[tuple[bytes, bytes]]) -> Iterator[tuple[str, str]]:
     for raw, value in pairs:
         # WSGI can't tell X_Forwarded_For from X-Forwarded-For, so a client could pretend.
-        if b"_" not in raw:
+        if b"_" not in raw and raw not in OF_CONNECTION:
             name = raw.decode("latin-1").upper().replace("-", "_")
             plain = name in ("CONTENT_TYPE", "CONTENT_LENGTH")
             yield name if plain else f"HTTP_{name}", value.decode("latin-1")

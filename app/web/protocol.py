@@ -536,6 +536,7 @@ class Connection(asyncio.BufferedProtocol):
     def _answer(self, answer: Answer) -> None:
         """Write the answer to the first request, if somebody is still there to read it."""
         if self.transport.is_closing():
+            self.answering = ENDED
             return
         request = self.queue[0]
         body = answer.body if request.environ.get("REQUEST_METHOD") != "HEAD" else b""
