@@ -154,9 +154,9 @@ def drain(app) -> Callable[[], int]:
 def buy(client):
     """Buy as a user; return the response."""
 
-    def post(user_id: int, product_id: int = 1, quantity: int = 1, key: str | None = None):
+    def post(user_id, product_id: int = 1, quantity: int = 1, key: str | None = None, **more):
         headers = {"Idempotency-Key": key} if key is not None else {}
-        body = {"userId": user_id, "productId": product_id, "quantity": quantity}
+        body = {"userId": user_id, "productId": product_id, "quantity": quantity, **more}
         return client.post("/purchase", json=body, headers=headers)
 
     return post

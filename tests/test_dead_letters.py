@@ -116,7 +116,7 @@ def test_the_story_of_an_order_given_up(app, buy, drain, admin):
     with app.app_context():
         buy(7, key="mine")
         drain()
-        stock.client.delete(Keys.idempotency(7, "mine"))
+        stock.client.hdel(*Keys.idempotency(7, "mine"))
         buy(7, quantity=2, key="mine")
         drain()
         (letter,) = deadletters.list_letters()
