@@ -137,7 +137,8 @@ def restock():
     if data.get("reason") is not None:
         reason = read_text(data, "reason", MAX_REASON)
     key = request.headers.get("Idempotency-Key")
-    check_key(key)
+    if key is not None:
+        check_key(key)
     done = inventory.restock(product_id, amount, reason, g.actor, key)
     response = jsonify(productId=product_id, amount=amount, stock_remaining=done.free)
     if done.replayed:
