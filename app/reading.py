@@ -64,13 +64,13 @@ def read_object(body: bytes | bytearray) -> dict:
     return data
 
 
-def check_key(key: str | None) -> None:
+def check_key(key: str) -> None:
     """Refuse an Idempotency-Key that is none. Raises InvalidRequest.
 
     It is taken as it was sent: quotation marks, which the draft's structured fields have around a
     text, are a part of it.
     """
-    if key is not None and not VALID_KEY(key):
+    if not VALID_KEY(key):
         raise InvalidRequest(
             "Idempotency-Key must be 1 to 255 visible ASCII characters", "Idempotency-Key"
         )

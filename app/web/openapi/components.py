@@ -266,13 +266,18 @@ ERRORS = {
     "ended": ("Sale not open", {}),
     "purchase_limit": ("Purchase limit reached", {}),
     "request_timeout": ("The body did not come in time", {}),
-    "head_too_large": ("The request's head is larger than 64 KiB", {}),
+    "head_too_large": (
+        "The request's head is larger than 64 KiB or has more than 100 headers",
+        {},
+    ),
     "body_too_large": ("The body is larger than 16 KiB", {}),
     "unsupported_media_type": ("Content-Type must be application/json", {}),
     "stale_version": ("The product was changed meanwhile", {"product": PRODUCT}),
     "idempotency_mismatch": ("Idempotency-Key was used with another request", {}),
     "rate_limited": ("Too many requests", {"limit": "user"}),
     "internal_error": ("Internal server error", {}),
+    "not_implemented": ("The only Transfer-Encoding is chunked", {}),
+    "http_version_not_supported": ("HTTP/1.1 is spoken here", {}),
     "unavailable": ("Service unavailable", {}),
 }
 STATUSES = {
@@ -287,10 +292,10 @@ STATUSES = {
         ("ETag",),
     ),
     413: ("The body is larger than 16 KiB", ["body_too_large"], ()),
-    415: ("The body is not application/json", ["unsupported_media_type"], ()),
+    415: ("The body is not application/json, or compressed", ["unsupported_media_type"], ()),
     422: ("The Idempotency-Key was used with another request", ["idempotency_mismatch"], ()),
     429: ("Too many requests; this one did nothing", ["rate_limited"], ("Retry-After",)),
-    431: ("The head is larger than 64 KiB", ["head_too_large"], ()),
+    431: ("The head is larger than 64 KiB or has more than 100 headers", ["head_too_large"], ()),
     500: ("A fault of the server's: the outcome is unknown", ["internal_error"], ()),
     503: (
         "A server behind this one can't be reached: the outcome is unknown, unless `executed` says "
