@@ -276,8 +276,6 @@ ERRORS = {
     "idempotency_mismatch": ("Idempotency-Key was used with another request", {}),
     "rate_limited": ("Too many requests", {"limit": "user"}),
     "internal_error": ("Internal server error", {}),
-    "not_implemented": ("The only Transfer-Encoding is chunked", {}),
-    "http_version_not_supported": ("HTTP/1.1 is spoken here", {}),
     "unavailable": ("Service unavailable", {}),
 }
 STATUSES = {
