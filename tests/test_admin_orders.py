@@ -94,7 +94,7 @@ def test_filters_together(app, many):
     with app.app_context():
         found = search.search(
             search.Filter(
-                user_id=1,
+                user=1,
                 status="CANCELLED",
                 since=now - timedelta(minutes=501),
                 until=now - timedelta(minutes=99),
@@ -259,7 +259,7 @@ def test_no_filter_reads_every_row(app, many):
         db.session.execute(text("SET LOCAL enable_seqscan = off"))
         for wanted in (
             search.Filter(),
-            search.Filter(user_id=1),
+            search.Filter(user=1),
             search.Filter(product_id=1),
             search.Filter(status="CANCELLED"),
             search.Filter(key="checkout-1"),

@@ -12,9 +12,11 @@ from sqlalchemy.exc import IntegrityError
 
 from ..audit import SYSTEM, Actor, record
 from ..extensions import db, stock
-from ..models import Product, ProductTotals, StockMovement
+from ..models import DeadLetter, Order, Product, ProductTotals, StockMovement
 from ..problems import Conflict, InvalidRequest, KeyMismatch, UnknownProduct
 from ..reading import MAX_RESTOCK, MAX_STOCK
+from ..stock.entries import Entry
+from ..stock.gateway import Ended
 from .sale import SALE_LOCK, expected_generation, publish, require_sale
 
 
@@ -116,7 +118,13 @@ def apply_movement(movement: StockMovement) -> int:
     if movement.applied_at is not None:
         db.session.commit()
         return movement.stock_after or 0
-    identity = (movement_id, movement.product_id, movement.units, movement.user_id)
+    identity = (
+        movement_id,
+        movement.product_id,
+        movement.units,
+        movement.user,
+        _ended_by(movement),
+    )
     outcome, free = stock.move(generation, *identity)
     if outcome == "unknown":
         publish(db.session.get_one(Product, movement.product_id))
@@ -131,6 +139,17 @@ def apply_movement(movement: StockMovement) -> int:
     movement.stock_after = free
     db.session.commit()
     return free
+
+
+def _ended_by(movement: StockMovement) -> Ended | None:
+    """Return the order that a return ends, if it came with an Idempotency-Key."""
+    if movement.order_id and (order := db.session.get(Order, movement.order_id)):
+        return order.idempotency_key and Ended(order.idempotency_key, order.id, order.status)
+    if movement.dead_letter_id:
+        letter = db.session.get_one(DeadLetter, movement.dead_letter_id)
+        key = Entry.parse(letter.payload).idempotency_key
+        return key and Ended(key, letter.order_id, "CANCELLED")
+    return None
 
 
 def finish_pending() -> int:

@@ -486,7 +486,7 @@ class Connection(asyncio.BufferedProtocol):
                 return
             if request.purchase:
                 self.answering = SERVING
-                self.task = self.loop.create_task(self._sell(request))
+                self._sell(request)
             elif request.refusal:
                 identity = logs.HEADER, logs.request_id(None)
                 status, headers, body = request.refusal
@@ -504,14 +504,23 @@ class Connection(asyncio.BufferedProtocol):
         if self.holds:
             self._note_holding()
 
-    async def _sell(self, request: Request) -> None:
+    def _sell(self, request: Request) -> None:
+        """Have a purchase answered: at once, or when Redis has decided it."""
         try:
             environ = request.environ
             if trust_proxies := self.pages.trust_proxies:
                 trust_proxies(environ, None)
-            self._answer(await self.lane.serve(environ, request.body, stock.loop_line.claim))
-            if self.queue or self.rest:
-                self._go_on()
+            self.lane.serve(environ, request.body, stock.loop_line.ask, self._sold)
+        except BaseException:
+            self.transport.abort()
+            raise
+
+    def _sold(self, answer: Answer) -> None:
+        try:
+            self._answer(answer)
+            if (self.queue or self.rest) and self.answering is not ENDED:
+                # In a turn of its own: an answer that was there at once comes from within a loop.
+                self.loop.call_soon(self._go_on)
         except BaseException:
             # Rather an unknown outcome than a client that waits for ever.
             self.transport.abort()
