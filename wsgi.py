@@ -9,12 +9,16 @@ import contextlib
 import gc
 import sys
 from collections.abc import Callable, Iterable
+from typing import ParamSpec, TypeVar
 
 import click
 
 from app import create_app, lines, logs
 from app.config import SettingsError, load_settings, with_secrets
 from app.run.embedded import EmbeddedError, servers, with_servers
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 lines.begin()
 _open = contextlib.ExitStack()
@@ -34,12 +38,12 @@ def start_when_carried_out(commands: Iterable[click.Command]) -> None:
     for command in commands:
         if isinstance(command, click.Group):
             start_when_carried_out(command.commands.values())
-        else:
+        elif command.callback:
             command.callback = _started_first(command.callback)
 
 
-def _started_first(callback: Callable) -> Callable:
-    def carry_out(*args, **options):
+def _started_first(callback: Callable[P, R]) -> Callable[P, R]:
+    def carry_out(*args: P.args, **options: P.kwargs) -> R:
         start_servers()
         return callback(*args, **options)
 

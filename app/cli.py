@@ -2,6 +2,8 @@
 
 import functools
 import json
+from collections.abc import Callable
+from typing import Any
 
 import click
 import flask_migrate
@@ -12,11 +14,12 @@ from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
 from . import lines
-from .audit import CLI
+from .audit import CLI, Actor
 from .books import ledger, recovery
 from .config import Settings, was_generated
 from .database import is_unavailable
 from .extensions import db
+from .locks import PREPARE_LOCK
 from .orders import deadletters
 from .problems import Conflict, InvalidRequest, Unavailable, UnknownProduct
 from .products import brake as brakes
@@ -25,7 +28,6 @@ from .reading import MAX_ID, MAX_REASON, read_text
 from .staff import people, tokens
 
 # Two starts at once must not migrate at once.
-PREPARE_LOCK = 7_316_002
 
 ledger_commands = AppGroup("ledger", help="The proof that stock and orders agree to the unit.")
 dead_letters = AppGroup("dead-letters", help="Orders that could not be stored.")
@@ -47,7 +49,11 @@ def _told_in_words(command: click.Command) -> click.Command:
         _told_in_words(each)
     carry_out = command.callback
 
-    def told(*arguments, **options):
+    if carry_out is None or hasattr(carry_out, "told_in_words"):
+        return command
+
+    @functools.wraps(carry_out)
+    def told(*arguments: Any, **options: Any) -> Any:
         try:
             return carry_out(*arguments, **options)
         except (SQLAlchemyError, psycopg2.Error) as error:
@@ -56,9 +62,8 @@ def _told_in_words(command: click.Command) -> click.Command:
             reason = str(getattr(error, "orig", error)).strip().partition("\n")[0]
             raise click.ClickException(f"PostgreSQL can't do this now: {reason}") from None
 
-    if carry_out and not hasattr(carry_out, "told_in_words"):
-        command.callback = functools.wraps(carry_out)(told)
-        command.callback.told_in_words = True
+    told.told_in_words = True  # type: ignore[attr-defined]  # a mark: no command is wrapped twice
+    command.callback = told
     return command
 
 
@@ -250,7 +255,11 @@ def list_dead_letters(state: str, limit: int) -> None:
         )
 
 
-def _resolve(act, ids: tuple[int, ...], reason: str) -> None:
+def _resolve(
+    act: Callable[[list[int], str, Actor], list[deadletters.Resolved]],
+    ids: tuple[int, ...],
+    reason: str,
+) -> None:
     try:
         results = act(list(ids), reason, CLI)
     except Unavailable as error:

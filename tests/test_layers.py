@@ -19,6 +19,7 @@ GROUND = {
     "breaker",
     "lines",
     "logs",
+    "locks",
 }
 TABLES = GROUND | {"extensions", "models", "audit", "idempotency"}
 ROOMS = {
@@ -26,6 +27,7 @@ ROOMS = {
     "times": set(),
     "addresses": set(),
     "breaker": set(),
+    "locks": set(),
     "reading": {"problems"},
     "sheet": set(),
     "config": set(),

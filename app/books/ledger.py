@@ -8,6 +8,7 @@ check never locks a busy sale, and never cries wolf.
 """
 
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from psycopg2.errorcodes import LOCK_NOT_AVAILABLE
 from sqlalchemy import text
@@ -16,7 +17,7 @@ from sqlalchemy.exc import OperationalError
 from ..audit import Actor, record
 from ..database import sqlstate
 from ..extensions import db, stock
-from ..orders.drain import DRAIN_LOCK
+from ..locks import DRAIN_LOCK, REPAIR_LOCK
 from ..problems import Conflict, Unprepared
 from ..products.sale import expected_generation
 from ..stock.gateway import Account, Accounts
@@ -29,8 +30,6 @@ COUNTED_ORDERS_BY_HAND = 100_000
 CHECK_SECONDS = 5
 # A drill-down is for people: past so many ids nobody reads on.
 MOST_IDS = 1000
-# Two repairs at once would take the same units twice.
-REPAIR_LOCK = 7_316_005
 
 STORED = """
 SELECT (SELECT generation FROM sale),
@@ -109,7 +108,7 @@ class Check:
     def ok(self) -> bool:
         return not self.problems and all(product.ok for product in self.products.values())
 
-    def as_proof(self) -> dict:
+    def as_proof(self) -> dict[str, Any]:
         """Return the check in the form that the dashboard reads; see Noticeboard.put_proof."""
         products = {
             product.product_id: {

@@ -12,10 +12,11 @@ from sqlalchemy.exc import IntegrityError
 
 from ..audit import SYSTEM, Actor, record
 from ..extensions import db, stock
+from ..locks import SALE_LOCK
 from ..models import Product, ProductTotals, StockMovement
 from ..problems import Conflict, InvalidRequest, KeyMismatch, UnknownProduct
 from ..reading import MAX_RESTOCK, MAX_STOCK
-from .sale import SALE_LOCK, expected_generation, publish, require_sale
+from .sale import expected_generation, publish, require_sale
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,6 @@ from ..extensions import db, stock
 from ..models import Product
 from ..problems import Unprepared
 
-# Held shared while a movement is carried out, alone while the sale in Redis is replaced: a movement
-# applied to the old sale is never marked as applied to the new one.
-SALE_LOCK = 7_316_003
-
 
 def expected_generation() -> str | None:
     """Return the name of the sale that Redis should hold, None before the first one."""

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from app import lines
 from app.config import ROOT, Settings, SettingsError, load_settings, with_secrets
@@ -49,7 +50,7 @@ class Supervisor:
         self.settings, self.tree = settings, tree
         self.note = tree / ".runs" / str(os.getpid())
         self.signals = Signals()
-        self.kept: list[Kept] = []
+        self.kept: list[Kept[Program]] = []
         self.web: Program | None = None
         self.worker: Program | None = None
         self.started_at = time.monotonic()
@@ -78,15 +79,17 @@ class Supervisor:
             lines.tell(f"Starting {server.name} in {server.directory}{new}")
             self._keep(server)
             server.start(SERVER_START_SECONDS, wait=self._pause)
-            settings = replace(settings, **{name: server.url})
-        environ = {
-            **os.environ,
+            url: dict[str, Any] = {name: server.url}
+            settings = replace(settings, **url)
+        given: dict[str, str | None] = {
             "PYTHONUNBUFFERED": "1",
             "REDIS_URL": settings.redis_url,
             "DATABASE_URL": settings.database_url,
             "SECRET_KEY": settings.secret_key,
             "LOG_FORMAT": settings.log_format,
         }
+        environ = dict(os.environ)
+        environ |= {name: value for name, value in given.items() if value is not None}
         lines.tell("Preparing the database: migrations, and what a first start needs")
         flask = [sys.executable, "-m", "flask", "--app", "wsgi"]
         self._run_to_end(Command("prepare", [*flask, "prepare"], environ, self.tree))
@@ -105,9 +108,9 @@ class Supervisor:
         # At a terminal, SIGHUP says that its window was closed.
         if came & STOP_SIGNALS or (signal.SIGHUP in came and sys.stdin and sys.stdin.isatty()):
             return False
-        if signal.SIGHUP in came and self.web.is_alive():
+        if signal.SIGHUP in came and self.web and self.worker and self.web.is_alive():
             log.info("web and worker: new processes take over")
-            self.web.process.send_signal(signal.SIGHUP)
+            self.web.send_signal(signal.SIGHUP)
             self.worker.terminate()  # ends its batch first, and is started again as if it had died
         for kept in self.kept:
             kept.check(time.monotonic())
@@ -143,13 +146,13 @@ class Supervisor:
         try:
             while program.is_alive():
                 self._pause(TICK_SECONDS)
-            if program.process.returncode != 0:
+            if program.exit_code() != 0:
                 raise StartError(f"{program.name} {how_it_ended(program)}: not started")
         finally:
             program.stop()
 
     def _look_whether_ready(self) -> None:
-        host, port = self.address[:2]
+        host, port = str(self.address[0]), int(self.address[1])
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
         connection = http.client.HTTPConnection(host, port, timeout=2)
         try:

@@ -31,7 +31,7 @@ class Doorkeeper:
         # Until when a user is turned away, and until when the window stays full, monotonic.
         self._limited: dict[int, tuple[float, float]] = {}
         self._turned_away: Counter[int] = Counter()
-        self._rounds: asyncio.Task | None = None
+        self._rounds: asyncio.Task[None] | None = None
 
     async def claim(
         self, user_id: int, product_id: int, quantity: int, key: str | None, address: str

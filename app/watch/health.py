@@ -4,6 +4,7 @@ The words are public (/readyz): they name no server.
 """
 
 from functools import cache
+from typing import Any
 
 import redis
 from alembic.config import Config
@@ -13,8 +14,9 @@ from psycopg2 import errorcodes
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError, TimeoutError
 
-from ..database import DRAIN_LOCK, Unanswered, is_unavailable, sqlstate
+from ..database import Unanswered, is_unavailable, sqlstate
 from ..extensions import db, stock
+from ..locks import DRAIN_LOCK
 from ..problems import Unavailable, Unprepared
 from ..stock.board import News
 from ..stock.gateway import View
@@ -83,7 +85,7 @@ def in_words(error: BaseException) -> str:
     return POSTGRES_STATES.get(sqlstate(cause), "unreachable")
 
 
-def check(app: Flask) -> dict[str, dict]:
+def check(app: Flask) -> dict[str, dict[str, Any]]:
     """Return {part: {"ok": bool, "state": text}}.
 
     The parts are redis, postgres, migrations, sale, worker and queue.
@@ -122,11 +124,11 @@ def check(app: Flask) -> dict[str, dict]:
     return parts
 
 
-def _part(ok: bool, state: str) -> dict:
+def _part(ok: bool, state: str) -> dict[str, Any]:
     return {"ok": ok, "state": state}
 
 
-def _sale(generation: str, expected: str | None) -> dict:
+def _sale(generation: str, expected: str | None) -> dict[str, Any]:
     if not generation:
         return _part(False, "not in Redis, or being rebuilt: `flask rebuild` makes it anew")
     if expected is None:
@@ -136,7 +138,7 @@ def _sale(generation: str, expected: str | None) -> dict:
     return _part(True, "in Redis")
 
 
-def _queue(view: View, news: News, parts: dict[str, dict]) -> dict:
+def _queue(view: View, news: News, parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Tell whether orders get stored: a worker that lives may still be kept from it."""
     if not view.waiting:
         return _part(True, "empty")
@@ -154,7 +156,7 @@ def _queue(view: View, news: News, parts: dict[str, dict]) -> dict:
 
 def _drain_is_locked() -> bool:
     try:
-        return db.session.scalar(DRAIN_LOCKED, {"lock": DRAIN_LOCK})
+        return bool(db.session.scalar(DRAIN_LOCKED, {"lock": DRAIN_LOCK}))
     except SQLAlchemyError as error:
         if not is_unavailable(error):
             raise
@@ -163,7 +165,7 @@ def _drain_is_locked() -> bool:
 
 
 @cache
-def newest_migration(directory: str) -> str:
+def newest_migration(directory: str) -> str | None:
     """Return the revision that the code expects."""
     config = Config()
     config.set_main_option("script_location", directory)

@@ -16,6 +16,7 @@ import asyncio
 import logging
 import math
 from collections import deque
+from collections.abc import Iterable
 from enum import Enum
 
 import httptools
@@ -157,6 +158,7 @@ class State(ServerState):
 
     def __init__(self, most_connections: int) -> None:
         super().__init__()
+        self.connections: set[Connection] = set()  # type: ignore[assignment]  # not uvicorn's own
         self.most_connections = most_connections
         # The process takes no more connections, and ends those that it has.
         self.ending = False
@@ -194,11 +196,11 @@ class Connection(asyncio.BufferedProtocol):
         self.cut_off = False
         # When the client must have done its next step; see `expire`.
         self.due = math.inf
-        self.task: asyncio.Task | None = None
+        self.task: asyncio.Task[None] | None = None
 
     # The connection's beginning and end
 
-    def connection_made(self, transport: asyncio.Transport) -> None:
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # a socket's
         self.transport = transport
         peer, here = transport.get_extra_info("peername"), transport.get_extra_info("sockname")
         self.address = peer[0] if peer else ""
@@ -222,7 +224,7 @@ class Connection(asyncio.BufferedProtocol):
         self.reading, self.answering, self.rest = DEAF, ENDED, b""
         self.read.set()
         # They know each other; left to the collector they would stay for long.
-        self.parser = None
+        del self.parser
 
     def eof_received(self) -> bool:
         """The client sends no more; what it has asked is still answered."""
@@ -257,6 +259,7 @@ class Connection(asyncio.BufferedProtocol):
             self.transport.close()
 
     def _restart_clock(self) -> None:
+        seconds: float
         if self.unread:
             seconds = READ_SECONDS
         elif self.reading is BODY:
@@ -502,7 +505,7 @@ class Connection(asyncio.BufferedProtocol):
         try:
             environ = request.environ
             if trust_proxies := self.pages.trust_proxies:
-                trust_proxies(environ, None)
+                trust_proxies(environ)
             self._answer(await self.lane.serve(environ, request.body, stock.loop_line.claim))
             if self.queue or self.rest:
                 self._go_on()
@@ -535,7 +538,7 @@ class Connection(asyncio.BufferedProtocol):
         self._finish(request, last)
 
     def _write_head(
-        self, request: Request, status: str, headers: object, body: bytes = b""
+        self, request: Request, status: str, headers: Iterable[tuple[str, str]], body: bytes = b""
     ) -> bool:
         """Write a head, and a body with it; return whether it says that it is the last one."""
         last = not request.keep_alive or (self.state.ending and len(self.queue) == 1)

@@ -126,7 +126,9 @@ def record_issued() -> None:
         db.session.commit()
 
 
-def run_forever(app: Flask, run_once: Callable, stopped: threading.Event) -> None:
+def run_forever(
+    app: Flask, run_once: Callable[[threading.Event], None], stopped: threading.Event
+) -> None:
     """Repeat a step until `stopped` is set; a server that fails is waited for."""
     failing = False
     while not stopped.is_set():
