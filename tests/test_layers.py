@@ -21,7 +21,7 @@ GROUND = {
     "logs",
     "locks",
 }
-TABLES = GROUND | {"extensions", "models", "audit", "idempotency"}
+TABLES = GROUND | {"extensions", "models", "audit", "idempotency", "generation"}
 ROOMS = {
     "problems": set(),
     "times": set(),
@@ -39,11 +39,12 @@ ROOMS = {
     "database": {"breaker"},
     "models": {"extensions", "reading"},
     "audit": {"extensions", "models"},
+    "generation": {"extensions", "models"},
     "idempotency": {"extensions", "models", "problems"},
     "staff": TABLES | {"stock"},
     # Who of the staff is asking.
     "auth": {"audit", "extensions", "staff"},
-    "watch": GROUND | {"extensions", "database", "models", "stock"},
+    "watch": GROUND | {"extensions", "generation", "database", "models", "stock"},
     "products": TABLES | {"stock"},
     "orders": TABLES | {"database", "stock", "products"},
     "books": TABLES | {"database", "stock", "products", "orders"},

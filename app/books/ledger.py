@@ -17,9 +17,9 @@ from sqlalchemy.exc import OperationalError
 from ..audit import Actor, record
 from ..database import sqlstate
 from ..extensions import db, stock
+from ..generation import Held, held, on_record
 from ..locks import DRAIN_LOCK, REPAIR_LOCK
 from ..problems import Conflict, Unprepared
-from ..products.sale import expected_generation
 from ..stock.gateway import Account, Accounts
 
 # Under load a batch is stored every 200 ms and a reading takes a few: the first mostly succeeds.
@@ -32,7 +32,7 @@ CHECK_SECONDS = 5
 MOST_IDS = 1000
 
 STORED = """
-SELECT (SELECT generation FROM sale),
+SELECT coalesce((SELECT generation FROM sale), ''),
        -- A batch that was read again, and cut shorter, ends below the one before it.
        coalesce((SELECT max(last_order_id)
                  FROM (SELECT last_order_id FROM batches ORDER BY id DESC LIMIT 50) newest), 0),
@@ -131,7 +131,7 @@ class Check:
 class Stored:
     """The PostgreSQL half of the ledger; equal readings mean that nothing happened in between."""
 
-    generation: str | None
+    generation: str
     last_order_id: int
     totals: dict[int, tuple[int, int, int]]  # moved units, units out, orders stored
     pending: dict[int, tuple[int, int]]  # movement: product, units
@@ -177,7 +177,7 @@ def _consistent_view(count_up_to: int) -> tuple[Stored, Accounts]:
             )
             after = _read_stored()
             if after == before:
-                if not accounts.generation or accounts.generation != after.generation:
+                if held(accounts.generation, after.generation) is not Held.THIS:
                     raise Unprepared("Redis does not hold this sale")
                 return after, accounts
             before = after
@@ -297,7 +297,7 @@ def keep_proof() -> None:
     except Unquiet:
         return
     except Unprepared as error:
-        broken = {"at": stock.board.now(), "generation": expected_generation(), "ok": False}
+        broken = {"at": stock.board.now(), "generation": on_record() or None, "ok": False}
         stock.board.put_proof(broken | {"problems": [str(error)], "products": {}})
         return
     stock.board.put_proof(result.as_proof())

@@ -21,6 +21,7 @@ from .. import idempotency
 from ..audit import Actor, record
 from ..database import waiting_at_most
 from ..extensions import db, stock
+from ..generation import Held, held
 from ..locks import DRAIN_LOCK, REBUILD_LOCK, SALE_LOCK
 from ..models import Sale
 from ..orders.drain import BATCH_ORDERS, Row, store
@@ -189,14 +190,15 @@ def rebuild(actor: Actor, replace: bool = False) -> Rebuilt:
     with _alone() as connection:
         found = stock.view([])
         generation, last_sampled, first_of_sale, sampled_at = _read_sale(connection)
-        if found.generation and found.generation != generation and not replace:
+        holds = held(found.generation, generation)
+        if holds is Held.ANOTHER and not replace:
             raise ForeignSale
         # A counter below what was seen before means an old copy of this very sale.
-        intact = found.generation == generation and found.last_order_id >= last_sampled
-        if found.generation:
+        intact = holds is Held.THIS and found.last_order_id >= last_sampled
+        if holds is not Held.NOTHING:
             stock.close(found.generation)
         rescued = _store_waiting(connection)
-        issued = found.last_order_id if found.generation in ("", generation) else 0
+        issued = 0 if holds is Held.ANOTHER else found.last_order_id
         if intact:
             issued = stock.view([]).last_order_id
         last_stored = _last_stored(connection)
@@ -275,10 +277,10 @@ def _value(cursor: Cursor) -> Any:
     return row[0]
 
 
-def _read_sale(connection: Connection) -> tuple[str | None, int, int, datetime | None]:
+def _read_sale(connection: Connection) -> tuple[str, int, int, datetime | None]:
     with connection.cursor() as cursor:
         cursor.execute("SELECT generation, last_order_id, first_order_id, sampled_at FROM sale")
-        return cursor.fetchone() or (None, 0, 1, None)
+        return cursor.fetchone() or ("", 0, 1, None)
 
 
 def _max_quantity(connection: Connection) -> int:
@@ -477,9 +479,3 @@ def close_when_stale() -> bool:
         )
         return True
     return False
-
-
-def is_prepared() -> bool:
-    """Return whether Redis holds the sale that PostgreSQL knows. Raises stock.Unavailable."""
-    held = stock.generation()
-    return held is not None and held == sale.expected_generation()

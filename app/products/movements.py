@@ -12,11 +12,12 @@ from sqlalchemy.exc import IntegrityError
 
 from ..audit import SYSTEM, Actor, record
 from ..extensions import db, stock
+from ..generation import on_record
 from ..locks import SALE_LOCK
 from ..models import Product, ProductTotals, StockMovement
 from ..problems import Conflict, InvalidRequest, KeyMismatch, UnknownProduct
 from ..reading import MAX_RESTOCK, MAX_STOCK
-from .sale import expected_generation, publish, require_sale
+from .sale import publish, require_sale
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def apply_movement(movement: StockMovement) -> int:
     """
     movement_id = movement.id
     db.session.execute(text(f"SELECT pg_advisory_xact_lock_shared({SALE_LOCK})"))
-    generation = expected_generation()
+    generation = on_record()
     found = db.session.get(StockMovement, movement_id, with_for_update=True, populate_existing=True)
     if found is None:
         db.session.rollback()

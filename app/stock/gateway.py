@@ -23,16 +23,9 @@ from .brakes import BrakeGateway, Brakes
 from .doorkeeper import Doorkeeper
 from .keys import IDEMPOTENCY_TTL_MS, Keys, cautious_options
 from .lines import Claim, ClaimScript, LoopLine, ThreadLine
+from .outcomes import REFUSALS
 
 log = logging.getLogger(__name__)
-
-# What claims are refused for, or answered with again: counted in the product's hash, or in one for
-# all where the product is unknown.
-REFUSALS = (
-    "sold_out", "insufficient", "capped", "not_open", "paused", "ended", "too_many",
-    "replayed", "mismatched", "limited", "limited_address", "overloaded", "unknown",
-    "limited_network", "limited_early", "capped_address",
-)  # fmt: skip
 
 # A product's terms of sale, in the order of put_product.lua.
 TERMS = ("opens", "closes", "pause", "cap", "max", "price")

@@ -16,6 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError, TimeoutError
 
 from ..database import Unanswered, is_unavailable, sqlstate
 from ..extensions import db, stock
+from ..generation import Held, held, on_record
 from ..locks import DRAIN_LOCK
 from ..problems import Unavailable, Unprepared
 from ..stock.board import News
@@ -49,6 +50,12 @@ REDIS_REFUSALS = {
     "WRONGPASS": "refuses the password",
     "NOPERM": "refuses this user",
     "BUSY": "busy with a script",
+}
+SALE_STATES = {
+    Held.NOTHING: "not in Redis, or being rebuilt: `flask rebuild` makes it anew",
+    Held.ANOTHER: "Redis holds another sale: run `flask rebuild`",
+    Held.THIS: "in Redis",
+    Held.UNCOMPARED: "in Redis, not compared with PostgreSQL",
 }
 POSTGRES_STATES = {
     errorcodes.READ_ONLY_SQL_TRANSACTION: "read-only",
@@ -107,7 +114,7 @@ def check(app: Flask) -> dict[str, dict[str, Any]]:
         parts["migrations"] = _part(
             applied == newest, "applied" if applied == newest else f"at {applied}, not {newest}"
         )
-        expected = db.session.execute(text("SELECT generation FROM sale")).scalar() or ""
+        expected = on_record()
     except SQLAlchemyError as error:
         db.session.rollback()
         if sqlstate(error) == errorcodes.UNDEFINED_TABLE:
@@ -129,13 +136,8 @@ def _part(ok: bool, state: str) -> dict[str, Any]:
 
 
 def _sale(generation: str, expected: str | None) -> dict[str, Any]:
-    if not generation:
-        return _part(False, "not in Redis, or being rebuilt: `flask rebuild` makes it anew")
-    if expected is None:
-        return _part(True, "in Redis, not compared with PostgreSQL")
-    if generation != expected:
-        return _part(False, "Redis holds another sale: run `flask rebuild`")
-    return _part(True, "in Redis")
+    found = held(generation, expected)
+    return _part(found in (Held.THIS, Held.UNCOMPARED), SALE_STATES[found])
 
 
 def _queue(view: View, news: News, parts: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError
 
 from ..database import is_unavailable
 from ..extensions import db, stock
-from ..models import Product, ProductTotals, Sale
+from ..generation import Held, held, on_record
+from ..models import Product, ProductTotals
 from ..problems import Unavailable, UnknownProduct
 from ..stock.brakes import Brakes
 from . import health, samples, shelf
@@ -165,7 +165,7 @@ def items(
         if among is not None:
             query = query.where(Product.id.in_(among))
         rows: list[shelf.Row] = [(product, totals) for product, totals in db.session.execute(query)]
-        expected = db.session.scalar(select(Sale.generation)) or ""
+        expected = on_record()
     except SQLAlchemyError as failed:
         if not is_unavailable(failed):
             raise
@@ -184,7 +184,7 @@ def items(
     live = _Live([product.id for product, _ in rows], expected)
     if live.foreign and error is None:
         # Perhaps a rebuild has ended between the two readings.
-        expected = db.session.scalar(select(Sale.generation)) or ""
+        expected = on_record()
         live = _Live([product.id for product, _ in rows], expected)
     live.postgres_error = health.in_words(error) if error else None
     return [_item(product, totals, live) for product, totals in rows], live
@@ -251,7 +251,7 @@ class _Live:
         self.workers = news.workers
         self.generation = view.generation
         self.brakes = view.brakes
-        self.foreign = not view.generation or expected not in (None, view.generation)
+        self.foreign = held(view.generation, expected) in (Held.NOTHING, Held.ANOTHER)
         if self.foreign:
             # Whatever it holds, it is not this sale's.
             return

@@ -7,7 +7,8 @@ from typing import Any
 
 from ..extensions import stock
 from ..stock.board import HISTORY_SAMPLES
-from ..stock.gateway import REFUSALS, View
+from ..stock.gateway import View
+from ..stock.outcomes import REFUSALS
 
 # The counters' sums over all products, and the queue: `oldest_ms` is None where nothing waits.
 Figures = dict[str, Any]

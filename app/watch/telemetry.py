@@ -27,7 +27,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from ..extensions import db, stock
 from ..problems import Unavailable
-from ..stock.gateway import REFUSALS, View
+from ..stock.gateway import View
+from ..stock.outcomes import OUTCOMES
 from . import health
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,6 @@ DURATION_BOUNDS = (
 BATCH_BOUNDS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 # Each product is some 20 series. Those with the lowest ids are told apart, the rest are one.
 MOST_PRODUCTS = 200
-OUTCOMES = ("accepted", *REFUSALS)
 # Told by who starts the web processes (app/run/serve.py).
 RESTART_CAUSES = ("died", "event_loop", "page_threads")
 

@@ -22,7 +22,8 @@ from ..extensions import db, stock
 from ..orders.drain import drain_batch
 from ..problems import Unavailable
 from ..products import brake, movements, sale
-from ..stock.gateway import REFUSALS, View
+from ..stock.gateway import View
+from ..stock.outcomes import REFUSALS
 from ..watch import samples, shelf
 from . import jobs
 
@@ -104,7 +105,7 @@ class Sweeper:
         record_issued()
         recovery.close_when_stale()
         brake.carry_over()
-        if recovery.is_prepared():
+        if sale.is_prepared():
             sale.publish_stale()
             movements.finish_pending()
             self._shelf.renew()
