@@ -13,14 +13,14 @@ from typing import ParamSpec, TypeVar
 
 import click
 
-from app import create_app, lines, logs
+from app import create_app, logs, telling
 from app.config import SettingsError, load_settings, with_secrets
 from app.run.embedded import EmbeddedError, servers, with_servers
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-lines.begin()
+telling.begin()
 _open = contextlib.ExitStack()
 atexit.register(_open.close)
 
@@ -30,7 +30,7 @@ def start_servers() -> None:
     try:
         _open.enter_context(servers(settings))
     except EmbeddedError as error:
-        sys.exit(lines.fail(error))
+        sys.exit(telling.fail(error))
 
 
 def start_when_carried_out(commands: Iterable[click.Command]) -> None:
@@ -57,7 +57,7 @@ try:
     logs.configure(settings)
     app = create_app(with_servers(settings))
 except (SettingsError, EmbeddedError) as error:
-    sys.exit(lines.fail(error))
+    sys.exit(telling.fail(error))
 gc.enable()
 
 _asked = click.get_current_context(silent=True)

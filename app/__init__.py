@@ -17,7 +17,7 @@ def create_app(settings: Settings | None = None) -> Flask:
     Raises SettingsError for settings that can't work. What makes an app is imported only here:
     programs that start others do without.
     """
-    from flask import Flask
+    from flask import Flask, has_request_context
     from werkzeug.middleware.proxy_fix import ProxyFix
 
     from . import admin, cli, database, logs
@@ -38,7 +38,7 @@ def create_app(settings: Settings | None = None) -> Flask:
     cast("DefaultJSONProvider", app.json).sort_keys = False
     # Such a path is not there; a redirect to the right one would be built from the client's Host.
     app.url_map.merge_slashes = False
-    database.limit_waits()
+    database.limit_waits(has_request_context)
 
     db.init_app(app)
     migrate.init_app(app, db, directory=str(ROOT / "migrations"), compare_type=True)

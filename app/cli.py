@@ -13,7 +13,7 @@ from flask.cli import AppGroup, with_appcontext
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
-from . import lines
+from . import telling
 from .audit import CLI, Actor
 from .books import ledger, recovery
 from .config import Settings, was_generated
@@ -87,12 +87,12 @@ def prepare() -> None:
             try:
                 people.create(settings.admin_email, settings.admin_password, "admin", CLI)
             except InvalidRequest as error:
-                raise SystemExit(lines.fail(f"ADMIN_EMAIL, ADMIN_PASSWORD: {error}")) from None
-            lines.tell(f"Admin:     {settings.admin_email}  {_shown(settings, 'admin_password')}")
-            lines.tell(f"API token: {_shown(settings, 'admin_api_token')}")
+                raise SystemExit(telling.fail(f"ADMIN_EMAIL, ADMIN_PASSWORD: {error}")) from None
+            telling.tell(f"Admin:     {settings.admin_email}  {_shown(settings, 'admin_password')}")
+            telling.tell(f"API token: {_shown(settings, 'admin_api_token')}")
         if recovery.database_is_empty():
             product_id = recovery.reset(CLI)
-            lines.tell(f"Seeded:    product {product_id} with 100 items")
+            telling.tell(f"Seeded:    product {product_id} with 100 items")
 
 
 def _shown(settings: Settings, name: str) -> str:
@@ -100,7 +100,7 @@ def _shown(settings: Settings, name: str) -> str:
     if not was_generated(settings, name):
         return "(as given)"
     path = settings.data_dir / name
-    return f"(in {path})" if lines.is_json() else getattr(settings, name)
+    return f"(in {path})" if telling.is_json() else getattr(settings, name)
 
 
 @click.command()

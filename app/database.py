@@ -6,12 +6,11 @@ A server that can no longer do its work (read-only, full, ending) is a lost conn
 import select
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import flask_sqlalchemy.session
 import psycopg2
-from flask import has_request_context
 from psycopg2 import extensions
 from sqlalchemy import Engine, ExceptionContext, Pool, PoolProxiedConnection, event
 from sqlalchemy.exc import DBAPIError, DisconnectionError, PendingRollbackError, TimeoutError
@@ -147,12 +146,17 @@ class Session(flask_sqlalchemy.session.Session):
             self.invalidate()
 
 
-def limit_waits() -> None:
+def limit_waits(in_request: Callable[[], bool]) -> None:
     """Make every psycopg2 connection of this process give up after a bounded wait.
+
+    `in_request` tells whether somebody waits for the answer to a request: they wait shortest, and
+    not at all for a server that has just let another request wait in vain.
 
     The server's own statement_timeout is no help against a server that is stopped or cut off.
     """
-    extensions.set_wait_callback(_wait)
+    extensions.set_wait_callback(
+        lambda connection: _wait_in_request(connection) if in_request() else _wait(connection)
+    )
 
 
 _breaker = Breaker(REQUEST_WAIT_SECONDS)
@@ -170,10 +174,11 @@ def waiting_at_most(seconds: float) -> Iterator[None]:
 
 
 def _wait(connection: extensions.connection) -> None:
-    if not has_request_context():
-        now = time.monotonic()
-        _wait_for(connection, getattr(_thread, "deadline", now + OTHER_WAIT_SECONDS) - now)
-        return
+    now = time.monotonic()
+    _wait_for(connection, getattr(_thread, "deadline", now + OTHER_WAIT_SECONDS) - now)
+
+
+def _wait_in_request(connection: extensions.connection) -> None:
     if not _breaker.admits():
         raise Unanswered("PostgreSQL did not answer a moment ago")
     try:

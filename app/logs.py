@@ -13,9 +13,9 @@ from typing import Any
 
 from flask import Flask, Response, g, has_request_context, request
 
-from . import lines
+from . import telling
 from .config import Settings
-from .lines import Bound
+from .telling import Bound
 
 log = logging.getLogger("app.requests")
 
@@ -111,6 +111,6 @@ class NamedLines(logging.Filter):
 
 def configure(settings: Settings) -> None:
     """Set up the lines of a process that serves requests."""
-    lines.configure(settings)
+    telling.configure(settings)
     for handler in logging.getLogger().handlers:
         handler.addFilter(NamedLines())

@@ -7,8 +7,8 @@ import re
 import psycopg2
 import pytest
 import redis
-from conftest import wait_until
 from sqlalchemy.exc import OperationalError
+from waiting import wait_until
 from wire import serving
 
 from app import database, locks

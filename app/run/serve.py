@@ -19,7 +19,7 @@ from pathlib import Path
 from signal import SIGHUP
 from typing import Any
 
-from app import lines
+from app import telling
 from app.config import Settings, SettingsError, load_settings, with_secrets
 from app.run import pulse
 from app.run.embedded import EmbeddedError, embedded_servers
@@ -254,16 +254,16 @@ def allow_open_files() -> None:
 
 def main() -> None:
     """Be the web server; the servers behind it must be given."""
-    lines.begin()
+    telling.begin()
     try:
         settings = with_secrets(load_settings())
-        lines.configure(settings)
+        telling.configure(settings)
         if embedded_servers(settings):
             raise SettingsError("REDIS_URL and DATABASE_URL are needed; `make run` brings its own")
         allow_open_files()
         WebServer(settings, free_address(settings, PORT_GRACE_SECONDS)).run()
     except (SettingsError, EmbeddedError, StartError, OSError) as error:
-        sys.exit(lines.fail(error))
+        sys.exit(telling.fail(error))
 
 
 if __name__ == "__main__":

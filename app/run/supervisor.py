@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from app import lines
+from app import telling
 from app.config import ROOT, Settings, SettingsError, load_settings, with_secrets
 from app.run import serve
 from app.run.embedded import EmbeddedError, embedded_servers
@@ -76,7 +76,7 @@ class Supervisor:
         settings = with_secrets(self.settings)
         for name, server in embedded_servers(settings).items():
             new = "" if server.directory.exists() else ", with new files"
-            lines.tell(f"Starting {server.name} in {server.directory}{new}")
+            telling.tell(f"Starting {server.name} in {server.directory}{new}")
             self._keep(server)
             server.start(SERVER_START_SECONDS, wait=self._pause)
             url: dict[str, Any] = {name: server.url}
@@ -90,10 +90,10 @@ class Supervisor:
         }
         environ = dict(os.environ)
         environ |= {name: value for name, value in given.items() if value is not None}
-        lines.tell("Preparing the database: migrations, and what a first start needs")
+        telling.tell("Preparing the database: migrations, and what a first start needs")
         flask = [sys.executable, "-m", "flask", "--app", "wsgi"]
         self._run_to_end(Command("prepare", [*flask, "prepare"], environ, self.tree))
-        lines.tell("Starting the web server and a worker")
+        telling.tell("Starting the web server and a worker")
         self.web = Command("web", [sys.executable, "-m", "app.run.serve"], environ, self.tree)
         self.worker = Command("worker", [sys.executable, "worker.py"], environ, self.tree)
         for program in (self.worker, self.web):
@@ -173,8 +173,8 @@ class Supervisor:
     def _tell_ready(self, url: str) -> None:
         given = self.settings.admin_password
         where = "as given" if given else f"in {self.settings.data_dir / 'admin_password'}"
-        lines.tell(f"Ready: {url}")
-        lines.tell(f"Sign in:   {url}/admin as {self.settings.admin_email}, password {where}")
+        telling.tell(f"Ready: {url}")
+        telling.tell(f"Sign in:   {url}/admin as {self.settings.admin_email}, password {where}")
         # For programs that look for a running system. Without it they have to be told.
         with suppress(OSError):
             self.note.parent.mkdir(exist_ok=True)
@@ -206,15 +206,15 @@ def _only_run(data_dir: Path) -> Iterator[bool]:
 
 def main(tree: Path = ROOT) -> int:
     """Run until told to stop; return the exit code."""
-    lines.begin()
+    telling.begin()
     try:
         settings = load_settings()
-        lines.configure(settings)
+        telling.configure(settings)
         Supervisor(settings, tree).run()
     except SettingsError as error:
-        return lines.fail(error, 2)
+        return telling.fail(error, 2)
     except (StartError, EmbeddedError) as error:
-        return lines.fail(error)
+        return telling.fail(error)
     return 0
 
 
