@@ -17,6 +17,7 @@ import time
 from urllib.parse import urlsplit
 
 import pytest
+from call import call
 from people import sign_in_once
 
 from app.audit import CLI
@@ -28,7 +29,6 @@ from app.staff import people as staff
 from app.staff import tokens
 from app.staff.signin import sign_in
 from app.web import access
-from web import call
 
 STRONG = "0123456789abcdef0123456789abcdef"
 PRODUCTION = {

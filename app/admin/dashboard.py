@@ -4,6 +4,7 @@ import re
 import time
 
 from flask import Blueprint, abort, jsonify, render_template, request, url_for
+from flask.typing import ResponseReturnValue
 from flask_login import current_user
 from markupsafe import Markup
 
@@ -14,14 +15,14 @@ from ..watch import monitor, samples
 from ..web.errors import api_error
 from ..web.polls import FRESH_SECONDS, share
 from . import forms, products
-from .guard import is_poll
+from .guard import is_poll, without_postgres
 
 PRODUCT_ID = re.compile(r"[1-9][0-9]{0,14}", re.ASCII).fullmatch
 bp = Blueprint("dashboard", __name__, url_prefix="/admin")
 
 
 @bp.get("/")
-def show():
+def show() -> ResponseReturnValue:
     return render_template("admin/dashboard.html", board=monitor.board())
 
 
@@ -29,11 +30,11 @@ def show():
 _shared: dict[str, tuple[float, str]] = {}
 # In it, the rows that look as they did a moment ago: most of a big sale's products stand still.
 MOST_ROWS = 1000
-_rows: dict[tuple, Markup] = {}
+_rows: dict[tuple[object, ...], Markup] = {}
 
 
 @bp.get("/live")
-def live():
+def live() -> ResponseReturnValue:
     """What of the dashboard changes by the second."""
     if not is_poll():
         return render_template("admin/_dashboard.html", board=monitor.board())
@@ -61,7 +62,8 @@ def _row(item: monitor.Item) -> Markup:
 
 
 @bp.post("/brake")
-def brake():
+@without_postgres
+def brake() -> ResponseReturnValue:
     """Stop selling one product or everything at once, or let them in again; needs Redis alone."""
     if not current_user.is_admin:
         abort(403)
@@ -89,10 +91,6 @@ def brake():
     return forms.done(message, url_for("dashboard.show"))
 
 
-# Read by the guard: a person whose session PostgreSQL can't confirm at the moment may do it.
-brake.without_postgres = True
-
-
 def told(done: brakes.Braked, product_id: int | None) -> str:
     """Return what a brake did, in words."""
     what = f"Product {product_id}" if product_id else "The whole sale"
@@ -106,7 +104,7 @@ def told(done: brakes.Braked, product_id: int | None) -> str:
 
 
 @bp.get("/chart.json")
-def chart():
+def chart() -> ResponseReturnValue:
     """The samples from `since` (seconds since 1970) on, as columns."""
     since = request.args.get("since", 0, type=int)
     try:

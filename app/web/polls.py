@@ -7,7 +7,7 @@ A session that ends (deactivated, another password) is shown the figures for TIC
 
 import hashlib
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .answer import Answer
 
@@ -74,10 +74,12 @@ def poll_of(method: str, url: str, environ: dict[str, str], coding: bool) -> Pol
     if url not in PATHS or method != "GET" or environ.get("HTTP_X_POLL") != "1":
         return None
     cookies = environ.get("HTTP_COOKIE")
-    return cookies and Poll(url, coding, hashlib.sha256(cookies.encode("latin-1")).digest())
+    if not cookies:
+        return None
+    return Poll(url, coding, hashlib.sha256(cookies.encode("latin-1")).digest())
 
 
-def share(environ: dict, group: str, made_at: float) -> None:
+def share(environ: dict[str, Any], group: str, made_at: float) -> None:
     """Let everybody of a group have the answer to this request; a view says so.
 
     `made_at` is when its figures were read, monotonic.

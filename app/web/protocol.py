@@ -160,6 +160,7 @@ class State(ServerState):
 
     def __init__(self, most_connections: int) -> None:
         super().__init__()
+        self.connections: set[Connection] = set()  # type: ignore[assignment]  # not uvicorn's own
         self.most_connections = most_connections
         # The process takes no more connections, and ends those that it has.
         self.ending = False
@@ -197,11 +198,11 @@ class Connection(asyncio.BufferedProtocol):
         self.cut_off = False
         # When the client must have done its next step; see `expire`.
         self.due = math.inf
-        self.task: asyncio.Task | None = None
+        self.task: asyncio.Task[None] | None = None
 
     # The connection's beginning and end
 
-    def connection_made(self, transport: asyncio.Transport) -> None:
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # a socket's
         self.transport = transport
         peer, here = transport.get_extra_info("peername"), transport.get_extra_info("sockname")
         self.address = peer[0] if peer else ""
@@ -225,7 +226,7 @@ class Connection(asyncio.BufferedProtocol):
         self.reading, self.answering, self.rest = DEAF, ENDED, b""
         self.read.set()
         # They know each other; left to the collector they would stay for long.
-        self.parser = None
+        del self.parser
 
     def eof_received(self) -> bool:
         """The client sends no more; what it has asked is still answered."""
@@ -260,6 +261,7 @@ class Connection(asyncio.BufferedProtocol):
             self.transport.close()
 
     def _restart_clock(self) -> None:
+        seconds: float
         if self.unread:
             seconds = READ_SECONDS
         elif self.reading is BODY:
@@ -509,7 +511,7 @@ class Connection(asyncio.BufferedProtocol):
         try:
             environ = request.environ
             if trust_proxies := self.pages.trust_proxies:
-                trust_proxies(environ, None)
+                trust_proxies(environ)
             self.lane.serve(environ, request.body, stock.loop_line.ask, self._sold)
         except BaseException:
             self.transport.abort()

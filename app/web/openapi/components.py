@@ -1,25 +1,30 @@
 """What the operations are made of: schemas, headers, errors."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from ...reading import MAX_ID, MAX_QUANTITY, MAX_RESTOCK, MAX_STOCK
 
 MAX_LISTED = 500
 
 
-def ref(kind: str, name: str) -> dict:
+def ref(kind: str, name: str) -> dict[str, Any]:
     return {"$ref": f"#/components/{kind}/{name}"}
 
 
-def integer(low: int, high: int, meaning: str = "", **more: object) -> dict:
+def integer(low: int, high: int, meaning: str = "", **more: object) -> dict[str, Any]:
     schema = {"type": "integer", "minimum": low, "maximum": high, **more}
     return schema | ({"description": meaning} if meaning else {})
 
 
-def json_object(properties: dict, required: list[str] | None = None, **more: object) -> dict:
+def json_object(
+    properties: dict[str, Any], required: list[str] | None = None, **more: object
+) -> dict[str, Any]:
     names = list(properties) if required is None else required
     return {"type": "object", "properties": properties, "required": names, **more}
 
 
-def json_content(schema: dict, **examples: object) -> dict:
+def json_content(schema: dict[str, Any], **examples: object) -> dict[str, Any]:
     content = {"schema": schema}
     if examples:
         content["examples"] = {name: {"value": value} for name, value in examples.items()}
@@ -313,7 +318,7 @@ HEADERS = {
 LIMIT_HEADERS = ("RateLimit-Policy", "RateLimit")
 
 # Each error by its code: the message, and what else its body holds.
-ERRORS = {
+ERRORS: dict[str, tuple[str, dict[str, Any]]] = {
     "invalid_request": ("quantity must be an integer", {"field": "quantity"}),
     "unauthorized": ("A valid API token is required", {}),
     "forbidden": ("The token is another shopper's", {}),
@@ -366,15 +371,21 @@ STATUSES = {
 }
 
 
-def _header_refs(names: tuple[str, ...]) -> dict:
+def _header_refs(names: tuple[str, ...]) -> dict[str, Any]:
     return {name: ref("headers", name) for name in (*names, "X-Request-Id")}
 
 
-def ok(meaning: str, content: dict, headers: tuple[str, ...] = LIMIT_HEADERS) -> dict:
+def ok(
+    meaning: str, content: dict[str, Any], headers: tuple[str, ...] = LIMIT_HEADERS
+) -> dict[str, Any]:
     return {"description": meaning, "headers": _header_refs(headers), "content": content}
 
 
-def failures(*statuses: int, **changed: tuple) -> dict:
+# What a status means, the codes it comes with, and its headers.
+Response = tuple[str, Sequence[str], tuple[str, ...]]
+
+
+def failures(*statuses: int, **changed: Response) -> dict[str, Any]:
     """Return the responses of an operation's errors; `changed` maps "s409" to another entry."""
     responses = {}
     for status in sorted({*statuses, 500}):
@@ -393,7 +404,7 @@ def failures(*statuses: int, **changed: tuple) -> dict:
     return responses
 
 
-def parameter(name: str, where: str, schema: dict, meaning: str) -> dict:
+def parameter(name: str, where: str, schema: dict[str, Any], meaning: str) -> dict[str, Any]:
     return {
         "name": name,
         "in": where,
@@ -427,9 +438,11 @@ REQUEST_ID = parameter(
 PRODUCT_ID = parameter("productId", "path", ID, "")
 
 
-def body(schema: str, **examples: object) -> dict:
+def body(schema: str, **examples: object) -> dict[str, Any]:
     return {"required": True, "content": json_content(ref("schemas", schema), **examples)}
 
 
-def operation(tag: str, name: str, summary: str, responses: dict, **more: object) -> dict:
+def operation(
+    tag: str, name: str, summary: str, responses: dict[str, Any], **more: object
+) -> dict[str, Any]:
     return {"tags": [tag], "operationId": name, "summary": summary, **more, "responses": responses}
