@@ -2,6 +2,7 @@
 
 import functools
 import json
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,7 @@ from .reading import MAX_ID, MAX_REASON, read_text
 from .staff import people, tokens
 
 # Two starts at once must not migrate at once.
+PREPARE_SECONDS = 0.2
 
 ledger_commands = AppGroup("ledger", help="The proof that stock and orders agree to the unit.")
 dead_letters = AppGroup("dead-letters", help="Orders that could not be stored.")
@@ -81,7 +83,10 @@ def prepare() -> None:
     """Make the database ready: migrations, the first admin, and if empty the first product."""
     settings = current_app.config["SETTINGS"]
     with db.engine.connect() as connection:
-        connection.execute(text(f"SELECT pg_advisory_xact_lock({PREPARE_LOCK})"))
+        # Whoever waited inside of a statement would be waited for by CREATE INDEX CONCURRENTLY.
+        while not connection.scalar(text(f"SELECT pg_try_advisory_xact_lock({PREPARE_LOCK})")):
+            connection.rollback()
+            time.sleep(PREPARE_SECONDS)
         flask_migrate.upgrade()
         if not people.everybody():
             try:
@@ -250,7 +255,7 @@ def list_dead_letters(state: str, limit: int) -> None:
     for letter in deadletters.list_letters(filters, limit=limit):
         click.echo(
             f"{letter.id}  {letter.resolution or 'open'}  order {letter.order_id or '?'}  "
-            f"user {letter.user_id or '?'}  product {letter.product_id or '?'}  "
+            f"user {letter.user or '?'}  product {letter.product_id or '?'}  "
             f"quantity {letter.quantity or '?'}  {letter.error}"
         )
 

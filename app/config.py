@@ -40,9 +40,21 @@ NO_LIMIT = RateLimit(0, 0)
 
 # The exact sliding window stores one timestamp per attempt; past this it would be slow and large.
 MAX_USER_LIMIT = 1000
+# The claim that names a token's subject (RFC 7519, 4.1.2), and those that name none.
+SUBJECT = "sub"
+CHECKED_CLAIMS = ("iss", "aud", "exp", "nbf", "iat")
 
 
 def _text(value: str) -> str:
+    return value
+
+
+def _claim(value: str) -> str:
+    # Refusals name it between quotation marks (RFC 6750, 3).
+    if not re.fullmatch(r"[\x21\x23-\x5b\x5d-\x7e]{1,100}", value):
+        raise ValueError("must be 1 to 100 visible ASCII characters, without quotation marks")
+    if value in CHECKED_CLAIMS:
+        raise ValueError("must be a claim that names a user")
     return value
 
 
@@ -202,7 +214,7 @@ class Settings:
         "trusted",
         _choice("trusted", "jwt"),
         "`trusted` believes the `userId` of a request (behind a shop that vouches for it); `jwt` "
-        "asks each shopper for a bearer token whose `sub` is the `userId`",
+        "asks each shopper for a bearer token whose `sub` (or `JWT_USER_CLAIM`) is the `userId`",
     )
     trusted_callers: tuple[IPv4Network | IPv6Network, ...] = setting(
         "TRUSTED_CALLERS",
@@ -222,6 +234,9 @@ class Settings:
     )
     jwt_issuer: str | None = setting("JWT_ISSUER", None, _text, "`iss` that a token must have")
     jwt_audience: str | None = setting("JWT_AUDIENCE", None, _text, "`aud` that a token must have")
+    jwt_user_claim: str = setting(
+        "JWT_USER_CLAIM", SUBJECT, _claim, "claim of a token that holds the `userId`"
+    )
     metrics_token: str | None = setting(
         "METRICS_TOKEN", None, _text, "bearer token of `/metrics`; `ADMIN_API_TOKEN` when not set"
     )
@@ -335,6 +350,7 @@ def check_shopper_auth(settings: Settings) -> None:
         "JWT_KEY_FILE": settings.jwt_key_file,
         "JWT_ISSUER": settings.jwt_issuer,
         "JWT_AUDIENCE": settings.jwt_audience,
+        "JWT_USER_CLAIM": None if settings.jwt_user_claim == SUBJECT else settings.jwt_user_claim,
     }
     if settings.shopper_auth == "trusted":
         for name, value in given.items():

@@ -19,6 +19,16 @@ MARK = codecs.BOM_UTF8
 VALID_KEY = re.compile(r"[\x21-\x7e]{1,255}").fullmatch
 # The longest of them all, 2^53 - 1, has 16.
 DIGITS = re.compile(r"[0-9]{1,16}").fullmatch
+# A shopper, in the one form that names nobody else: a number where the shop counts its users.
+User = int | str
+# What needs no quotation in JSON, CSV, a Redis key or a form, and no space, which parts an entry.
+USER_TEXT = re.compile(r"[A-Za-z0-9._~:@|+-]{1,64}").fullmatch
+USER_WORDS = "an integer or a text of 1 to 64 characters of A-Z a-z 0-9 . _ ~ : @ | + -"
+# Clients take these for parts of a path (RFC 3986, 5.2.4) and leave them out.
+DOTS = frozenset((".", ".."))
+COUNTED = re.compile(r"[1-9][0-9]{0,15}").fullmatch
+# The shop's own name for an order: a cart, or a line of one.
+REFERENCE = re.compile(r"[\x21-\x7e]{1,64}").fullmatch
 # All but tab, line feed and carriage return: PostgreSQL refuses NUL, and none of them is text.
 CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]").search
 
@@ -64,13 +74,13 @@ def read_object(body: bytes | bytearray) -> dict:
     return data
 
 
-def check_key(key: str | None) -> None:
+def check_key(key: str) -> None:
     """Refuse an Idempotency-Key that is none. Raises InvalidRequest.
 
     It is taken as it was sent: quotation marks, which the draft's structured fields have around a
     text, are a part of it.
     """
-    if key is not None and not VALID_KEY(key):
+    if not VALID_KEY(key):
         raise InvalidRequest(
             "Idempotency-Key must be 1 to 255 visible ASCII characters", "Idempotency-Key"
         )
@@ -97,6 +107,56 @@ def read_digits(text: str, low: int, high: int) -> int | None:
     """Return the number that a text of ASCII digits names; None for any other, or out of range."""
     number = int(text) if DIGITS(text) else None
     return number if number is not None and low <= number <= high else None
+
+
+def canonical(value: object) -> User:
+    """Return the one form of a shopper's name: 42 for 42 and "42", any other text byte for byte.
+
+    So "042", "0" and numbers above MAX_ID, which not every JSON reader keeps, are texts of their
+    own, and case counts. Raises ValueError for what can be nobody's name.
+    """
+    # bool is a subclass of int, so isinstance() would let `true` through.
+    if type(value) is str:
+        if COUNTED(value) and (number := int(value)) <= MAX_ID:
+            return number
+        if USER_TEXT(value) and value not in DOTS:
+            return value
+    elif type(value) is int and 1 <= value <= MAX_ID:
+        return value
+    raise ValueError("not a user id")
+
+
+def read_user(data: Mapping, name: str = "userId") -> User:
+    """Return the shopper in a member: an integer from 1 to MAX_ID or a text, in canonical form.
+
+    Raises InvalidRequest.
+    """
+    try:
+        return canonical(data.get(name))
+    except ValueError:
+        if type(data.get(name)) is int:
+            raise InvalidRequest(f"{name} must be from 1 to {MAX_ID}", name) from None
+        fault = f"must be {USER_WORDS}" if name in data else "is required"
+        raise InvalidRequest(f"{name} {fault}", name) from None
+
+
+def read_reference(data: Mapping, name: str = "reference") -> str | None:
+    """Return the shop's own name for an order, None where there is none (or null).
+
+    Raises InvalidRequest.
+    """
+    value = data.get(name)
+    if value is not None and not (type(value) is str and REFERENCE(value)):
+        raise InvalidRequest(f"{name} must be a text of 1 to 64 visible ASCII characters", name)
+    return value
+
+
+def read_price(data: dict, name: str = "expectedPriceCents") -> int | None:
+    """Return the price that a shopper was shown, None where none is given (or null).
+
+    Raises InvalidRequest.
+    """
+    return read_integer(data, name, 0, MAX_ID) if data.get(name) is not None else None
 
 
 def read_text(data: Mapping, name: str, longest: int, called: str | None = None) -> str:

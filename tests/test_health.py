@@ -16,6 +16,7 @@ from app.books import recovery
 from app.extensions import db, stock
 from app.problems import Unavailable
 from app.stock.keys import Keys
+from app.stock.lines import Request
 from app.watch import health
 
 PARTS = {"redis", "postgres", "migrations", "sale", "worker", "queue"}
@@ -241,7 +242,7 @@ class TestSaleOnTheEventLoop:
         async def talk(probe):
             assert await probe() == UNVERIFIED
             line = stock.loop_line.line
-            assert (await line.claim(1, 1, 1, None, "10.0.0.1")).outcome == b"accepted"
+            assert (await line.claim(Request(1, 1, 1, None, "10.0.0.1"))).outcome == b"accepted"
             line._on_record = lambda: recovery.sale_on_record(app)
             await until(probe, OK)
 
@@ -256,7 +257,7 @@ class TestSaleOnTheEventLoop:
                 while (await probe())[0] != 503:
                     await asyncio.sleep(0.05)
             with pytest.raises(Unavailable):
-                await line.claim(1, 1, 1, None, "10.0.0.1")
+                await line.claim(Request(1, 1, 1, None, "10.0.0.1"))
 
         probing(app, talk, verified=False)
 

@@ -94,7 +94,7 @@ def test_a_line_for_each_where_asked(make_app, lines):
         client.post("/purchase", json={"userId": user, "productId": 1})
     sold = [line for line in told() if "app.requests" in line]
     assert len(sold) == 2
-    assert 'answer={"status":"queued","orderId":1}' in sold[0]
+    assert 'answer={"status":"queued","orderId":1,' in sold[0]
 
 
 def test_refusals_are_sampled_and_counted(app, buy, lines, monkeypatch):

@@ -3,7 +3,7 @@
 import re
 
 from app.config import ROOT
-from app.stock.outcomes import OUTCOMES, REFUSALS, UNPREPARED
+from app.stock.outcomes import OUTCOMES, REFUSALS, UNDONE, UNPREPARED
 from app.watch import samples
 from app.web import lane
 
@@ -12,7 +12,7 @@ LITERAL = re.compile(r"""['"]([a-z_]{4,})['"]""")
 
 
 def test_the_script_tells_every_outcome():
-    assert {*OUTCOMES, UNPREPARED} <= set(LITERAL.findall(SCRIPT))
+    assert {*OUTCOMES, UNDONE, UNPREPARED} <= set(LITERAL.findall(SCRIPT))
 
 
 def test_the_script_tells_no_other_outcome():
@@ -22,12 +22,13 @@ def test_the_script_tells_no_other_outcome():
     )
     told = {word for place in places for text in place for word in LITERAL.findall(text)}
     assert len(told) > 10
-    assert told <= {*OUTCOMES, UNPREPARED}
+    assert told <= {*OUTCOMES, UNDONE, UNPREPARED}
 
 
 def test_every_refusal_has_an_answer():
     answers = {word.decode() for word in lane.REFUSALS}
-    assert answers == {*REFUSALS, UNPREPARED} - {"replayed"}
+    # The lane puts these together itself: they tell an order or a price.
+    assert answers == {*REFUSALS, UNPREPARED} - {"replayed", "order_ended", "price_changed"}
 
 
 def test_every_outcome_is_part_of_one_rate():

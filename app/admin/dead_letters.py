@@ -9,7 +9,7 @@ from ..extensions import limiter
 from ..orders import deadletters
 from ..problems import InvalidRequest
 from ..products import catalogue
-from ..reading import MAX_ID
+from ..reading import MAX_ID, canonical
 from . import forms
 
 bp = Blueprint("dead_letters", __name__, url_prefix="/admin/dead-letters")
@@ -33,13 +33,19 @@ def identity(text: str) -> int | None:
 def index() -> ResponseReturnValue:
     state = request.args.get("state", "open")
     before = forms.cursor()
+    user, nobody = None, False
+    if name := request.args.get("user", "").strip():
+        try:
+            user = canonical(name)
+        except ValueError:
+            nobody = True
     filters = deadletters.Filters(
         state=state if state in STATES else None,
         product_id=identity(request.args.get("product", "")),
-        user_id=identity(request.args.get("user", "").strip()),
+        user=user,
         error=request.args.get("error", "").strip() or None,
     )
-    letters = deadletters.list_letters(filters, before, PAGE_LETTERS + 1)
+    letters = [] if nobody else deadletters.list_letters(filters, before, PAGE_LETTERS + 1)
     return render_template(
         "admin/_dead_letters.html"
         if request.headers.get("HX-Target") == "results"

@@ -30,8 +30,6 @@ CHANGE_LIMIT = "120/minute"
 limiter.limit(CHANGE_LIMIT, methods=["POST"])(bp)
 
 EXPORT_LIMIT = "10/minute"
-# Orders shown above the list because the number is theirs, too.
-MOST_HITS = 5
 
 
 def read_filter() -> tuple[search.Filter, dict[str, str]]:
@@ -39,13 +37,11 @@ def read_filter() -> tuple[search.Filter, dict[str, str]]:
     errors: dict[str, str] = {}
     args = request.args
     values: dict[str, Any] = {}
-    text = args.get("q", "").strip()
-    if text:
-        values["user_id"] = read_digits(text.removeprefix("#"), 1, MAX_ID)
-        if values["user_id"] is None and VALID_KEY(text):
-            values["key"] = text
-        elif values["user_id"] is None:
-            errors["q"] = "An id is a whole number, and a key is of at most 255 visible characters"
+    if text := args.get("q", "").strip():
+        values["text"] = text
+        # All that is looked for is visible ASCII, and a key may be the longest.
+        if not VALID_KEY(text):
+            errors["q"] = "Ids, keys and references are of at most 255 visible characters"
     values["product_id"] = read_digits(args.get("product", ""), 0, 10**16)
     if args.get("status") in search.STATUSES:
         values["status"] = args["status"]
@@ -61,15 +57,14 @@ def find() -> dict[str, Any]:
     """Return what the list shows for this request."""
     wanted, errors = read_filter()
     before = forms.cursor()
-    text = request.args.get("q", "").strip()
-    only_order = wanted.user_id is not None and text.startswith("#")
-    hits = []
-    if wanted.user_id and not before:
-        # The number may be an order's as well, or a key.
+    text = wanted.text or ""
+    # The number may be an order's as well.
+    order_id = read_digits(text.removeprefix("#"), 1, MAX_ID)
+    only_order = order_id is not None and text.startswith("#")
+    hit = None
+    if order_id is not None and not before:
         with suppress(UnknownOrder, Unavailable):
-            hits.append(search.story(wanted.user_id).order)
-        if not only_order:
-            hits += search.search(search.Filter(key=text), limit=MOST_HITS).orders
+            hit = search.story(order_id).order
     page = search.Page([])
     if not errors and not only_order:
         page = search.search(wanted, before)
@@ -77,7 +72,7 @@ def find() -> dict[str, Any]:
         "wanted": wanted,
         "times": {name: forms.moment_text(name, request.args) for name in ("from", "to")},
         "errors": errors,
-        "hits": hits,
+        "hit": hit,
         "only_order": only_order,
         "page": page,
         "before": before,

@@ -27,8 +27,8 @@ from ..models import Sale
 from ..orders.drain import BATCH_ORDERS, Row, store
 from ..problems import Conflict, Unavailable
 from ..products import catalogue, movements, sale, terms
-from ..stock.gateway import Entry
-from ..stock.keys import IDEMPOTENCY_TTL_MS, USERS_PER_BUCKET
+from ..stock.entries import STANDING, Entry, key_record
+from ..stock.place import place
 from . import ledger
 
 log = logging.getLogger(__name__)
@@ -39,6 +39,8 @@ SEED_PRODUCT = {
     "currency": "USD",
     "stock": 100,
 }
+# How a lookup calls an order that was a dead letter and is given up.
+_GIVEN_UP = "CANCELLED"
 # How many ids a lost Redis may have issued since it was last sampled, a second ago or an hour:
 # far more than any sale sells, and still nothing beside 2^53.
 UNKNOWN_IDS = 1_000_000
@@ -385,48 +387,59 @@ def _put_movements(connection: Connection) -> None:
 def _put_bought(connection: Connection) -> None:
     """Count what each user has bought, whether or not the product has a cap: it may get one."""
     query = """
-        SELECT product_id, user_id / %(users)s,
-               array_agg(user_id %% %(users)s), array_agg(units::bigint)
-        FROM (SELECT product_id, user_id, sum(units) AS units FROM (
-                SELECT product_id, user_id, quantity AS units FROM orders
-                UNION ALL
-                SELECT product_id, user_id, quantity FROM dead_letters
-                WHERE product_id IS NOT NULL AND resolution IS DISTINCT FROM 'replayed'
-                UNION ALL
-                SELECT product_id, user_id, -units FROM stock_movements
-                WHERE user_id IS NOT NULL AND applied_at IS NOT NULL
-              ) flows GROUP BY 1, 2 HAVING sum(units) > 0) bought
-        GROUP BY 1, 2
+        SELECT product_id, user_id, user_name, sum(units)::bigint FROM (
+          SELECT product_id, user_id, user_name, quantity AS units FROM orders
+          UNION ALL
+          SELECT product_id, user_id, user_name, quantity FROM dead_letters
+          WHERE product_id IS NOT NULL AND num_nonnulls(user_id, user_name) = 1
+            AND resolution IS DISTINCT FROM 'replayed'
+          UNION ALL
+          SELECT product_id, user_id, user_name, -units FROM stock_movements
+          WHERE num_nonnulls(user_id, user_name) = 1 AND applied_at IS NOT NULL
+        ) flows GROUP BY 1, 2, 3 HAVING sum(units) > 0
+        -- Neighbours share a bucket: few commands.
+        ORDER BY 1, 2
     """
-    for rows in _pages(connection, query, {"users": USERS_PER_BUCKET}):
-        stock.put_bought(rows)
+    for rows in _pages(connection, query):
+        buckets: dict[tuple[int, str], tuple[list[str], list[int]]] = {}
+        for product_id, number, name, units in rows:
+            _, bucket, field = place(name if number is None else number)
+            fields, bought = buckets.setdefault((product_id, bucket), ([], []))
+            fields.append(field)
+            bought.append(units)
+        stock.put_bought((*where, *what) for where, what in buckets.items())
 
 
 def _put_keys(connection: Connection) -> int:
-    """Remember the Idempotency-Keys of the last 24 hours, for what is left of their time."""
+    """Remember the Idempotency-Key of every order of the sale, and what has become of it."""
     count = 0
-    since = {"life": IDEMPOTENCY_TTL_MS}
     letters = """
-        SELECT payload, order_id FROM dead_letters
-        WHERE order_id IS NOT NULL AND created_at > now() - %(life)s * interval '1 ms'
-          AND resolution IS DISTINCT FROM 'replayed' ORDER BY id
+        SELECT payload, order_id, resolution FROM dead_letters
+        WHERE order_id IS NOT NULL AND resolution IS DISTINCT FROM 'replayed' ORDER BY id
     """
-    for rows in _pages(connection, letters, since):
-        parsed = [(Entry.parse(payload), order_id) for payload, order_id in rows]
+    for rows in _pages(connection, letters):
+        parsed = [(Entry.parse(payload), *of) for payload, *of in rows]
         count += stock.put_keys(
-            (e.user_id, e.idempotency_key, order_id, e.product_id, e.quantity, e.claimed_ms)
-            for e, order_id in parsed
+            (
+                e.user,
+                e.idempotency_key,
+                key_record(order_id, e, _GIVEN_UP if given_up else STANDING),
+            )
+            for e, order_id, given_up in parsed
             if e.idempotency_key
         )
     # After the letters: where both have a key, the order is the one that exists.
     orders = """
-        SELECT user_id, idempotency_key, id, product_id, quantity,
-               (extract(epoch FROM claimed_at) * 1000)::bigint
-        FROM orders
-        WHERE idempotency_key IS NOT NULL AND claimed_at > now() - %(life)s * interval '1 ms'
+        SELECT user_id, user_name, idempotency_key,
+               concat_ws(' ', id, unit_price_cents, currency,
+                         CASE status WHEN 'CONFIRMED' THEN %(standing)s ELSE status END,
+                         product_id, quantity, reference)
+        FROM orders WHERE idempotency_key IS NOT NULL
     """
-    for rows in _pages(connection, orders, since):
-        count += stock.put_keys(rows)
+    for rows in _pages(connection, orders, {"standing": STANDING}):
+        count += stock.put_keys(
+            (name if number is None else number, key, record) for number, name, key, record in rows
+        )
     return count
 
 

@@ -16,10 +16,11 @@ from sqlalchemy.exc import DBAPIError
 from ..audit import Actor, record
 from ..database import is_unavailable
 from ..extensions import db, stock
-from ..models import DeadLetter, Order, Product, StockMovement
+from ..models import DeadLetter, Order, Product, StockMovement, user_columns
 from ..problems import Conflict, Unavailable
 from ..products.movements import apply_movement
-from ..stock.gateway import Entry
+from ..reading import User
+from ..stock.entries import Entry
 from ..times import from_ms
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ class Filters:
 
     state: str | None = "open"  # open | replayed | abandoned
     product_id: int | None = None
-    user_id: int | None = None
+    user: User | None = None
     error: str | None = None  # a part of the error's text
 
 
@@ -51,8 +52,8 @@ def list_letters(
         query = query.where(DeadLetter.resolution == filters.state)
     if filters.product_id is not None:
         query = query.where(DeadLetter.product_id == filters.product_id)
-    if filters.user_id is not None:
-        query = query.where(DeadLetter.user_id == filters.user_id)
+    if filters.user is not None:
+        query = query.where(DeadLetter.is_of(filters.user))
     if filters.error:
         query = query.where(DeadLetter.error.icontains(filters.error, autoescape=True))
     if before is not None:
@@ -106,7 +107,7 @@ def _order_under_key(entry: Entry) -> int | None:
         return None
     return db.session.scalar(
         select(Order.id).where(
-            Order.user_id == entry.user_id, Order.idempotency_key == entry.idempotency_key
+            Order.is_of(entry.user), Order.idempotency_key == entry.idempotency_key
         )
     )
 
@@ -172,13 +173,14 @@ def replay(ids: list[int], reason: str, actor: Actor) -> list[Resolved]:
                 db.session.execute(
                     insert(Order).values(
                         id=order_id,
-                        user_id=entry.user_id,
+                        **user_columns(entry.user),
                         product_id=entry.product_id,
                         quantity=entry.quantity,
                         unit_price_cents=entry.unit_price_cents,
                         currency=entry.currency,
                         claimed_at=from_ms(entry.claimed_ms),
                         idempotency_key=entry.idempotency_key,
+                        reference=entry.reference,
                     )
                 )
         except (DBAPIError, ValueError, OverflowError) as error:
@@ -233,7 +235,7 @@ def abandon(ids: list[int], reason: str, actor: Actor) -> list[Resolved]:
             units=units,
             reason=reason,
             actor=actor.name,
-            user_id=letter.user_id,
+            user=letter.user,
             dead_letter_id=letter.id,
         )
         db.session.add(movement)

@@ -9,7 +9,7 @@ from .search import Found
 HEADER = (
     "order", "status", "user", "product", "product name", "quantity", "unit price", "currency",
     "total", "claimed at", "persisted at", "cancelled at", "cancelled by", "cancel reason",
-    "idempotency key",
+    "idempotency key", "reference",
 )  # fmt: skip
 
 
@@ -23,7 +23,7 @@ def row_of(order: Found, names: dict[int, str]) -> tuple[object, ...]:
     return (
         order.id,
         order.status,
-        order.user_id,
+        order.user,
         order.product_id,
         names.get(order.product_id, ""),
         order.quantity,
@@ -36,6 +36,7 @@ def row_of(order: Found, names: dict[int, str]) -> tuple[object, ...]:
         order.cancelled_by,
         order.cancel_reason,
         order.idempotency_key,
+        order.reference,
     )
 
 

@@ -14,9 +14,11 @@ from ..audit import SYSTEM, Actor, record
 from ..extensions import db, stock
 from ..generation import on_record
 from ..locks import SALE_LOCK
-from ..models import Product, ProductTotals, StockMovement
+from ..models import DeadLetter, Order, Product, ProductTotals, StockMovement
 from ..problems import Conflict, InvalidRequest, KeyMismatch, UnknownProduct
 from ..reading import MAX_RESTOCK, MAX_STOCK
+from ..stock.entries import Entry
+from ..stock.gateway import Ended
 from .sale import publish, require_sale
 
 
@@ -118,7 +120,13 @@ def apply_movement(movement: StockMovement) -> int:
     if movement.applied_at is not None:
         db.session.commit()
         return movement.stock_after or 0
-    identity = (movement_id, movement.product_id, movement.units, movement.user_id)
+    identity = (
+        movement_id,
+        movement.product_id,
+        movement.units,
+        movement.user,
+        _ended_by(movement),
+    )
     outcome, free = stock.move(generation, *identity)
     if outcome == "unknown":
         publish(db.session.get_one(Product, movement.product_id))
@@ -133,6 +141,18 @@ def apply_movement(movement: StockMovement) -> int:
     movement.stock_after = free
     db.session.commit()
     return free
+
+
+def _ended_by(movement: StockMovement) -> Ended | None:
+    """Return the order that a return ends, if it came with an Idempotency-Key."""
+    if movement.order_id and (order := db.session.get(Order, movement.order_id)):
+        key = order.idempotency_key
+        return Ended(key, order.id, order.status) if key else None
+    if movement.dead_letter_id:
+        letter = db.session.get_one(DeadLetter, movement.dead_letter_id)
+        key = Entry.parse(letter.payload).idempotency_key
+        return Ended(key, letter.order_id, "CANCELLED") if key and letter.order_id else None
+    return None
 
 
 def finish_pending() -> int:

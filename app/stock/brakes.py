@@ -8,7 +8,10 @@ from typing import Any, NamedTuple, cast
 import redis
 
 from ..problems import KeyMismatch, Unavailable, UnknownProduct
-from .keys import IDEMPOTENCY_TTL_MS, Keys
+from .keys import Keys
+
+# How long the Idempotency-Key of a brake is remembered.
+KEY_LIFE_MS = 24 * 60 * 60 * 1000
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +84,7 @@ class BrakeGateway:
             keys.append(Keys.brake_key(key))
         word = WHOLE_SALE if product_id is None else product_id
         outcome, products, text = self._run(
-            "brake", keys, [int(on), word, json.dumps(act), IDEMPOTENCY_TTL_MS]
+            "brake", keys, [int(on), word, json.dumps(act), KEY_LIFE_MS]
         )
         if outcome == "unknown":
             raise UnknownProduct(product_id)

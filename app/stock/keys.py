@@ -8,11 +8,12 @@ from redis.connection import AbstractConnection, parse_url
 from redis.retry import Retry
 
 from ..breaker import Breaker
+from ..reading import User
+from .place import place
 
 # A shopper gets an answer within 2 s even from a dead Redis; a healthy one needs about 1 ms.
 CONNECT_TIMEOUT_SECONDS = 0.5
 COMMAND_TIMEOUT_SECONDS = 1.0
-IDEMPOTENCY_TTL_MS = 24 * 60 * 60 * 1000
 # How a server says that it can't do a primary's work any more, or not yet: it has become a replica,
 # lost its primary or its replicas, is loading, or another holds these keys. Who is told so leaves.
 UNFIT = frozenset(
@@ -24,8 +25,6 @@ UNFIT = frozenset(
 # Errors of a claim after which surely nothing has happened: Redis gives them before a script runs
 # or at its first write. UNDONE is the script's own. Any other may mean that it was cut off midway.
 NOTHING_RAN = UNFIT | {"NOSCRIPT", "OOM", "MISCONF", "BUSY", "NOPERM", "WRONGTYPE", "UNDONE"}
-# So many users share one small hash of bought units: about 8 bytes each instead of 100.
-USERS_PER_BUCKET = 128
 
 
 class Keys:
@@ -57,7 +56,8 @@ class Keys:
     brakes = "sale:{0}:brakes"
     brake_acts = "sale:{0}:brake-acts"
     bought_prefix = "sale:{0}:bought:"
-    idempotency_prefix = "sale:{0}:key:"
+    idempotency_prefix = "sale:{0}:keys:"
+    former_idempotency_prefix = "sale:{0}:key:"
 
     @staticmethod
     def product(product_id: int) -> str:
@@ -72,18 +72,28 @@ class Keys:
         return f"sale:{{0}}:address-units:{product_id}"
 
     @staticmethod
-    def bought(product_id: int, user_id: int) -> tuple[str, int]:
+    def bought(product_id: int, user: User) -> tuple[str, str]:
         """Return the hash and the field that count the units a user bought of a product."""
-        bucket, field = divmod(user_id, USERS_PER_BUCKET)
+        _, bucket, field = place(user)
         return Keys.bucket(product_id, bucket), field
 
     @staticmethod
-    def bucket(product_id: int, bucket: int) -> str:
+    def bucket(product_id: int, bucket: int | str) -> str:
         return f"sale:{{0}}:bought:{product_id}:{bucket}"
 
     @staticmethod
-    def idempotency(user_id: int, key: str) -> str:
-        return f"sale:{{0}}:key:{user_id}:{key}"
+    def idempotency(user: User, key: str) -> tuple[str, str]:
+        """Return the hash and the field that hold the record of a user's Idempotency-Key.
+
+        A blank is in neither alphabet, so no two pairs of user and key share a field.
+        """
+        _, bucket, field = place(user)
+        return f"sale:{{0}}:keys:{bucket}", f"{field} {key}"
+
+    @staticmethod
+    def former_idempotency(user: User, key: str) -> str:
+        """Return where 0.1.0 kept the record; of a text, which it did not know, there is none."""
+        return f"sale:{{0}}:key:{user}:{key}" if isinstance(user, int) else Keys.nothing
 
 
 class StaffKeys:

@@ -5,9 +5,11 @@
 REFUSALS = (
     "sold_out", "insufficient", "capped", "not_open", "paused", "ended", "too_many",
     "replayed", "mismatched", "limited", "limited_address", "overloaded", "unknown",
-    "limited_network", "limited_early", "capped_address",
+    "limited_network", "limited_early", "capped_address", "price_changed", "order_ended",
 )  # fmt: skip
 # Sold or not, everything that is counted.
 OUTCOMES = ("accepted", *REFUSALS)
 # Nothing is decided, nor counted: this Redis holds no sale.
 UNPREPARED = "unprepared"
+# Something in Redis did not let it be decided: nothing was sold, and nothing is left of it.
+UNDONE = "undone"

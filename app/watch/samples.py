@@ -31,7 +31,7 @@ RATES = {
     "replayed": ("replayed",),
     "refused": (
         "mismatched", "too_many", "ended", "paused", "not_open", "capped", "capped_address",
-        "overloaded",
+        "overloaded", "price_changed", "order_ended",
     ),
     "persisted": ("persisted",),
 }  # fmt: skip

@@ -25,6 +25,7 @@ from ..reading import (
     read_integer,
     read_object,
     read_text,
+    read_user,
 )
 from ..watch import health, telemetry
 from . import openapi, probe
@@ -63,7 +64,8 @@ def query_integer(name: str, low: int, high: int) -> int | None:
 def idempotency_key() -> str | None:
     """Return the request's Idempotency-Key, None where there is none. Raises InvalidRequest."""
     key = request.headers.get("Idempotency-Key")
-    check_key(key)
+    if key is not None:
+        check_key(key)
     return key
 
 
@@ -93,19 +95,17 @@ def with_version(response: Response, version: int) -> Response:
 @lookup_limit
 def list_orders(user: str) -> ResponseReturnValue:
     """A shopper's orders, newest first; those of the last moment included."""
-    user_id = read_digits(user, 1, MAX_ID)
-    if user_id is None:
-        raise InvalidRequest(f"userId must be a whole number from 1 to {MAX_ID}", "userId")
+    shopper = read_user({"userId": user})
     limit = query_integer("limit", 1, orders.MAX_LISTED) or 50
     before = query_integer("before", 1, MAX_ID)
     current_app.extensions["lane"].callers.check(request.remote_addr or "")
-    if (shoppers := current_app.extensions["shoppers"]) and user_id != shoppers.identify(
+    if (shoppers := current_app.extensions["shoppers"]) and shopper != shoppers.identify(
         request.headers.get("Authorization")
     ):
         raise AnotherShopper("The token is another shopper's")
-    queued = orders.queued_orders_of(user_id, limit, before)
+    queued = orders.queued_orders_of(shopper, limit, before)
     try:
-        return jsonify(orders.orders_of(queued, user_id, limit, before))
+        return jsonify(orders.orders_of(queued, shopper, limit, before))
     except SQLAlchemyError:
         # An incomplete list would look like a lost order; what is known is told beside the error.
         return api_error(503, "Service unavailable", queued=queued)

@@ -36,13 +36,36 @@ ID = integer(1, MAX_ID, examples=[1])
 _TEXT = r"\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f"
 NOT_BLANK = rf"^[^{_TEXT}]*[^\s{_TEXT}\ufeff][^{_TEXT}]*$"
 TIME = {"type": ["string", "null"], "format": "date-time"}
+PRICE = integer(0, MAX_ID, "in the currency's smallest unit")
+CURRENCY = {"type": "string", "pattern": "^[A-Z]{3}$", "description": "ISO 4217"}
+USER = {
+    "description": 'a shopper by the shop\'s own name: `42` and `"42"` are the same one; any other '
+    "text is itself, byte for byte",
+    "anyOf": [
+        {"type": "integer", "minimum": 1, "maximum": MAX_ID},
+        {
+            "type": "string",
+            "minLength": 1,
+            "maxLength": 64,
+            "pattern": r"^[A-Za-z0-9._~:@|+-]+$",
+            "not": {"enum": [".", ".."]},
+        },
+    ],
+}
+REFERENCE = {
+    "type": "string",
+    "minLength": 1,
+    "maxLength": 64,
+    "pattern": r"^[\x21-\x7e]+$",
+    "description": "the shop's own name for the order, such as a cart",
+}
 
 # The terms of sale; which of them are required, and what they are without being told, is said where
 # they are used.
 TERMS = {
     "name": {"type": "string", "minLength": 1, "maxLength": 200, "pattern": NOT_BLANK},
-    "priceCents": integer(0, MAX_ID, "in the currency's smallest unit"),
-    "currency": {"type": "string", "pattern": "^[A-Z]{3}$", "description": "ISO 4217"},
+    "priceCents": PRICE,
+    "currency": CURRENCY,
     "opensAt": TIME | {"description": "RFC 3339 with offset; null: open"},
     "closesAt": TIME | {"description": "after `opensAt`; null: never"},
     "perUserLimit": {
@@ -67,6 +90,13 @@ SCHEMAS = {
                 "format": "date-time",
                 "description": "with `not_open`: when the sale opens",
             },
+            "priceCents": PRICE | {"description": "with `price_changed`: the price in force"},
+            "currency": CURRENCY | {"description": "with `price_changed`"},
+            "orderId": ID | {"description": "with `order_ended`: the order of this key"},
+            "orderStatus": {
+                "enum": ["CANCELLED", "FAILED"],
+                "description": "with `order_ended`: what became of it",
+            },
             "limit": {
                 "type": "string",
                 "description": "with `rate_limited`: which limit, as in `RateLimit-Policy`; of "
@@ -90,15 +120,31 @@ SCHEMAS = {
     ),
     "Purchase": json_object(
         {
-            "userId": integer(1, MAX_ID, "who buys", examples=[1]),
+            "userId": USER | {"examples": [1, "auth0|7f3a"]},
             "productId": integer(1, MAX_ID, "what", examples=[1]),
             "quantity": integer(
                 1, MAX_QUANTITY, "units; at most the product's `maxQuantity`", default=1
             ),
+            "expectedPriceCents": PRICE
+            | {
+                "type": ["integer", "null"],
+                "description": "the price that the shopper was shown: another one in force is "
+                "refused as `price_changed`",
+            },
+            "reference": REFERENCE | {"type": ["string", "null"]},
         },
         ["userId", "productId"],
     ),
-    "Purchased": json_object({"status": {"const": "queued"}, "orderId": ID}),
+    "Purchased": json_object(
+        {
+            "status": {"const": "queued"},
+            "orderId": ID,
+            "unitPriceCents": PRICE
+            | {"description": "absent in replays of orders that version 0.1.0 took"},
+            "currency": CURRENCY,
+        },
+        ["status", "orderId"],
+    ),
     "Order": json_object(
         {
             "id": ID,
@@ -110,7 +156,19 @@ SCHEMAS = {
             "quantity": integer(1, MAX_QUANTITY),
             "productId": ID,
             "createdAt": {"type": "string", "format": "date-time"},
-        }
+            "unitPriceCents": PRICE,
+            "currency": CURRENCY,
+            "reference": REFERENCE,
+        },
+        [
+            "id",
+            "status",
+            "quantity",
+            "productId",
+            "createdAt",
+            "unitPriceCents",
+            "currency",
+        ],
     ),
     "Metrics": json_object(
         {
@@ -230,6 +288,8 @@ ORDER = {
     "quantity": 1,
     "productId": 1,
     "createdAt": "2026-11-27T09:00:00.042Z",
+    "unitPriceCents": 99_999,
+    "currency": "USD",
 }
 
 HEADERS = {
@@ -270,8 +330,13 @@ ERRORS: dict[str, tuple[str, dict[str, Any]]] = {
     "paused": ("Sale not open", {}),
     "ended": ("Sale not open", {}),
     "purchase_limit": ("Purchase limit reached", {}),
+    "price_changed": ("Price changed", {"priceCents": 99_999, "currency": "USD"}),
+    "order_ended": ("Order ended", {"orderId": 17, "orderStatus": "CANCELLED"}),
     "request_timeout": ("The body did not come in time", {}),
-    "head_too_large": ("The request's head is larger than 64 KiB", {}),
+    "head_too_large": (
+        "The request's head is larger than 64 KiB or has more than 100 headers",
+        {},
+    ),
     "body_too_large": ("The body is larger than 16 KiB", {}),
     "unsupported_media_type": ("Content-Type must be application/json", {}),
     "stale_version": ("The product was changed meanwhile", {"product": PRODUCT}),
@@ -292,10 +357,10 @@ STATUSES = {
         ("ETag",),
     ),
     413: ("The body is larger than 16 KiB", ["body_too_large"], ()),
-    415: ("The body is not application/json", ["unsupported_media_type"], ()),
+    415: ("The body is not application/json, or compressed", ["unsupported_media_type"], ()),
     422: ("The Idempotency-Key was used with another request", ["idempotency_mismatch"], ()),
     429: ("Too many requests; this one did nothing", ["rate_limited"], ("Retry-After",)),
-    431: ("The head is larger than 64 KiB", ["head_too_large"], ()),
+    431: ("The head is larger than 64 KiB or has more than 100 headers", ["head_too_large"], ()),
     500: ("A fault of the server's: the outcome is unknown", ["internal_error"], ()),
     503: (
         "A server behind this one can't be reached: the outcome is unknown, unless `executed` says "

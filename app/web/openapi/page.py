@@ -118,6 +118,8 @@ def _fields(schema: dict[str, Any], required: frozenset[str] = frozenset()) -> l
 def _type(schema: dict[str, Any]) -> str:
     """Return the type and its bounds in a few words."""
     schema = _resolve(schema)
+    if "anyOf" in schema:
+        return " or ".join(map(_type, schema["anyOf"]))
     kinds = schema.get("type", "value")
     words = " or ".join(kinds) if isinstance(kinds, list) else kinds
     if "format" in schema:
