@@ -27,6 +27,7 @@ def create_app(settings: Settings | None = None) -> Flask:
     from .web import api, errors, front, headers
     from .web.identity import Shoppers
     from .web.lane import PurchaseLane
+    from .web.polls import Polls
 
     settings = with_secrets(settings or load_settings())
     app = Flask(
@@ -55,6 +56,7 @@ def create_app(settings: Settings | None = None) -> Flask:
     admin.init_app(app)
     cli.init_app(app)
 
+    app.extensions["polls"] = Polls()
     shoppers = Shoppers(settings) if settings.shopper_auth == "jwt" else None
     app.extensions["shoppers"] = shoppers
     lane = PurchaseLane(app.wsgi_app, stock, settings, shoppers)

@@ -123,7 +123,7 @@ class Pages:
         self.wsgi = app.wsgi_app
         self.most = app.config["MAX_CONTENT_LENGTH"]
         self.files = Files(Path(app.static_folder or ""), f"{app.static_url_path}/")
-        self.polls = polls.Polls()
+        self.polls: polls.Polls = app.extensions["polls"]
         self.lasting: dict[tuple[str, bool], Answer] = {}
         self.turns = Turns(settings.web_threads, MOST_WAITING)
         self.threads = ThreadPoolExecutor(settings.web_threads, "page")
