@@ -57,12 +57,19 @@ def test_every_reference_leads_somewhere():
 
 def test_every_error_code_of_the_program_is_documented():
     codes = set()
-    for path in (ROOT / "app").glob("*.py"):
+    for path in (ROOT / "app").rglob("*.py"):
         source = path.read_text()
+        refused = r'(?:refusal|Refused)\(\s*[^,()]+,\s*f?"[^"]*",\s*"([a-z_]+)"'
+        codes |= set(re.findall(refused, source))
         codes |= set(re.findall(r'error_body\(\s*f?"[^"]*",\s*"([a-z_]+)"', source))
         codes |= set(re.findall(r'(?:show|api)_error\(\d+, [^,]+, "([a-z_]+)"', source))
-    # What only a page of /admin or the framework's own statuses lead to.
-    assert codes - set(ERRORS) <= {"method_not_allowed", "unknown_order"}
+    # What only a page of /admin, the framework's own statuses, or what is hardly HTTP leads to.
+    assert codes - set(ERRORS) <= {
+        "method_not_allowed",
+        "unknown_order",
+        "not_implemented",
+        "http_version_not_supported",
+    }
     codes |= set(CODES.values())
     assert set(ERRORS) <= codes
 
