@@ -10,8 +10,7 @@ from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 
 import pytest
-
-from web import call
+from call import call
 
 users = itertools.count(random.randrange(10**9, 2**52))
 
