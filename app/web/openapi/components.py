@@ -418,7 +418,7 @@ KEY = parameter(
     "Idempotency-Key",
     "header",
     {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"},
-    "One for each intent, such as a UUID; kept for 24 hours.",
+    "One for each intent, such as a UUID; kept as long as the sale.",
 )
 RESTOCK_KEY = KEY | {"description": "One for each intent, such as a UUID; it is never forgotten."}
 CREATION_KEY = KEY | {
