@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
+from typing import Any
 
 from dotenv import dotenv_values
 
@@ -126,10 +127,12 @@ def _path(value: str) -> Path:
     return Path(value).expanduser().absolute()
 
 
-def setting(name: str, default: object, parse: Callable, meaning: str):
+def setting(name: str, default: object, parse: Callable[..., Any], meaning: str) -> Any:
     """Declare a setting; `default` is a value, or a function for one that is computed."""
-    how = {"default_factory": default} if callable(default) else {"default": default}
-    return field(**how, metadata={"name": name, "parse": parse, "meaning": meaning})
+    metadata = {"name": name, "parse": parse, "meaning": meaning}
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -289,11 +292,10 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
 
     Raises SettingsError for the first value that can't be used. An empty value counts as not set.
     """
-    if environ is None:
-        environ = _environ()
-    values = {}
+    given: Mapping[str, str | None] = _environ() if environ is None else environ
+    values: dict[str, Any] = {}
     for entry in fields(Settings):
-        raw = (environ.get(entry.metadata["name"]) or "").strip()
+        raw = (given.get(entry.metadata["name"]) or "").strip()
         if raw:
             try:
                 values[entry.name] = entry.metadata["parse"](raw)
@@ -333,14 +335,12 @@ def with_secrets(settings: Settings) -> Settings:
         "admin_password": lambda: secrets.token_urlsafe(12),
         "admin_api_token": lambda: "fst_" + secrets.token_urlsafe(32),
     }
-    return replace(
-        settings,
-        **{
-            name: kept_secret(settings.data_dir / name, new)
-            for name, new in generate.items()
-            if getattr(settings, name) is None
-        },
-    )
+    missing: dict[str, Any] = {
+        name: kept_secret(settings.data_dir / name, new)
+        for name, new in generate.items()
+        if getattr(settings, name) is None
+    }
+    return replace(settings, **missing)
 
 
 def check_shopper_auth(settings: Settings) -> None:

@@ -5,6 +5,8 @@ import json
 import re
 from collections.abc import Mapping
 
+import msgspec
+
 from .problems import InvalidRequest
 
 MAX_BODY_BYTES = 16 * 1024
@@ -14,7 +16,6 @@ MAX_QUANTITY = 1_000_000
 MAX_RESTOCK = 1_000_000
 MAX_STOCK = 10_000_000
 MAX_REASON = 500
-MARK = codecs.BOM_UTF8
 # draft-ietf-httpapi-idempotency-key-header leaves the form to the server: visible ASCII here.
 VALID_KEY = re.compile(r"[\x21-\x7e]{1,255}").fullmatch
 # The longest of them all, 2^53 - 1, has 16.
@@ -46,9 +47,10 @@ def _unique(members: list[tuple[str, object]]) -> dict:
     return data
 
 
-# JSON is UTF-8 (RFC 8259, 8.1); json.loads() would look for other encodings first, every time.
-_decode = json.JSONDecoder(parse_constant=_no_number).decode
-_decode_uniquely = json.JSONDecoder(parse_constant=_no_number, object_pairs_hook=_unique).decode
+# Five times as fast as the other, which has the words for what is wrong; of two members of one name
+# it takes the last.
+_decode = msgspec.json.Decoder().decode
+_decode_strictly = json.JSONDecoder(parse_constant=_no_number, object_pairs_hook=_unique).decode
 
 
 def read_object(body: bytes | bytearray) -> dict:
@@ -57,14 +59,23 @@ def read_object(body: bytes | bytearray) -> dict:
     Of two members of one name every reader takes another (RFC 8259, 4), so that a gateway might
     vouch for what is not done. A byte order mark is ignored (RFC 8259, 8.1).
     """
-    if body[:1] == MARK[:1]:
-        body = body.removeprefix(MARK)
     try:
-        data = _decode(body.decode())
-        # A member's name has two quotation marks. Only where there are more, because of texts, of
-        # objects inside or of a name that came twice, is it worth to look at every name.
-        if type(data) is not dict or body.count(b'"') != 2 * len(data):
-            data = _decode_uniquely(body.decode())
+        data = _decode(body)
+    except (ValueError, RecursionError):
+        return _read_strictly(body)
+    if type(data) is dict:
+        # A name has two quotation marks, and so has a text. Only where there are more, escaped, in
+        # what is inside or of a name that came twice, is it worth to look at every name.
+        more = body.count(b'"') - 2 * len(data)
+        if not more or more == 2 * sum([type(value) is str for value in data.values()]):
+            return data
+    return _read_strictly(body)
+
+
+def _read_strictly(body: bytes | bytearray) -> dict:
+    try:
+        # JSON is UTF-8 (RFC 8259, 8.1); json.loads() would look for other encodings first.
+        data = _decode_strictly(body.removeprefix(codecs.BOM_UTF8).decode())
     except InvalidRequest:
         raise
     except (ValueError, RecursionError):
@@ -74,13 +85,13 @@ def read_object(body: bytes | bytearray) -> dict:
     return data
 
 
-def check_key(key: str | None) -> None:
+def check_key(key: str) -> None:
     """Refuse an Idempotency-Key that is none. Raises InvalidRequest.
 
     It is taken as it was sent: quotation marks, which the draft's structured fields have around a
     text, are a part of it.
     """
-    if key is not None and not VALID_KEY(key):
+    if not VALID_KEY(key):
         raise InvalidRequest(
             "Idempotency-Key must be 1 to 255 visible ASCII characters", "Idempotency-Key"
         )

@@ -45,7 +45,7 @@ from checker import (
     check,
     save,
 )
-from client import free_port
+from client import free_port, patience
 
 from app import create_app
 from app.audit import Actor
@@ -111,8 +111,8 @@ class System:
         for name in ("REDIS_URL", "DATABASE_URL"):
             environ.pop(name, None)
         if proxied:
-            self.redis.start(PATIENCE_SECONDS)
-            self.postgres.start(PATIENCE_SECONDS)
+            self.redis.start(patience(PATIENCE_SECONDS))
+            self.postgres.start(patience(PATIENCE_SECONDS))
             for name, server in (("redis", self.redis), ("postgres", self.postgres)):
                 folder = self.folder / f"{name}-proxy"
                 folder.mkdir(exist_ok=True)
@@ -186,7 +186,7 @@ class System:
         if self.proxied:
             for server in (self.redis, self.postgres):
                 if server.process and server.process.poll() is not None:
-                    server.start(PATIENCE_SECONDS)
+                    server.start(patience(PATIENCE_SECONDS))
 
     def proxy(self, name: str, command: str) -> None:
         proxy = self.proxies[name]
@@ -217,7 +217,7 @@ class System:
     def stop(self) -> None:
         with contextlib.suppress(Exception):
             self.supervisor.send_signal(signal.SIGTERM)
-            self.supervisor.wait(15)
+            self.supervisor.wait(patience(15))
         self.kill_all()
 
 
@@ -248,7 +248,7 @@ class Clients:
         """Let everybody finish; who doesn't know an outcome yet goes on asking for a while."""
         self.stopped.set()
         for thread in self.threads:
-            thread.join(PATIENCE_SECONDS)
+            thread.join(patience(PATIENCE_SECONDS))
 
     def shop(self, number: int) -> None:
         choose = random.Random(f"{self.seed} shopper {number}")
@@ -264,7 +264,7 @@ class Clients:
             key = f"{number}-{choose.getrandbits(48):x}" if choose.random() < 0.6 else None
             product, quantity = choose.choice((1, 2, 2, 2, 3)), choose.randint(1, 3)
             attempt = self.buy(connection, user, product, quantity, key)
-            deadline = time.monotonic() + PATIENCE_SECONDS
+            deadline = time.monotonic() + patience(PATIENCE_SECONDS)
             while key and attempt.outcome == UNKNOWN and time.monotonic() < deadline:
                 time.sleep(choose.uniform(0.02, 0.2))
                 attempt = self.buy(connection, user, product, quantity, key)
@@ -313,7 +313,7 @@ class Clients:
             number += 1
             product, units = choose.choice(tuple(PRODUCTS)), choose.randint(1, 60)
             headers = {"Authorization": f"Bearer {TOKEN}", "Idempotency-Key": f"restock-{number}"}
-            deadline = time.monotonic() + PATIENCE_SECONDS
+            deadline = time.monotonic() + patience(PATIENCE_SECONDS)
             outcome = UNKNOWN
             while outcome == UNKNOWN and time.monotonic() < deadline:
                 status, _ = self.call(
@@ -472,7 +472,7 @@ class Run:
         self.wait_for_sale(what, hit_at)
 
     def wait_for_process(self, kind: str) -> None:
-        deadline = time.monotonic() + PATIENCE_SECONDS
+        deadline = time.monotonic() + patience(PATIENCE_SECONDS)
         while not self.system.processes(kind):
             if time.monotonic() > deadline:
                 raise Stuck(f"no {kind} process came back")
@@ -501,14 +501,14 @@ class Run:
         """Wait until something is sold again."""
         since = since or time.monotonic()
         while self.clients.last_ok <= since:
-            if time.monotonic() - since > PATIENCE_SECONDS:
+            if time.monotonic() - since > patience(PATIENCE_SECONDS):
                 raise Stuck(f"nothing was sold for {PATIENCE_SECONDS} s after {what}")
             self.system.tend()
             time.sleep(0.01)
         self.recovered[what].append(self.clients.last_ok - since)
 
     def wait_ready(self) -> None:
-        deadline = time.monotonic() + PATIENCE_SECONDS
+        deadline = time.monotonic() + patience(PATIENCE_SECONDS)
         answer = ""
         while time.monotonic() < deadline:
             self.system.tend()
@@ -534,7 +534,7 @@ class Run:
         quiet_at = time.monotonic()
         with contextlib.closing(psycopg2.connect(self.dsn())) as connection:
             connection.autocommit = True
-            while time.monotonic() < quiet_at + PATIENCE_SECONDS:
+            while time.monotonic() < quiet_at + patience(PATIENCE_SECONDS):
                 with connection.cursor() as cursor:
                     cursor.execute("SELECT count(*) FROM stock_movements WHERE applied_at IS NULL")
                     if not cursor.fetchone()[0] and not client.xlen("sale:{0}:outbox"):

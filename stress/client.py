@@ -184,6 +184,24 @@ def sign_in(url: str, password: str, agent: str = "stress") -> str:
     return "; ".join(f"{cookie.name}={cookie.value}" for cookie in jar.cookiejar)
 
 
+def slowness() -> float:
+    """Return how many times longer things take now than on an idle machine; 1 or more.
+
+    The processes that want a core, for each core: now (which sees a burst begin) or in the last
+    minute, whichever is more. TEST_PATIENCE multiplies it, for machines that are slow by nature.
+    """
+    cores = os.cpu_count() or 1
+    wanting = os.getloadavg()[0]
+    if (now := Path("/proc/loadavg")).exists():  # proc(5): running/all, behind the three averages
+        wanting = max(wanting, int(now.read_text().split()[3].split("/")[0]))
+    return max(1.0, wanting / cores) * float(os.environ.get("TEST_PATIENCE") or 1)
+
+
+def patience(seconds: float) -> float:
+    """Return the deadline for what takes at most `seconds` on an idle machine."""
+    return seconds * slowness()
+
+
 def free_port() -> int:
     """Return a port that nothing listens on.
 

@@ -26,6 +26,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from chaos import TOKEN, System
+from client import patience
 
 ANSWER_SECONDS = 10
 # Caches and arenas fill up at first; after the first part of the run memory is to stay as it is.
@@ -112,7 +113,7 @@ class Fuzzer:
     def send(self, method, path, body=b"", headers=None) -> tuple[int, bytes]:
         if self.connection is None:
             self.connection = http.client.HTTPConnection(
-                "127.0.0.1", self.port, timeout=ANSWER_SECONDS
+                "127.0.0.1", self.port, timeout=patience(ANSWER_SECONDS)
             )
         path = urllib.parse.quote(path, safe="/?&=%.-+")
         sent = headers or {}
@@ -234,7 +235,9 @@ class Fuzzer:
         data = self.choose.choice(RAW)
         if self.choose.random() < 0.3:
             data = data[: self.choose.randrange(len(data))]
-        with socket.create_connection(("127.0.0.1", self.port), timeout=ANSWER_SECONDS) as raw:
+        with socket.create_connection(
+            ("127.0.0.1", self.port), timeout=patience(ANSWER_SECONDS)
+        ) as raw:
             raw.sendall(data)
             if self.choose.random() < 0.5:
                 raw.shutdown(socket.SHUT_WR)
@@ -288,7 +291,7 @@ def run_all(fuzzers: list[Fuzzer], count: int) -> int:
 
 
 def wait_ready(system: System) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + patience(60)
     while time.monotonic() < deadline:
         connection = http.client.HTTPConnection("127.0.0.1", system.port, timeout=5)
         try:
@@ -305,7 +308,9 @@ def wait_ready(system: System) -> None:
 
 def look(system: System) -> dict:
     """Return what must not change: stock, and how many orders there are."""
-    connection = http.client.HTTPConnection("127.0.0.1", system.port, timeout=ANSWER_SECONDS)
+    connection = http.client.HTTPConnection(
+        "127.0.0.1", system.port, timeout=patience(ANSWER_SECONDS)
+    )
     connection.request("GET", "/purchase/metrics")
     figures = json.loads(connection.getresponse().read())
     connection.close()

@@ -203,7 +203,7 @@ def test_audit_by_person_and_by_token(admin, newcomer):
 
 def test_audit_refuses_a_time_that_is_none(admin):
     page = admin.get("/admin/audit/?from=yesterday")
-    assert "This is not a date and time" in page.text
+    assert "The first is not a date and time" in page.text
     assert admin.get("/admin/audit/audit.csv?from=yesterday").status_code == 400
 
 
@@ -223,13 +223,23 @@ def test_audit_as_csv(app, admin):
 
 
 def recorded(tree) -> set[str]:
-    """Return the actions that a module's calls of `record` name."""
-    return {
-        constant.value
+    """Return the actions that a module's calls of `record`, and its rows for the table, name."""
+    named = [
+        node.args[1]
         for node in ast.walk(tree)
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "record"
-        for constant in ast.walk(node.args[1])
-        if isinstance(constant, ast.Constant)
+    ] + [
+        value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Dict)
+        for key, value in zip(node.keys, node.values, strict=True)
+        if isinstance(key, ast.Constant) and key.value == "action"
+    ]
+    return {
+        constant.value
+        for node in named
+        for constant in ast.walk(node)
+        if isinstance(constant, ast.Constant) and isinstance(constant.value, str)
     }
 
 

@@ -78,7 +78,7 @@ def test_no_table_is_cut_off(open_page, shop, width):
 @pytest.mark.parametrize("width", [1440, 390])
 def test_a_note_lies_over_nothing_and_speaks_of_the_newest_act(open_page, shop, width):
     product = shop.product()
-    page = open_page("/admin/", viewport={"width": width, "height": 700})
+    page = open_page("/admin/", viewport={"width": width, "height": 700}, complain=False)
     row = page.locator(f"#product-{product}")
 
     def restock(amount: str) -> None:

@@ -1,11 +1,11 @@
 """The claim itself: exact under concurrency, one round trip, and never sent twice."""
 
-import threading
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import redis
+from counts import commandstats
+from crowd import at_once
 from sqlalchemy import event, func, select
 
 from app.extensions import db, stock
@@ -14,19 +14,6 @@ from app.problems import Unavailable
 from app.stock.keys import Keys
 
 THREADS = 100
-
-
-def at_once(action, arguments):
-    """Run the action for each argument in a thread of its own, all released together."""
-    arguments = list(arguments)
-    barrier = threading.Barrier(len(arguments))
-
-    def run(argument):
-        barrier.wait()
-        return action(argument)
-
-    with ThreadPoolExecutor(len(arguments)) as pool:
-        return list(pool.map(run, arguments))
 
 
 def test_a_hundred_threads_on_the_last_units(app, drain):
@@ -113,13 +100,6 @@ def test_one_round_trip_and_no_other_call(app, client, monkeypatch):
     called = {name: after[name] - before.get(name, 0) for name in after}
     assert called["evalsha"] == 1
     assert not any(called.get(name) for name in ("script|load", "hello", "auth", "eval"))
-
-
-def commandstats() -> dict[str, int]:
-    return {
-        name.removeprefix("cmdstat_"): figures["calls"]
-        for name, figures in stock.client.info("commandstats").items()
-    }
 
 
 def test_a_flushed_script_is_loaded_again(app):

@@ -64,7 +64,7 @@ def test_secrets(tmp_path):
 def test_a_secret_is_generated_once_by_many(tmp_path):
     import secrets
 
-    from test_claim import at_once
+    from crowd import at_once
 
     path = tmp_path / "deep" / "secret"
     assert len(set(at_once(lambda _: kept_secret(path, secrets.token_hex), range(20)))) == 1

@@ -3,8 +3,8 @@
 from contextlib import contextmanager
 
 import pytest
+from counts import commandstats
 from sqlalchemy import event
-from test_claim import commandstats
 
 from app.extensions import db, stock
 from app.orders.drain import drain_batch

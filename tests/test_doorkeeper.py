@@ -3,7 +3,7 @@
 import asyncio
 import time
 
-from test_claim import commandstats
+from counts import commandstats
 from wire import purchase, serving
 
 from app.extensions import stock

@@ -14,7 +14,8 @@ from collections.abc import Callable
 
 import pytest
 import redis
-from conftest import free_port, wait_until
+from client import free_port
+from waiting import wait_until
 from wire import purchase, serving
 
 from app import create_app
@@ -201,7 +202,7 @@ def test_what_replication_had_not_carried_over_closes_the_sale(app, pair):
     for user in range(6, 11):
         assert stock.claim(user, 1, 1, None, "a").outcome == b"accepted"
     with app.app_context():
-        relay.sample(int(time.time()), stock.view([1]))
+        relay.record_issued()
     pair.nodes[0].replicaof("127.0.0.1", pair.ports[1])
     pair.point_to(1)
     for _ in range(3):

@@ -7,11 +7,11 @@ import re
 import psycopg2
 import pytest
 import redis
-from conftest import wait_until
 from sqlalchemy.exc import OperationalError
+from waiting import wait_until
 from wire import serving
 
-from app import database
+from app import database, locks
 from app.books import recovery
 from app.extensions import db, stock
 from app.problems import Unavailable
@@ -146,7 +146,7 @@ def test_a_foreign_holder_of_the_drains_lock_is_named(client, worker, buy, monke
         host=str(servers[1].sockets), user="flashsale", dbname="flashsale", application_name="psql"
     )
     try:
-        holder.cursor().execute("SELECT pg_advisory_lock(%s)", [database.DRAIN_LOCK])
+        holder.cursor().execute("SELECT pg_advisory_lock(%s)", [locks.DRAIN_LOCK])
         state = checks(client)["queue"]["state"]
         assert state.endswith("; another session holds the drain's lock")
     finally:

@@ -70,7 +70,7 @@ def buy(client, headers=None, **body):
 
 def test_buys_and_looks_up_with_ones_own_token(client):
     headers = bearer(token())
-    assert buy(client, headers).json == {"status": "queued", "orderId": 1}
+    assert buy(client, headers).json["orderId"] == 1
     assert len(client.get("/purchase/orders/1", headers=headers).json) == 1
 
 

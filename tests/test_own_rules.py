@@ -34,7 +34,7 @@ def suite(tmp_path):
             [sys.executable, "-m", "pytest", "-c", "none.ini", *plugins, *arguments],
             60,
             tmp_path,
-            PYTHONPATH=f"{ROOT / 'tests'}:{ROOT}",
+            PYTHONPATH=f"{ROOT / 'tests'}:{ROOT / 'stress'}:{ROOT}",
             **environ,
         )
 

@@ -3,7 +3,6 @@
 import json
 import re
 import threading
-from types import SimpleNamespace
 
 import psycopg2
 import pytest
@@ -11,21 +10,24 @@ import redis
 from people import send
 from sqlalchemy.exc import OperationalError
 
-from app.admin import dashboard
 from app.books import ledger
-from app.extensions import db, login, stock
+from app.extensions import db, stock
+from app.staff import sessions
 from app.stock.keys import Keys
 from app.watch import monitor, samples, shelf
+from app.web import polls
 from app.worker.relay import Sampler, Sweeper
 
 GONE = "redis://127.0.0.1:1"
 
 
 @pytest.fixture(autouse=True)
-def nothing_shared(monkeypatch):
+def nothing_shared(built_app, monkeypatch):
     """No figures of another test: polls share theirs for a moment."""
-    monkeypatch.setattr(dashboard, "_shared", {})
+    monkeypatch.setitem(built_app.extensions, "polls", polls.Polls())
     monkeypatch.setattr(monitor, "_readings", samples.Readings())
+    # Each test empties Redis, so that a process must not remember what it has written there.
+    monkeypatch.setattr(sessions, "_confirmed", {})
 
 
 def stopped() -> threading.Event:
@@ -56,16 +58,11 @@ def without_redis(app, monkeypatch):
 def without_postgres(app, monkeypatch):
     """PostgreSQL answers nobody, from here on; who is signed in stands in Redis."""
 
-    def stop(role: str = "admin"):
+    def stop():
         def fail(*_, **__):
             cause = psycopg2.OperationalError("connection to server at 10.9.8.7 failed")
             raise OperationalError("SELECT 1", {}, cause)
 
-        person = SimpleNamespace(
-            id=1, email="admin-page@example.com", role=role, is_admin=role == "admin",
-            is_authenticated=True, is_active=True, get_id=lambda: "1:x", can_only_read=True,
-        )  # fmt: skip
-        monkeypatch.setattr(login, "_user_callback", lambda _: person)
         monkeypatch.setattr(db.session.session_factory.class_, "execute", fail)
         monkeypatch.setattr(db.session.session_factory.class_, "scalars", fail)
         monkeypatch.setattr(db.session.session_factory.class_, "scalar", fail)

@@ -3,8 +3,8 @@
 from datetime import timedelta
 
 import pytest
+from crowd import at_once
 from sqlalchemy import func, update
-from test_claim import at_once
 
 from app.audit import CLI
 from app.books import recovery

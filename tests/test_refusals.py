@@ -5,7 +5,7 @@ from dataclasses import replace
 from ipaddress import IPv4Address
 
 import pytest
-from conftest import wait_until
+from waiting import wait_until
 
 from app.config import NO_LIMIT, RateLimit
 from app.extensions import stock

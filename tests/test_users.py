@@ -182,9 +182,29 @@ def test_a_cancelled_order_gives_its_shopper_the_cap_back(app, client, drain, ad
     assert purchase(client, "auth0|42").status_code == 409
 
 
-def test_a_dead_letter_of_a_text_is_replayed_and_abandoned(
-    app, client, drain, admin_headers, admin
-):
+def test_the_replay_of_an_ended_order_says_so(app, client, drain):
+    """And sells nothing anew; the same after a rebuild. Another shopper's key is no matter."""
+    for user in ("ann", 7):
+        order = purchase(client, user, key="k", reference="cart-1").json["orderId"]
+        drain()
+        with app.app_context():
+            lookup.cancel(order, "returned", CLI)
+        for _ in range(2):
+            again = purchase(client, user, key="k", reference="cart-1")
+            assert again.status_code == 409
+            assert again.json == {
+                "error": "Order ended", "code": "order_ended", "orderId": order,
+                "orderStatus": "CANCELLED",
+            }  # fmt: skip
+            assert again.headers["Idempotent-Replayed"] == "true"
+            assert purchase(client, user, key="k", reference="cart-2").status_code == 422
+            with app.app_context():
+                recovery.rebuild(CLI)
+        assert ids(client.get(path_of(user))) == [order]
+    assert purchase(client, "Ann", key="k").status_code == 200
+
+
+def test_dead_letters_of_texts(app, client, drain, admin_headers, admin):
     cap(client, admin_headers, 1)
     with app.app_context():
         db.session.execute(
@@ -218,6 +238,8 @@ def test_a_dead_letter_of_a_text_is_replayed_and_abandoned(
         deadletters.abandon([other_id], "given up", CLI)
         assert ledger.check(rows=True).ok
     assert [order["status"] for order in client.get(path_of("bob")).json] == ["CANCELLED"]
+    again = purchase(client, "bob", key="k", reference="cart-bob")
+    assert (again.status_code, again.json["code"], again.json["orderId"]) == (409, "order_ended", 2)
     assert purchase(client, "bob").status_code == 200
     assert purchase(client, "ann").status_code == 409
 

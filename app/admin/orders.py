@@ -2,6 +2,7 @@
 
 from contextlib import suppress
 from datetime import UTC, datetime
+from typing import Any
 
 from flask import (
     Blueprint,
@@ -13,6 +14,7 @@ from flask import (
     stream_with_context,
     url_for,
 )
+from flask.typing import ResponseReturnValue
 
 from .. import auth
 from ..extensions import limiter
@@ -34,7 +36,7 @@ def read_filter() -> tuple[search.Filter, dict[str, str]]:
     """Return the filter in the URL, and its errors by field."""
     errors: dict[str, str] = {}
     args = request.args
-    values: dict[str, object] = {}
+    values: dict[str, Any] = {}
     if text := args.get("q", "").strip():
         values["text"] = text
         # All that is looked for is visible ASCII, and a key may be the longest.
@@ -51,7 +53,7 @@ def read_filter() -> tuple[search.Filter, dict[str, str]]:
     return search.Filter(**values), errors
 
 
-def find() -> dict:
+def find() -> dict[str, Any]:
     """Return what the list shows for this request."""
     wanted, errors = read_filter()
     before = forms.cursor()
@@ -82,7 +84,7 @@ def find() -> dict:
 
 
 @bp.get("/")
-def index():
+def index() -> ResponseReturnValue:
     found = find()
     if request.headers.get("HX-Target") == "results":
         return render_template("admin/_orders.html", **found)
@@ -91,7 +93,7 @@ def index():
 
 @bp.get("/orders.csv")
 @limiter.limit(EXPORT_LIMIT)
-def export():
+def export() -> ResponseReturnValue:
     """Stream the filter's orders as CSV, a chunk at a time."""
     wanted, errors = read_filter()
     if errors:
@@ -106,12 +108,12 @@ def export():
 
 
 @bp.get("/<id:order_id>")
-def show(order_id: int):
+def show(order_id: int) -> ResponseReturnValue:
     return show_story(order_id)
 
 
 @bp.get("/<id:order_id>/live")
-def live(order_id: int):
+def live(order_id: int) -> ResponseReturnValue:
     """The story again; the page asks while the order is on its way."""
     return show_story(order_id, "admin/_order.html")
 
@@ -130,7 +132,7 @@ def show_story(
 
 
 @bp.post("/<id:order_id>/cancel")
-def cancel(order_id: int):
+def cancel(order_id: int) -> ResponseReturnValue:
     """Cancel an order; its units go back on sale exactly once."""
     page = url_for("orders.show", order_id=order_id)
     try:

@@ -5,8 +5,10 @@ returns its units, by a movement, exactly once.
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import cast
 
 from sqlalchemy import insert, select
 from sqlalchemy.exc import DBAPIError
@@ -119,7 +121,7 @@ class Resolved:
     message: str
 
 
-def _resolve_each(ids: list[int], resolve) -> list[Resolved]:
+def _resolve_each(ids: list[int], resolve: Callable[[DeadLetter], Resolved]) -> list[Resolved]:
     """Lock the letters and resolve the open ones, each by itself."""
     letters = {
         letter.id: letter
@@ -162,7 +164,8 @@ def replay(ids: list[int], reason: str, actor: Actor) -> list[Resolved]:
         if obstacle := _obstacle(letter):
             return Resolved(letter.id, False, obstacle)
         entry = Entry.parse(letter.payload)
-        order_id = letter.order_id
+        # What has no obstacle was read as an order, with an id.
+        order_id = former = cast("int", letter.order_id)
         if db.session.get(Order, order_id) is not None:
             order_id = stock.new_order_id()
         try:
@@ -188,7 +191,7 @@ def replay(ids: list[int], reason: str, actor: Actor) -> list[Resolved]:
         _mark(letter, "replayed", reason, actor)
         if order_id != letter.order_id:
             letter.replayed_as = order_id
-            moved.append((entry, letter.order_id, order_id))
+            moved.append((entry, former, order_id))
         record(
             actor,
             "dead-letter.replay",

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 import psycopg2
 from psycopg2 import errors
 
-from ..database import DRAIN_LOCK, raw_connection
+from ..database import raw_connection
 from ..extensions import db, stock
+from ..locks import DRAIN_LOCK
 from ..stock.entries import Columns, split
 
 log = logging.getLogger(__name__)

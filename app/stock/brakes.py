@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import redis
 
@@ -59,14 +59,14 @@ class Act(NamedTuple):
 class BrakeGateway:
     """Reads and changes the brakes. Raises Unavailable when Redis can't be asked."""
 
-    def __init__(self, client: redis.Redis, run: Callable) -> None:
+    def __init__(self, client: redis.Redis, run: Callable[..., Any]) -> None:
         """`run` calls a script by its name, with keys and arguments."""
         self._client = client
         self._run = run
 
     def read(self) -> Brakes:
         try:
-            return Brakes.parse(self._client.get(Keys.brakes))
+            return Brakes.parse(cast("str | None", self._client.get(Keys.brakes)))
         except redis.RedisError as error:
             raise Unavailable(str(error)) from error
 
@@ -96,7 +96,7 @@ class BrakeGateway:
         """Return the oldest acts that the audit lacks; what is none is dropped."""
         acts = []
         try:
-            for text in self._client.lrange(Keys.brake_acts, 0, most - 1):
+            for text in cast("list[str]", self._client.lrange(Keys.brake_acts, 0, most - 1)):
                 try:
                     acts.append(Act.parse(text))
                 except (ValueError, KeyError, TypeError):

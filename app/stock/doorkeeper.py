@@ -11,8 +11,8 @@ from collections import Counter
 from collections.abc import Callable
 
 from ..problems import Unavailable
+from ..reading import User
 from .lines import LIMITED, Claim, LoopLine, Request, Tell
-from .place import User
 
 BELIEVED_SECONDS = 1.0
 # Past so many products a second, further ones are counted as unknown.
@@ -33,7 +33,7 @@ class Doorkeeper:
         # Until when a user is turned away, and until when the window stays full, monotonic.
         self._limited: dict[User, tuple[float, float]] = {}
         self._turned_away: Counter[int] = Counter()
-        self._rounds: asyncio.Task | None = None
+        self._rounds: asyncio.Task[None] | None = None
 
     def ask(self, request: Request, tell: Tell) -> None:
         """Decide one purchase; `tell` is called with the claim or with Unavailable, or at once."""

@@ -43,12 +43,14 @@ class Columns(NamedTuple):
 def split(text: str) -> Columns | None:
     """Return an entry's columns; None when the text is no order."""
     if match := FIRST(text):
-        user, *order, key = match.groups()
-        return Columns(user, None, *order, key or None, None, None)
+        user, product, quantity, cents, currency, claimed, key = match.groups()
+        return Columns(
+            user, None, product, quantity, cents, currency, claimed, key or None, None, None
+        )
     match = SECOND(text)
     if match is None:
         return None
-    user, *order, key, reference, held_until = match.groups()
+    user, product, quantity, cents, currency, claimed, key, reference, held_until = match.groups()
     try:
         is_number = isinstance(canonical(user), int)
     except ValueError:
@@ -56,7 +58,11 @@ def split(text: str) -> Columns | None:
     return Columns(
         user if is_number else None,
         None if is_number else user,
-        *order,
+        product,
+        quantity,
+        cents,
+        currency,
+        claimed,
         key or None,
         reference or None,
         held_until or None,

@@ -18,23 +18,17 @@ import redis
 
 from ..config import Settings
 from ..problems import Unavailable, Unprepared
+from ..reading import User
 from .board import HISTORY_SAMPLES, Noticeboard
 from .brakes import BrakeGateway, Brakes
 from .doorkeeper import Doorkeeper
 from .entries import Entry, key_record
 from .keys import Keys, cautious_options
 from .lines import Claim, ClaimScript, LoopLine, Request, ThreadLine
-from .place import User, queued_score
+from .outcomes import REFUSALS
+from .place import queued_score
 
 log = logging.getLogger(__name__)
-
-# What claims are refused for, or answered with again: counted in the product's hash, or in one for
-# all where the product is unknown.
-REFUSALS = (
-    "sold_out", "insufficient", "capped", "not_open", "paused", "ended", "too_many",
-    "replayed", "mismatched", "limited", "limited_address", "overloaded", "unknown",
-    "limited_network", "limited_early", "capped_address",
-)  # fmt: skip
 
 # A product's terms of sale, in the order of put_product.lua.
 TERMS = ("opens", "closes", "pause", "cap", "max", "price")

@@ -1,12 +1,15 @@
 """What all of the Redis side shares: names of keys, errors, and how connections behave."""
 
+from typing import Any
+
 import redis
 from redis.backoff import NoBackoff
-from redis.connection import parse_url
+from redis.connection import AbstractConnection, parse_url
 from redis.retry import Retry
 
 from ..breaker import Breaker
-from .place import User, place
+from ..reading import User
+from .place import place
 
 # A shopper gets an answer within 2 s even from a dead Redis; a healthy one needs about 1 ms.
 CONNECT_TIMEOUT_SECONDS = 0.5
@@ -117,7 +120,7 @@ def code_of(error: Exception) -> str:
     return getattr(error, "status_code", None) or str(error).partition(" ")[0]
 
 
-class _Cautious:
+class _Cautious(AbstractConnection):
     """A connection that asks nothing of a Redis which let somebody wait in vain a moment ago.
 
     And nothing of one that can no longer do its work, whichever connection was told: all of them
@@ -129,15 +132,15 @@ class _Cautious:
     unfit = 0
     _unfit_before = 0
 
-    def send_packed_command(self, command, check_health=True):
+    def send_packed_command(self, command: Any, check_health: bool = True) -> None:
         if not self.breaker.admits():
             raise redis.ConnectionError("Redis did not answer a moment ago")
         if self._unfit_before != _Cautious.unfit:
             self._unfit_before = _Cautious.unfit
-            self.disconnect()
-        super().send_packed_command(command, check_health)
+            self.disconnect()  # type: ignore[no-untyped-call]  # redis-py's
+        super().send_packed_command(command, check_health)  # type: ignore[no-untyped-call]  # the same
 
-    def read_response(self, *arguments, **options):
+    def read_response(self, *arguments: Any, **options: Any) -> Any:
         try:
             response = super().read_response(*arguments, **options)
         except redis.TimeoutError:
@@ -156,19 +159,33 @@ def leave_server() -> None:
     _Cautious.unfit += 1
 
 
+class _CautiousConnection(_Cautious, redis.Connection):
+    pass
+
+
+class _CautiousSSLConnection(_Cautious, redis.SSLConnection):
+    pass
+
+
+class _CautiousUnixConnection(_Cautious, redis.UnixDomainSocketConnection):
+    pass
+
+
+# By the kind that a URL asks for.
 CAUTIOUS = {
-    kind: type(f"Cautious{kind.__name__}", (_Cautious, kind), {})
-    for kind in (redis.Connection, redis.SSLConnection, redis.UnixDomainSocketConnection)
+    redis.Connection: _CautiousConnection,
+    redis.SSLConnection: _CautiousSSLConnection,
+    redis.UnixDomainSocketConnection: _CautiousUnixConnection,
 }
 
 
-def cautious_options(url: str, decode: bool) -> dict:
+def cautious_options(url: str, decode: bool) -> dict[str, Any]:
     """Options of the connections that requests share their threads for."""
-    kind = parse_url(url).get("connection_class", redis.Connection)
+    kind = parse_url(url).get("connection_class", redis.Connection)  # type: ignore[no-untyped-call]  # redis-py's
     return {**connection_options(decode), "connection_class": CAUTIOUS[kind]}
 
 
-def connection_options(decode: bool) -> dict:
+def connection_options(decode: bool) -> dict[str, Any]:
     """Options of every connection: bounded waits, and no silent second try of a command."""
     return {
         "socket_connect_timeout": CONNECT_TIMEOUT_SECONDS,

@@ -26,6 +26,7 @@ import redis
 from ..addresses import network_of
 from ..config import NO_LIMIT, RateLimit, Settings
 from ..problems import Unavailable, Unprepared
+from ..reading import User
 from .keys import (
     COMMAND_TIMEOUT_SECONDS,
     CONNECT_TIMEOUT_SECONDS,
@@ -36,7 +37,7 @@ from .keys import (
     connection_options,
     leave_server,
 )
-from .place import User, place, queued_score
+from .place import place, queued_score
 
 log = logging.getLogger(__name__)
 

@@ -21,10 +21,12 @@ DEFAULTS = {
 def init_app(app: Flask) -> None:
     """Add the headers after every request, and refuse what one of a request's asks in vain."""
 
-    @app.before_request
     def refuse_coded_body() -> None:
         if is_coded(request.environ):
             raise UnsupportedMediaType(CODED)
+
+    # Before anything looks into the body.
+    app.before_request_funcs.setdefault(None, []).insert(0, refuse_coded_body)
 
     @app.after_request
     def protect(response: Response) -> Response:
@@ -48,7 +50,7 @@ def init_app(app: Flask) -> None:
     def tell_limit(response: Response) -> Response:
         """Tell the limit that was applied (draft-ietf-httpapi-ratelimit-headers-10)."""
         if limit := limits.told():
-            policy = f'"{limit.name}";q={limit.count};w={limit.window_seconds}'
+            policy = f'"{limit.name}";q={limit.allowed};w={limit.window_seconds}'
             response.headers["RateLimit-Policy"] = policy
             response.headers["RateLimit"] = f'"{limit.name}";r={limit.left};t={limit.seconds}'
             if limit.breached:

@@ -295,8 +295,7 @@ IDENTITY = ("Accept-Encoding", "identity")
 
 def is_coded(environ: dict) -> bool:
     """Tell whether the body is compressed, which nobody here undoes (RFC 9110, 15.5.16)."""
-    coding = environ.get("HTTP_CONTENT_ENCODING")
-    return coding is not None and coding.strip().lower() not in ("", "identity")
+    return environ.get("HTTP_CONTENT_ENCODING", "").strip().lower() not in ("", "identity")
 
 
 TOO_LARGE = ("413 Content Too Large", "The body is larger than 16 KiB", "body_too_large")
@@ -316,7 +315,7 @@ def check_body(environ: dict) -> int:
             "Content-Type must be application/json",
             "unsupported_media_type",
         )
-    if is_coded(environ):
+    if "HTTP_CONTENT_ENCODING" in environ and is_coded(environ):
         raise Refused("415 Unsupported Media Type", CODED, "unsupported_media_type", IDENTITY)
     announced = environ.get("CONTENT_LENGTH")
     if not announced:

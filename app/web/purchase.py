@@ -29,5 +29,6 @@ def read_purchase(
     product_id = read_integer(data, "productId", 1, MAX_ID)
     # The product's own maximum is checked by the claim, which alone knows it.
     quantity = read_integer(data, "quantity", 1, MAX_ID) if "quantity" in data else 1
-    check_key(key)
+    if key is not None:
+        check_key(key)
     return Request(user, product_id, quantity, key, address, read_price(data), read_reference(data))

@@ -5,6 +5,7 @@ Written by hand beside the contract; the tests hold it against the routes and th
 
 import json
 from functools import cache
+from typing import Any
 
 from ...config import VERSION
 from .components import (
@@ -44,8 +45,8 @@ answer came: it is made once, and answered the same.
 * `X-Request-Id` is taken over from a request, and found again in the server's log lines."""
 
 
-SHOPPER = [{}, {"shopper": []}]
-ADMIN = [{"admin": []}]
+SHOPPER: list[dict[str, list[str]]] = [{}, {"shopper": []}]
+ADMIN: list[dict[str, list[str]]] = [{"admin": []}]
 RATE_NOTE = (
     "The body's shape is checked first, then replay, rate, product, window, price, cap, stock."
 )
@@ -55,7 +56,7 @@ UNVERIFIED = {"status": "ok", "unverified": True}
 SHUT = {"status": "unavailable", "reason": "unreachable"}
 
 
-def _paths() -> dict:
+def _paths() -> dict[str, Any]:
     product = json_content(ref("schemas", "Product"), product=PRODUCT)
     refused = (
         "sold_out", "insufficient_stock", "not_open", "paused", "ended", "purchase_limit",
@@ -402,12 +403,12 @@ def _paths() -> dict:
     }
 
 
-def _bearer(meaning: str, **more: str) -> dict:
+def _bearer(meaning: str, **more: str) -> dict[str, Any]:
     return {"type": "http", "scheme": "bearer", "description": meaning, **more}
 
 
 @cache
-def document() -> dict:
+def document() -> dict[str, Any]:
     """Return the document."""
     return {
         "openapi": "3.1.0",

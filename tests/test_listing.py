@@ -6,8 +6,8 @@ import pytest
 from sqlalchemy import text
 
 from app.extensions import db
-from app.products import catalogue
-from app.products.catalogue import Wanted
+from app.products import listing
+from app.products.listing import Wanted
 
 HOUR = timedelta(hours=1)
 
@@ -44,24 +44,24 @@ def state_of(product_id: int) -> str:
 
 
 def test_every_product_stands_on_one_page_live_first(thousand):
-    first = catalogue.find(Wanted())
-    assert (first.total, first.first, first.last) == (1001, 1, catalogue.PAGE_PRODUCTS)
-    ids = [i for n in range(1, 22) for i in catalogue.find(Wanted(), n).ids]
+    first = listing.find(Wanted())
+    assert (first.total, first.first, first.last) == (1001, 1, listing.PAGE_PRODUCTS)
+    ids = [i for n in range(1, 22) for i in listing.find(Wanted(), n).ids]
     assert sorted(ids) == list(range(1, 1002))
-    ranks = [catalogue.STATES.index(state_of(product_id)) for product_id in ids if product_id > 1]
+    ranks = [listing.STATES.index(state_of(product_id)) for product_id in ids if product_id > 1]
     assert ranks == sorted(ranks)
 
 
 @pytest.mark.parametrize("number", [0, -3, 22, 10**6])
 def test_past_the_ends_are_the_first_and_the_last_page(thousand, number):
-    page = catalogue.find(Wanted(), number)
+    page = listing.find(Wanted(), number)
     assert page.ids
     assert page.number == (1 if number < 1 else 21)
 
 
-@pytest.mark.parametrize("state", catalogue.STATES)
+@pytest.mark.parametrize("state", listing.STATES)
 def test_a_state_is_all_of_it_and_nothing_else(thousand, state):
-    page = catalogue.find(Wanted(state=state))
+    page = listing.find(Wanted(state=state))
     assert {state_of(product_id) for product_id in page.ids if product_id > 1} == {state}
     assert page.total == sum(state_of(i) == state for i in range(1, 1002))
 
@@ -71,7 +71,7 @@ def test_a_state_is_all_of_it_and_nothing_else(thousand, state):
     [("drop 77", [77, 770, 771]), ("#77", [77]), ("DROP 1000", [1000]), ("%", []), ("Drop_7", [])],
 )
 def test_a_part_of_the_name_or_the_id(thousand, words, found):
-    ids = catalogue.find(Wanted(text=words, sort="name")).ids
+    ids = listing.find(Wanted(text=words, sort="name")).ids
     assert [i for i in ids if i in found or not found] == found
     if words.startswith(("#", "%", "Drop_")):
         assert ids == found
@@ -80,7 +80,7 @@ def test_a_part_of_the_name_or_the_id(thousand, words, found):
 def test_the_page_costs_the_same_with_a_thousand(thousand, admin):
     """Rows of one page only, whatever there is; a poll asks for those that are shown."""
     answer = admin.get("/admin/products/?state=live")
-    assert answer.text.count("<article") == catalogue.PAGE_PRODUCTS
+    assert answer.text.count("<article") == listing.PAGE_PRODUCTS
     assert "1–50 of 100" in answer.text
     answer = admin.get("/admin/products/live?id=30&id=7&id=7&id=-1&id=99999999999999999999&id=x")
     assert answer.text.index('id="product-30"') < answer.text.index('id="product-7"')
@@ -103,4 +103,4 @@ def test_past_and_future_are_judged_now(app, client, admin_headers):
         for state, ids in (
             ("ended", [2]), ("scheduled", [3]), ("paused", [4]), ("sold out", [5]), ("live", [1]),
         ):  # fmt: skip
-            assert catalogue.find(Wanted(state=state)).ids == ids
+            assert listing.find(Wanted(state=state)).ids == ids
