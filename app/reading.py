@@ -73,7 +73,7 @@ def read_object(body: bytes | bytearray) -> dict[str, Any]:
     return _read_strictly(body)
 
 
-def _read_strictly(body: bytes | bytearray) -> dict:
+def _read_strictly(body: bytes | bytearray) -> dict[str, Any]:
     try:
         # JSON is UTF-8 (RFC 8259, 8.1); json.loads() would look for other encodings first.
         data = _decode_strictly(body.removeprefix(codecs.BOM_UTF8).decode())
