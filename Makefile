@@ -29,7 +29,7 @@ lint: .venv/installed-dev lint/node_modules
 	$(VENV)/ruff check .
 	$(VENV)/ruff format --check .
 	$(VENV)/djlint templates --lint --quiet
-	lint/node_modules/.bin/biome lint --config-path=lint static
+	lint/node_modules/.bin/biome check --config-path=lint static
 
 format: .venv/installed-dev lint/node_modules
 	$(VENV)/ruff check --fix .

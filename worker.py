@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 import time
+from types import FrameType
 
 from wsgi import app  # before all else: from here on what goes wrong is a log line
 
@@ -39,9 +40,9 @@ class Worker(SimpleWorker):
 
     asked = False
 
-    def request_stop(self, signum, frame):
+    def request_stop(self, signum: int, frame: FrameType | None) -> None:
         self.asked = True
-        super().request_stop(signum, frame)
+        super().request_stop(signum, frame)  # type: ignore[no-untyped-call]  # RQ's has no types
 
 
 def new_name() -> str:

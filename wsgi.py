@@ -9,14 +9,18 @@ import contextlib
 import gc
 import sys
 from collections.abc import Callable, Iterable
+from typing import ParamSpec, TypeVar
 
 import click
 
-from app import create_app, lines, logs
+from app import create_app, logs, telling
 from app.config import SettingsError, load_settings, with_secrets
 from app.run.embedded import EmbeddedError, servers, with_servers
 
-lines.begin()
+P = ParamSpec("P")
+R = TypeVar("R")
+
+telling.begin()
 _open = contextlib.ExitStack()
 atexit.register(_open.close)
 
@@ -26,7 +30,7 @@ def start_servers() -> None:
     try:
         _open.enter_context(servers(settings))
     except EmbeddedError as error:
-        sys.exit(lines.fail(error))
+        sys.exit(telling.fail(error))
 
 
 def start_when_carried_out(commands: Iterable[click.Command]) -> None:
@@ -34,12 +38,12 @@ def start_when_carried_out(commands: Iterable[click.Command]) -> None:
     for command in commands:
         if isinstance(command, click.Group):
             start_when_carried_out(command.commands.values())
-        else:
+        elif command.callback:
             command.callback = _started_first(command.callback)
 
 
-def _started_first(callback: Callable) -> Callable:
-    def carry_out(*args, **options):
+def _started_first(callback: Callable[P, R]) -> Callable[P, R]:
+    def carry_out(*args: P.args, **options: P.kwargs) -> R:
         start_servers()
         return callback(*args, **options)
 
@@ -53,7 +57,7 @@ try:
     logs.configure(settings)
     app = create_app(with_servers(settings))
 except (SettingsError, EmbeddedError) as error:
-    sys.exit(lines.fail(error))
+    sys.exit(telling.fail(error))
 gc.enable()
 
 _asked = click.get_current_context(silent=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from flask import Flask
+    from flask.json.provider import DefaultJSONProvider
 
     from .config import Settings
 
@@ -16,7 +17,7 @@ def create_app(settings: Settings | None = None) -> Flask:
     Raises SettingsError for settings that can't work. What makes an app is imported only here:
     programs that start others do without.
     """
-    from flask import Flask
+    from flask import Flask, has_request_context
     from werkzeug.middleware.proxy_fix import ProxyFix
 
     from . import admin, cli, database, logs
@@ -26,6 +27,7 @@ def create_app(settings: Settings | None = None) -> Flask:
     from .web import api, errors, front, headers
     from .web.identity import Shoppers
     from .web.lane import PurchaseLane
+    from .web.polls import Polls
 
     settings = with_secrets(settings or load_settings())
     app = Flask(
@@ -34,10 +36,10 @@ def create_app(settings: Settings | None = None) -> Flask:
         static_folder=str(ROOT / "static"),
     )
     app.config.from_mapping(flask_config(settings))
-    app.json.sort_keys = False
+    cast("DefaultJSONProvider", app.json).sort_keys = False
     # Such a path is not there; a redirect to the right one would be built from the client's Host.
     app.url_map.merge_slashes = False
-    database.limit_waits()
+    database.limit_waits(has_request_context)
 
     db.init_app(app)
     migrate.init_app(app, db, directory=str(ROOT / "migrations"), compare_type=True)
@@ -54,29 +56,35 @@ def create_app(settings: Settings | None = None) -> Flask:
     admin.init_app(app)
     cli.init_app(app)
 
+    app.extensions["polls"] = Polls()
     shoppers = Shoppers(settings) if settings.shopper_auth == "jwt" else None
     app.extensions["shoppers"] = shoppers
-    app.wsgi_app = app.extensions["lane"] = PurchaseLane(app.wsgi_app, stock, settings, shoppers)
+    lane = PurchaseLane(app.wsgi_app, stock, settings, shoppers)
+    app.extensions["lane"] = lane
+    app.wsgi_app = lane  # type: ignore[method-assign]  # Flask's own way for middleware
     if settings.trusted_proxies:
         # Each hop adds to X-Forwarded-For. X-Forwarded-Proto is set anew by the last one, and the
         # host is taken from Host alone, so that a client can't choose it.
-        app.wsgi_app = ProxyFix(app.wsgi_app, x_for=settings.trusted_proxies, x_proto=1, x_host=0)
+        proxied = ProxyFix(lane, x_for=settings.trusted_proxies, x_proto=1, x_host=0)
+        app.wsgi_app = proxied  # type: ignore[method-assign]  # the same
     return app
 
 
-def flask_config(settings: Settings) -> dict:
+def flask_config(settings: Settings) -> dict[str, Any]:
     """Return what Flask and its extensions read, derived from our settings."""
     from . import database
     from .stock.keys import cautious_options
 
+    # Whoever builds an app has filled in the URLs (run/embedded.py).
+    redis_url = settings.redis_url or ""
     return {
         "SETTINGS": settings,
         "SECRET_KEY": settings.secret_key,
         "ADMIN_API_TOKEN": settings.admin_api_token,
         "SQLALCHEMY_DATABASE_URI": settings.database_url,
         "SQLALCHEMY_ENGINE_OPTIONS": database.ENGINE_OPTIONS,
-        "RATELIMIT_STORAGE_URI": limiter_url(settings.redis_url),
-        "RATELIMIT_STORAGE_OPTIONS": cautious_options(settings.redis_url, decode=False),
+        "RATELIMIT_STORAGE_URI": limiter_url(redis_url),
+        "RATELIMIT_STORAGE_OPTIONS": cautious_options(redis_url, decode=False),
         # Its own headers are an older draft's, with a Retry-After on answers that are no refusal.
         "RATELIMIT_HEADERS_ENABLED": False,
         "RATELIMIT_KEY_PREFIX": "limits",

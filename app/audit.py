@@ -4,9 +4,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from sqlalchemy import func, select, text
+from sqlalchemy import ColumnElement, SQLColumnExpression, func, select, text
 
 from .extensions import db
 from .models import ApiToken, AuditEntry, Product, Staff
@@ -45,7 +45,11 @@ NOBODY = Actor("nobody")
 
 
 def record(
-    actor: Actor, action: str, target: str, before: dict | None = None, after: dict | None = None
+    actor: Actor,
+    action: str,
+    target: str,
+    before: dict[str, Any] | None = None,
+    after: dict[str, Any] | None = None,
 ) -> None:
     """Add the entry to the current transaction; the caller commits both together."""
     db.session.add(
@@ -97,7 +101,7 @@ def find(wanted: Filter, before: int | None = None, limit: int = 50) -> list[Aud
     return list(db.session.scalars(query))
 
 
-def _id_at(side, order) -> int:
+def _id_at(side: ColumnElement[bool], order: SQLColumnExpression[datetime]) -> int:
     """Return the entry's id nearest to a moment on one side of it, 0 where there is none."""
     return db.session.scalar(select(AuditEntry.id).where(side).order_by(order).limit(1)) or 0
 

@@ -12,7 +12,7 @@ from .staff import sessions
 login.session_protection = None
 
 
-@login.user_loader
+@login.user_loader  # type: ignore[untyped-decorator]  # Flask-Login has no types
 def load_person(session_id: str) -> sessions.SignedIn | None:
     return sessions.find(session_id)
 

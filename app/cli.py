@@ -2,6 +2,9 @@
 
 import functools
 import json
+import time
+from collections.abc import Callable
+from typing import Any
 
 import click
 import flask_migrate
@@ -11,12 +14,13 @@ from flask.cli import AppGroup, with_appcontext
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
-from . import lines
-from .audit import CLI
+from . import telling
+from .audit import CLI, Actor
 from .books import ledger, recovery
 from .config import Settings, was_generated
 from .database import is_unavailable
 from .extensions import db
+from .locks import PREPARE_LOCK
 from .orders import deadletters
 from .problems import Conflict, InvalidRequest, Unavailable, UnknownProduct
 from .products import brake as brakes
@@ -25,7 +29,7 @@ from .reading import MAX_ID, MAX_REASON, read_text
 from .staff import people, tokens
 
 # Two starts at once must not migrate at once.
-PREPARE_LOCK = 7_316_002
+PREPARE_SECONDS = 0.2
 
 ledger_commands = AppGroup("ledger", help="The proof that stock and orders agree to the unit.")
 dead_letters = AppGroup("dead-letters", help="Orders that could not be stored.")
@@ -47,7 +51,11 @@ def _told_in_words(command: click.Command) -> click.Command:
         _told_in_words(each)
     carry_out = command.callback
 
-    def told(*arguments, **options):
+    if carry_out is None or hasattr(carry_out, "told_in_words"):
+        return command
+
+    @functools.wraps(carry_out)
+    def told(*arguments: Any, **options: Any) -> Any:
         try:
             return carry_out(*arguments, **options)
         except (SQLAlchemyError, psycopg2.Error) as error:
@@ -56,9 +64,8 @@ def _told_in_words(command: click.Command) -> click.Command:
             reason = str(getattr(error, "orig", error)).strip().partition("\n")[0]
             raise click.ClickException(f"PostgreSQL can't do this now: {reason}") from None
 
-    if carry_out and not hasattr(carry_out, "told_in_words"):
-        command.callback = functools.wraps(carry_out)(told)
-        command.callback.told_in_words = True
+    told.told_in_words = True  # type: ignore[attr-defined]  # a mark: no command is wrapped twice
+    command.callback = told
     return command
 
 
@@ -76,18 +83,21 @@ def prepare() -> None:
     """Make the database ready: migrations, the first admin, and if empty the first product."""
     settings = current_app.config["SETTINGS"]
     with db.engine.connect() as connection:
-        connection.execute(text(f"SELECT pg_advisory_xact_lock({PREPARE_LOCK})"))
+        # Whoever waited inside of a statement would be waited for by CREATE INDEX CONCURRENTLY.
+        while not connection.scalar(text(f"SELECT pg_try_advisory_xact_lock({PREPARE_LOCK})")):
+            connection.rollback()
+            time.sleep(PREPARE_SECONDS)
         flask_migrate.upgrade()
         if not people.everybody():
             try:
                 people.create(settings.admin_email, settings.admin_password, "admin", CLI)
             except InvalidRequest as error:
-                raise SystemExit(lines.fail(f"ADMIN_EMAIL, ADMIN_PASSWORD: {error}")) from None
-            lines.tell(f"Admin:     {settings.admin_email}  {_shown(settings, 'admin_password')}")
-            lines.tell(f"API token: {_shown(settings, 'admin_api_token')}")
+                raise SystemExit(telling.fail(f"ADMIN_EMAIL, ADMIN_PASSWORD: {error}")) from None
+            telling.tell(f"Admin:     {settings.admin_email}  {_shown(settings, 'admin_password')}")
+            telling.tell(f"API token: {_shown(settings, 'admin_api_token')}")
         if recovery.database_is_empty():
             product_id = recovery.reset(CLI)
-            lines.tell(f"Seeded:    product {product_id} with 100 items")
+            telling.tell(f"Seeded:    product {product_id} with 100 items")
 
 
 def _shown(settings: Settings, name: str) -> str:
@@ -95,7 +105,7 @@ def _shown(settings: Settings, name: str) -> str:
     if not was_generated(settings, name):
         return "(as given)"
     path = settings.data_dir / name
-    return f"(in {path})" if lines.is_json() else getattr(settings, name)
+    return f"(in {path})" if telling.is_json() else getattr(settings, name)
 
 
 @click.command()
@@ -245,12 +255,16 @@ def list_dead_letters(state: str, limit: int) -> None:
     for letter in deadletters.list_letters(filters, limit=limit):
         click.echo(
             f"{letter.id}  {letter.resolution or 'open'}  order {letter.order_id or '?'}  "
-            f"user {letter.user_id or '?'}  product {letter.product_id or '?'}  "
+            f"user {letter.user or '?'}  product {letter.product_id or '?'}  "
             f"quantity {letter.quantity or '?'}  {letter.error}"
         )
 
 
-def _resolve(act, ids: tuple[int, ...], reason: str) -> None:
+def _resolve(
+    act: Callable[[list[int], str, Actor], list[deadletters.Resolved]],
+    ids: tuple[int, ...],
+    reason: str,
+) -> None:
     try:
         results = act(list(ids), reason, CLI)
     except Unavailable as error:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
+from typing import Any
 
 from dotenv import dotenv_values
 
@@ -39,9 +40,21 @@ NO_LIMIT = RateLimit(0, 0)
 
 # The exact sliding window stores one timestamp per attempt; past this it would be slow and large.
 MAX_USER_LIMIT = 1000
+# The claim that names a token's subject (RFC 7519, 4.1.2), and those that name none.
+SUBJECT = "sub"
+CHECKED_CLAIMS = ("iss", "aud", "exp", "nbf", "iat")
 
 
 def _text(value: str) -> str:
+    return value
+
+
+def _claim(value: str) -> str:
+    # Refusals name it between quotation marks (RFC 6750, 3).
+    if not re.fullmatch(r"[\x21\x23-\x5b\x5d-\x7e]{1,100}", value):
+        raise ValueError("must be 1 to 100 visible ASCII characters, without quotation marks")
+    if value in CHECKED_CLAIMS:
+        raise ValueError("must be a claim that names a user")
     return value
 
 
@@ -114,10 +127,12 @@ def _path(value: str) -> Path:
     return Path(value).expanduser().absolute()
 
 
-def setting(name: str, default: object, parse: Callable, meaning: str):
+def setting(name: str, default: object, parse: Callable[..., Any], meaning: str) -> Any:
     """Declare a setting; `default` is a value, or a function for one that is computed."""
-    how = {"default_factory": default} if callable(default) else {"default": default}
-    return field(**how, metadata={"name": name, "parse": parse, "meaning": meaning})
+    metadata = {"name": name, "parse": parse, "meaning": meaning}
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -199,7 +214,7 @@ class Settings:
         "trusted",
         _choice("trusted", "jwt"),
         "`trusted` believes the `userId` of a request (behind a shop that vouches for it); `jwt` "
-        "asks each shopper for a bearer token whose `sub` is the `userId`",
+        "asks each shopper for a bearer token whose `sub` (or `JWT_USER_CLAIM`) is the `userId`",
     )
     trusted_callers: tuple[IPv4Network | IPv6Network, ...] = setting(
         "TRUSTED_CALLERS",
@@ -219,6 +234,9 @@ class Settings:
     )
     jwt_issuer: str | None = setting("JWT_ISSUER", None, _text, "`iss` that a token must have")
     jwt_audience: str | None = setting("JWT_AUDIENCE", None, _text, "`aud` that a token must have")
+    jwt_user_claim: str = setting(
+        "JWT_USER_CLAIM", SUBJECT, _claim, "claim of a token that holds the `userId`"
+    )
     metrics_token: str | None = setting(
         "METRICS_TOKEN", None, _text, "bearer token of `/metrics`; `ADMIN_API_TOKEN` when not set"
     )
@@ -274,11 +292,10 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
 
     Raises SettingsError for the first value that can't be used. An empty value counts as not set.
     """
-    if environ is None:
-        environ = _environ()
-    values = {}
+    given: Mapping[str, str | None] = _environ() if environ is None else environ
+    values: dict[str, Any] = {}
     for entry in fields(Settings):
-        raw = (environ.get(entry.metadata["name"]) or "").strip()
+        raw = (given.get(entry.metadata["name"]) or "").strip()
         if raw:
             try:
                 values[entry.name] = entry.metadata["parse"](raw)
@@ -318,14 +335,12 @@ def with_secrets(settings: Settings) -> Settings:
         "admin_password": lambda: secrets.token_urlsafe(12),
         "admin_api_token": lambda: "fst_" + secrets.token_urlsafe(32),
     }
-    return replace(
-        settings,
-        **{
-            name: kept_secret(settings.data_dir / name, new)
-            for name, new in generate.items()
-            if getattr(settings, name) is None
-        },
-    )
+    missing: dict[str, Any] = {
+        name: kept_secret(settings.data_dir / name, new)
+        for name, new in generate.items()
+        if getattr(settings, name) is None
+    }
+    return replace(settings, **missing)
 
 
 def check_shopper_auth(settings: Settings) -> None:
@@ -335,6 +350,7 @@ def check_shopper_auth(settings: Settings) -> None:
         "JWT_KEY_FILE": settings.jwt_key_file,
         "JWT_ISSUER": settings.jwt_issuer,
         "JWT_AUDIENCE": settings.jwt_audience,
+        "JWT_USER_CLAIM": None if settings.jwt_user_claim == SUBJECT else settings.jwt_user_claim,
     }
     if settings.shopper_auth == "trusted":
         for name, value in given.items():

@@ -6,22 +6,20 @@ A server that can no longer do its work (read-only, full, ending) is a lost conn
 import select
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import flask_sqlalchemy.session
 import psycopg2
-from flask import has_request_context
 from psycopg2 import extensions
-from sqlalchemy import Engine, Pool, PoolProxiedConnection, event
+from sqlalchemy import Engine, ExceptionContext, Pool, PoolProxiedConnection, event
 from sqlalchemy.exc import DBAPIError, DisconnectionError, PendingRollbackError, TimeoutError
+from sqlalchemy.pool import ConnectionPoolEntry
 
 from .breaker import Breaker
 
 # With one second for Redis this keeps the slowest refusal below two seconds.
 REQUEST_WAIT_SECONDS = 0.9
-# One drainer at a time holds this advisory lock; nothing else here may use the number.
-DRAIN_LOCK = 7_316_001
 # A session opened while PostgreSQL was read-only may stay so when the server is well again: it is
 # used for so long, then renewed.
 READ_ONLY_SECONDS = 1.0
@@ -83,7 +81,7 @@ def is_unavailable(error: BaseException) -> bool:
     if isinstance(error, DBAPIError):
         if error.connection_invalidated:
             return True
-        error = error.orig
+        return error.orig is not None and is_unavailable(error.orig)
     return (
         isinstance(error, (psycopg2.OperationalError, psycopg2.InterfaceError))
         # psycopg2 raises a bare DatabaseError, without a code, for an answer that was cut off.
@@ -93,14 +91,18 @@ def is_unavailable(error: BaseException) -> bool:
 
 
 @event.listens_for(Engine, "handle_error")
-def _throw_away_lost(context) -> None:
+def _throw_away_lost(context: ExceptionContext) -> None:
     """Let SQLAlchemy renew this connection, and all that were opened before it failed."""
     if sqlstate(context.original_exception).startswith(LOST):
         context.is_disconnect = True
 
 
 @event.listens_for(Pool, "checkout")
-def _renew_read_only(connection, record, _proxy) -> None:
+def _renew_read_only(
+    connection: extensions.connection,
+    record: ConnectionPoolEntry,
+    _proxy: PoolProxiedConnection,
+) -> None:
     """Renew a read-only session. PostgreSQL tells unasked what it is, so looking costs nothing."""
     told = connection.info.parameter_status
     if "on" in (told("default_transaction_read_only"), told("in_hot_standby")):
@@ -119,7 +121,8 @@ def raw_connection(engine: Engine) -> Iterator[PoolProxiedConnection]:
     try:
         yield connection
     except psycopg2.Error as error:
-        if sqlstate(error).startswith(LOST) or connection.dbapi_connection.closed:
+        driver: extensions.connection = connection.dbapi_connection  # type: ignore[assignment]  # psycopg2's
+        if sqlstate(error).startswith(LOST) or driver.closed:
             connection.invalidate(error)
             engine.dispose()
         raise
@@ -143,12 +146,17 @@ class Session(flask_sqlalchemy.session.Session):
             self.invalidate()
 
 
-def limit_waits() -> None:
+def limit_waits(in_request: Callable[[], bool]) -> None:
     """Make every psycopg2 connection of this process give up after a bounded wait.
+
+    `in_request` tells whether somebody waits for the answer to a request: they wait shortest, and
+    not at all for a server that has just let another request wait in vain.
 
     The server's own statement_timeout is no help against a server that is stopped or cut off.
     """
-    extensions.set_wait_callback(_wait)
+    extensions.set_wait_callback(
+        lambda connection: _wait_in_request(connection) if in_request() else _wait(connection)
+    )
 
 
 _breaker = Breaker(REQUEST_WAIT_SECONDS)
@@ -165,11 +173,12 @@ def waiting_at_most(seconds: float) -> Iterator[None]:
         del _thread.deadline
 
 
-def _wait(connection) -> None:
-    if not has_request_context():
-        now = time.monotonic()
-        _wait_for(connection, getattr(_thread, "deadline", now + OTHER_WAIT_SECONDS) - now)
-        return
+def _wait(connection: extensions.connection) -> None:
+    now = time.monotonic()
+    _wait_for(connection, getattr(_thread, "deadline", now + OTHER_WAIT_SECONDS) - now)
+
+
+def _wait_in_request(connection: extensions.connection) -> None:
     if not _breaker.admits():
         raise Unanswered("PostgreSQL did not answer a moment ago")
     try:
@@ -188,7 +197,7 @@ class Unanswered(psycopg2.OperationalError):
     """PostgreSQL did not answer in time."""
 
 
-def _wait_for(connection, seconds: float) -> None:
+def _wait_for(connection: extensions.connection, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     poller = select.poll()
     while (state := connection.poll()) != extensions.POLL_OK:

@@ -9,12 +9,13 @@ import logging
 import re
 import secrets
 from collections.abc import Callable
+from typing import Any
 
 from flask import Flask, Response, g, has_request_context, request
 
-from . import lines
+from . import telling
 from .config import Settings
-from .lines import Bound
+from .telling import Bound
 
 log = logging.getLogger("app.requests")
 
@@ -38,7 +39,7 @@ def request_id(given: str | None) -> str:
 _refusals = Bound(REFUSALS_PER_SECOND)
 
 
-def tell(method: str, path: str, status: int, fields: Callable[[], dict]) -> None:
+def tell(method: str, path: str, status: int, fields: Callable[[], dict[str, Any]]) -> None:
     """Write the line of a refused or failed request, unless there are too many."""
     level = logging.WARNING if status >= 500 else logging.INFO
     if not log.isEnabledFor(level):
@@ -56,12 +57,12 @@ class PurchaseLog:
     def __init__(self, settings: Settings) -> None:
         self.every = settings.log_level == "debug"
 
-    def note(self, environ: dict, status: str, body: bytes) -> tuple[str, str]:
+    def note(self, environ: dict[str, Any], status: str, body: bytes) -> tuple[str, str]:
         """Log the request if it is to be logged; return the header that names it."""
         identity = request_id(environ.get("HTTP_X_REQUEST_ID"))
         number, method = int(status[:3]), environ["REQUEST_METHOD"]
 
-        def fields() -> dict:
+        def fields() -> dict[str, Any]:
             return {"client": environ.get("REMOTE_ADDR", ""), "request_id": identity}
 
         if number >= 400:
@@ -74,7 +75,7 @@ class PurchaseLog:
 
 def _code(body: bytes) -> str | None:
     found = CODE(body)
-    return found and found[1].decode()
+    return found[1].decode() if found else None
 
 
 def init_app(app: Flask) -> None:
@@ -110,6 +111,6 @@ class NamedLines(logging.Filter):
 
 def configure(settings: Settings) -> None:
     """Set up the lines of a process that serves requests."""
-    lines.configure(settings)
+    telling.configure(settings)
     for handler in logging.getLogger().handlers:
         handler.addFilter(NamedLines())

@@ -24,13 +24,48 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
 from sqlalchemy.orm import Mapped, mapped_column
 
-from .extensions import db
-from .reading import MAX_QUANTITY
+from .extensions import Model
+from .reading import MAX_QUANTITY, User
 
 Timestamp = TIMESTAMP(timezone=True)
+# Names are compared byte for byte, whatever the database's collation.
+UserName = Text(collation="C")
+# A name is none that reading.canonical() takes for a number: a shopper has one form.
+USER_NAME = (
+    "case when user_name ~ '^[1-9][0-9]{0,15}$' then user_name::numeric > 9007199254740991"
+    " else user_name ~ '^[A-Za-z0-9._~:@|+-]{1,64}$' end"
+)
 
 
-class Product(db.Model):
+def user_columns(user: User | None) -> dict[str, User | None]:
+    """Return the values of the columns that say whose a row is."""
+    number = isinstance(user, int)
+    return {"user_id": user if number else None, "user_name": None if number else user}
+
+
+class OfUser:
+    """A row that is a shopper's: `user_id` has the number or `user_name` the text, never both."""
+
+    user_id: Mapped[int | None] = mapped_column(BigInteger)
+    user_name: Mapped[str | None] = mapped_column(UserName)
+
+    @property
+    def user(self) -> User | None:
+        """Whose it is; it can be set, too."""
+        return self.user_name if self.user_id is None else self.user_id
+
+    @user.setter
+    def user(self, user: User | None) -> None:
+        for column, value in user_columns(user).items():
+            setattr(self, column, value)
+
+    @classmethod
+    def is_of(cls, user: User) -> ColumnElement[bool]:
+        """Return the condition for rows of this shopper."""
+        return cls.user_id == user if isinstance(user, int) else cls.user_name == user
+
+
+class Product(Model):
     """What is sold, on which terms. `version` rises with each change; Redis obeys the highest."""
 
     # Whether a brake is set: Redis knows, and who reads a product from there notes it.
@@ -65,7 +100,7 @@ class Product(db.Model):
     )
 
 
-class ProductTotals(db.Model):
+class ProductTotals(Model):
     """A product's sums of orders, dead letters, movements; kept by triggers in the same commit.
 
     They make every figure of a page a read of one row, however many orders there are.
@@ -87,12 +122,13 @@ class ProductTotals(db.Model):
     abandoned_units: Mapped[int] = mapped_column(BigInteger, server_default="0")
 
 
-class StockMovement(db.Model):
+class StockMovement(OfUser, Model):
     """Units put into or taken out of the sale by something else than a purchase: the ledger."""
 
     __tablename__ = "stock_movements"
     __table_args__ = (
         CheckConstraint("kind in ('initial', 'restock', 'return', 'correction')", name="kind"),
+        CheckConstraint("num_nonnulls(user_id, user_name) <= 1", name="one_user"),
         CheckConstraint(
             "units > 0 or kind = 'correction' or (kind = 'initial' and units = 0)", name="units"
         ),
@@ -126,7 +162,6 @@ class StockMovement(db.Model):
     units: Mapped[int] = mapped_column(BigInteger)
     reason: Mapped[str | None] = mapped_column(Text)
     actor: Mapped[str] = mapped_column(Text)
-    user_id: Mapped[int | None] = mapped_column(BigInteger)
     order_id: Mapped[int | None] = mapped_column(BigInteger)
     dead_letter_id: Mapped[int | None] = mapped_column(BigInteger)
     idempotency_key: Mapped[str | None] = mapped_column(String(255))
@@ -135,7 +170,7 @@ class StockMovement(db.Model):
     stock_after: Mapped[int | None] = mapped_column(BigInteger)
 
 
-class Batch(db.Model):
+class Batch(Model):
     """One run of the drain: which job stored which orders."""
 
     __tablename__ = "batches"
@@ -150,13 +185,16 @@ class Batch(db.Model):
     persisted_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
 
 
-class Order(db.Model):
+class Order(OfUser, Model):
     """A purchase that was promised. The claim gave it its id, so it can't be stored twice."""
 
     __tablename__ = "orders"
     __table_args__ = (
         CheckConstraint("id > 0", name="id"),
         CheckConstraint("user_id between 1 and 9007199254740991", name="user_id"),
+        CheckConstraint("num_nonnulls(user_id, user_name) = 1", name="one_user"),
+        CheckConstraint(USER_NAME, name="user_name"),
+        CheckConstraint("length(reference) between 1 and 64", name="reference"),
         CheckConstraint("quantity > 0", name="quantity"),
         CheckConstraint("unit_price_cents >= 0", name="unit_price"),
         CheckConstraint(
@@ -165,6 +203,18 @@ class Order(db.Model):
             name="status",
         ),
         Index("ix_orders_user_id_id", "user_id", "id"),
+        Index(
+            "ix_orders_user_name_id",
+            "user_name",
+            "id",
+            postgresql_where=text("user_name is not null"),
+        ),
+        Index(
+            "ix_orders_reference_id",
+            "reference",
+            "id",
+            postgresql_where=text("reference is not null"),
+        ),
         Index("ix_orders_product_id_id", "product_id", "id"),
         Index("ix_orders_claimed_at", "claimed_at"),
         Index("ix_orders_cancelled", "id", postgresql_where=text("status = 'CANCELLED'")),
@@ -176,6 +226,13 @@ class Order(db.Model):
             unique=True,
             postgresql_where=text("idempotency_key is not null"),
         ),
+        Index(
+            "uq_orders_user_name_idempotency_key",
+            "user_name",
+            "idempotency_key",
+            unique=True,
+            postgresql_where=text("user_name is not null and idempotency_key is not null"),
+        ),
         # The support desk looks a key up without knowing whose it is.
         Index(
             "ix_orders_idempotency_key",
@@ -186,13 +243,14 @@ class Order(db.Model):
     )
 
     id: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
-    user_id: Mapped[int] = mapped_column(BigInteger)
     product_id: Mapped[int] = mapped_column(ForeignKey("products.id"))
     quantity: Mapped[int] = mapped_column(Integer)
     unit_price_cents: Mapped[int] = mapped_column(BigInteger)
     currency: Mapped[str] = mapped_column(String(3))
     status: Mapped[str] = mapped_column(String(9), server_default="CONFIRMED")
     idempotency_key: Mapped[str | None] = mapped_column(String(255))
+    # The shop's own name for it: a cart, or a line of one.
+    reference: Mapped[str | None] = mapped_column(Text)
     claimed_at: Mapped[datetime] = mapped_column(Timestamp)
     persisted_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
     batch_id: Mapped[int | None] = mapped_column(BigInteger)
@@ -201,17 +259,30 @@ class Order(db.Model):
     cancel_reason: Mapped[str | None] = mapped_column(Text)
 
 
-class DeadLetter(db.Model):
+class DeadLetter(OfUser, Model):
     """An order that could not be stored. Its stock stays held until a person decides."""
 
     __tablename__ = "dead_letters"
     __table_args__ = (
         CheckConstraint("resolution in ('replayed', 'abandoned')", name="resolution"),
         CheckConstraint("(resolution is null) = (resolved_at is null)", name="resolved"),
+        CheckConstraint("num_nonnulls(user_id, user_name) <= 1", name="one_user"),
         # The same entry may be read again after a crash between the commit and the trim.
         Index("uq_dead_letters_entry", "stream_id", text("md5(payload)"), unique=True),
         Index("ix_dead_letters_open", "id", postgresql_where=text("resolution is null")),
         Index("ix_dead_letters_user_id_id", "user_id", "id"),
+        Index(
+            "ix_dead_letters_user_name_id",
+            "user_name",
+            "id",
+            postgresql_where=text("user_name is not null"),
+        ),
+        Index(
+            "ix_dead_letters_reference_id",
+            "reference",
+            "id",
+            postgresql_where=text("reference is not null"),
+        ),
         Index("ix_dead_letters_order_id", "order_id"),
     )
 
@@ -221,9 +292,9 @@ class DeadLetter(db.Model):
     error: Mapped[str] = mapped_column(Text)
     # Empty where the payload can't be read as an order.
     order_id: Mapped[int | None] = mapped_column(BigInteger)
-    user_id: Mapped[int | None] = mapped_column(BigInteger)
     product_id: Mapped[int | None] = mapped_column(BigInteger)
     quantity: Mapped[int | None] = mapped_column(BigInteger)
+    reference: Mapped[str | None] = mapped_column(Text)
     created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
     resolution: Mapped[str | None] = mapped_column(String(9))
     resolved_at: Mapped[datetime | None] = mapped_column(Timestamp)
@@ -238,7 +309,7 @@ class DeadLetter(db.Model):
         return cls.resolution.is_distinct_from("replayed")
 
 
-class Sale(db.Model):
+class Sale(Model):
     """One row: which sale this is, so that a Redis that lost it or holds another one is noticed."""
 
     __tablename__ = "sale"
@@ -253,7 +324,7 @@ class Sale(db.Model):
     sampled_at: Mapped[datetime | None] = mapped_column(Timestamp)
 
 
-class Staff(db.Model):
+class Staff(Model):
     """A person who signs in. `session_key` changes with the password and ends all sessions."""
 
     __tablename__ = "staff"
@@ -272,7 +343,7 @@ class Staff(db.Model):
     last_sign_in_at: Mapped[datetime | None] = mapped_column(Timestamp)
 
 
-class StaffSession(db.Model):
+class StaffSession(Model):
     """A session of a person in one browser. It ends with the row, and with another password."""
 
     __tablename__ = "staff_sessions"
@@ -285,7 +356,7 @@ class StaffSession(db.Model):
     created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
 
 
-class ApiToken(db.Model):
+class ApiToken(Model):
     """A bearer token of the admin API; only its SHA-256 is kept."""
 
     __tablename__ = "api_tokens"
@@ -301,7 +372,7 @@ class ApiToken(db.Model):
     revoked_at: Mapped[datetime | None] = mapped_column(Timestamp)
 
 
-class RequestKey(db.Model):
+class RequestKey(Model):
     """An Idempotency-Key that an act has used up; `answer` is what was answered, to be repeated."""
 
     __tablename__ = "request_keys"
@@ -317,7 +388,7 @@ class RequestKey(db.Model):
     created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
 
 
-class AuditEntry(db.Model):
+class AuditEntry(Model):
     """Who changed what, when and from where. A trigger refuses to change or delete a row."""
 
     __tablename__ = "audit_log"

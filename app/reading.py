@@ -4,6 +4,7 @@ import codecs
 import json
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import msgspec
 
@@ -20,6 +21,16 @@ MAX_REASON = 500
 VALID_KEY = re.compile(r"[\x21-\x7e]{1,255}").fullmatch
 # The longest of them all, 2^53 - 1, has 16.
 DIGITS = re.compile(r"[0-9]{1,16}").fullmatch
+# A shopper, in the one form that names nobody else: a number where the shop counts its users.
+User = int | str
+# What needs no quotation in JSON, CSV, a Redis key or a form, and no space, which parts an entry.
+USER_TEXT = re.compile(r"[A-Za-z0-9._~:@|+-]{1,64}").fullmatch
+USER_WORDS = "an integer or a text of 1 to 64 characters of A-Z a-z 0-9 . _ ~ : @ | + -"
+# Clients take these for parts of a path (RFC 3986, 5.2.4) and leave them out.
+DOTS = frozenset((".", ".."))
+COUNTED = re.compile(r"[1-9][0-9]{0,15}").fullmatch
+# The shop's own name for an order: a cart, or a line of one.
+REFERENCE = re.compile(r"[\x21-\x7e]{1,64}").fullmatch
 # All but tab, line feed and carriage return: PostgreSQL refuses NUL, and none of them is text.
 CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]").search
 
@@ -28,7 +39,7 @@ def _no_number(name: str) -> None:
     raise InvalidRequest(f"The body is not valid JSON: {name} is no JSON number")
 
 
-def _unique(members: list[tuple[str, object]]) -> dict:
+def _unique(members: list[tuple[str, object]]) -> dict[str, Any]:
     data = dict(members)
     if len(data) != len(members):
         names = [name for name, _ in members]
@@ -43,7 +54,7 @@ _decode = msgspec.json.Decoder().decode
 _decode_strictly = json.JSONDecoder(parse_constant=_no_number, object_pairs_hook=_unique).decode
 
 
-def read_object(body: bytes | bytearray) -> dict:
+def read_object(body: bytes | bytearray) -> dict[str, Any]:
     """Return the JSON object in `body`, whose members have different names. Raises InvalidRequest.
 
     Of two members of one name every reader takes another (RFC 8259, 4), so that a gateway might
@@ -62,7 +73,7 @@ def read_object(body: bytes | bytearray) -> dict:
     return _read_strictly(body)
 
 
-def _read_strictly(body: bytes | bytearray) -> dict:
+def _read_strictly(body: bytes | bytearray) -> dict[str, Any]:
     try:
         # JSON is UTF-8 (RFC 8259, 8.1); json.loads() would look for other encodings first.
         data = _decode_strictly(body.removeprefix(codecs.BOM_UTF8).decode())
@@ -75,19 +86,19 @@ def _read_strictly(body: bytes | bytearray) -> dict:
     return data
 
 
-def check_key(key: str | None) -> None:
+def check_key(key: str) -> None:
     """Refuse an Idempotency-Key that is none. Raises InvalidRequest.
 
     It is taken as it was sent: quotation marks, which the draft's structured fields have around a
     text, are a part of it.
     """
-    if key is not None and not VALID_KEY(key):
+    if not VALID_KEY(key):
         raise InvalidRequest(
             "Idempotency-Key must be 1 to 255 visible ASCII characters", "Idempotency-Key"
         )
 
 
-def read_integer(data: dict, name: str, low: int, high: int) -> int:
+def read_integer(data: dict[str, Any], name: str, low: int, high: int) -> int:
     """Return a member that is a JSON integer in a range (no string, float or boolean).
 
     Raises InvalidRequest.
@@ -110,7 +121,57 @@ def read_digits(text: str, low: int, high: int) -> int | None:
     return number if number is not None and low <= number <= high else None
 
 
-def read_text(data: Mapping, name: str, longest: int, called: str | None = None) -> str:
+def canonical(value: object) -> User:
+    """Return the one form of a shopper's name: 42 for 42 and "42", any other text byte for byte.
+
+    So "042", "0" and numbers above MAX_ID, which not every JSON reader keeps, are texts of their
+    own, and case counts. Raises ValueError for what can be nobody's name.
+    """
+    # bool is a subclass of int, so isinstance() would let `true` through.
+    if type(value) is str:
+        if COUNTED(value) and (number := int(value)) <= MAX_ID:
+            return number
+        if USER_TEXT(value) and value not in DOTS:
+            return value
+    elif type(value) is int and 1 <= value <= MAX_ID:
+        return value
+    raise ValueError("not a user id")
+
+
+def read_user(data: Mapping[str, Any], name: str = "userId") -> User:
+    """Return the shopper in a member: an integer from 1 to MAX_ID or a text, in canonical form.
+
+    Raises InvalidRequest.
+    """
+    try:
+        return canonical(data.get(name))
+    except ValueError:
+        if type(data.get(name)) is int:
+            raise InvalidRequest(f"{name} must be from 1 to {MAX_ID}", name) from None
+        fault = f"must be {USER_WORDS}" if name in data else "is required"
+        raise InvalidRequest(f"{name} {fault}", name) from None
+
+
+def read_reference(data: Mapping[str, Any], name: str = "reference") -> str | None:
+    """Return the shop's own name for an order, None where there is none (or null).
+
+    Raises InvalidRequest.
+    """
+    value = data.get(name)
+    if value is not None and not (type(value) is str and REFERENCE(value)):
+        raise InvalidRequest(f"{name} must be a text of 1 to 64 visible ASCII characters", name)
+    return value
+
+
+def read_price(data: dict[str, Any], name: str = "expectedPriceCents") -> int | None:
+    """Return the price that a shopper was shown, None where none is given (or null).
+
+    Raises InvalidRequest.
+    """
+    return read_integer(data, name, 0, MAX_ID) if data.get(name) is not None else None
+
+
+def read_text(data: Mapping[str, Any], name: str, longest: int, called: str | None = None) -> str:
     """Return a member that is a text of 1 to `longest` characters.
 
     `called` is what an error calls it, where that is not its name. Raises InvalidRequest.

@@ -1,76 +1,100 @@
 // The last 15 minutes: fetched once, then a sample a second. The server keeps them, so a reload, or
 // another browser, shows the same.
 (() => {
-  'use strict'
-  const WINDOW_SECONDS = 15 * 60
+  const WINDOW_SECONDS = 15 * 60;
   // A sample a second; where more than one is missing nobody looked, and no line is drawn.
-  const GAP_SECONDS = 2
-  const columns = { second: [], accepted: [], refused: [], waiting: [], free: [] }
+  const GAP_SECONDS = 2;
+  const columns = { second: [], accepted: [], refused: [], waiting: [], free: [] };
 
-  const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim()
+  const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const fade = (css, share) => {
-    const hex = css.replace('#', '')
-    const [r, g, b] = [0, 2, 4].map((at) => parseInt(hex.slice(at, at + 2), 16))
-    return `rgba(${r}, ${g}, ${b}, ${share})`
-  }
+    const hex = css.replace("#", "");
+    const [r, g, b] = [0, 2, 4].map((at) => parseInt(hex.slice(at, at + 2), 16));
+    return `rgba(${r}, ${g}, ${b}, ${share})`;
+  };
   const short = (n) => {
-    if (n === null || n === undefined) return '–'
-    if (n >= 1e6) return `${+(n / 1e6).toFixed(1)}M`
-    if (n >= 1e4) return `${+(n / 1e3).toFixed(1)}k`
-    return n >= 10 || Number.isInteger(n) ? Math.round(n).toLocaleString('en') : n.toFixed(1)
-  }
+    if (n === null || n === undefined) return "–";
+    if (n >= 1e6) return `${+(n / 1e6).toFixed(1)}M`;
+    if (n >= 1e4) return `${+(n / 1e3).toFixed(1)}k`;
+    return n >= 10 || Number.isInteger(n) ? Math.round(n).toLocaleString("en") : n.toFixed(1);
+  };
 
   const CHARTS = [
     {
-      id: 'traffic',
+      id: "traffic",
       series: [
-        { name: 'Accepted', of: 'accepted', ink: '--series-1', scale: 'y', fill: .12 },
-        { name: 'Refused', of: 'refused', ink: '--series-2', scale: 'y' },
+        { name: "Accepted", of: "accepted", ink: "--series-1", scale: "y", fill: 0.12 },
+        { name: "Refused", of: "refused", ink: "--series-2", scale: "y" },
       ],
     },
     {
-      id: 'stock',
+      id: "stock",
       series: [
-        { name: 'Free units', of: 'free', ink: '--series-4', scale: 'y', fill: .10 },
-        { name: 'Orders waiting', of: 'waiting', ink: '--series-3', scale: 'y2' },
+        { name: "Free units", of: "free", ink: "--series-4", scale: "y", fill: 0.1 },
+        { name: "Orders waiting", of: "waiting", ink: "--series-3", scale: "y2" },
       ],
     },
-  ]
+  ];
 
   const axis = (more) => ({
-    stroke: colour('--ink-2'),
-    font: '11px Inter, sans-serif',
-    grid: { stroke: colour('--line-2'), width: 1 },
+    stroke: colour("--ink-2"),
+    font: "11px Inter, sans-serif",
+    grid: { stroke: colour("--line-2"), width: 1 },
     ticks: { show: false },
     gap: 6,
     ...more,
-  })
+  });
   // From zero, and never flat against the top.
-  const range = (_, low, high) => [0, Math.max(high * 1.12, 4)]
+  const range = (_, _low, high) => [0, Math.max(high * 1.12, 4)];
 
   // The time axis: steps in seconds, and seconds in the labels only where the minutes would repeat.
-  const STEPS = [1, 2, 5, 10, 15, 30, 60, 120, 180, 300, 600, 900]
+  const STEPS = [1, 2, 5, 10, 15, 30, 60, 120, 180, 300, 600, 900];
   const clock = (step) => {
-    const second = step < 60 ? '2-digit' : undefined
-    const format = new Intl.DateTimeFormat(undefined, { hour: '2-digit', minute: '2-digit', second })
-    return (moment) => format.format(new Date(moment * 1000))
-  }
-  const numbers = (_, splits) => splits.map(short)
+    const second = step < 60 ? "2-digit" : undefined;
+    const format = new Intl.DateTimeFormat(undefined, {
+      hour: "2-digit",
+      minute: "2-digit",
+      second,
+    });
+    return (moment) => format.format(new Date(moment * 1000));
+  };
+  const numbers = (_, splits) => splits.map(short);
 
   const draw = (chart) => {
-    const place = document.getElementById(`chart-${chart.id}`)
-    const two = chart.series[1].scale === 'y2'
+    const place = document.getElementById(`chart-${chart.id}`);
+    const two = chart.series[1].scale === "y2";
     const options = {
       width: place.clientWidth,
       height: 190,
       padding: [8, two ? 0 : 8, 0, 0],
-      cursor: { sync: { key: 'sale' }, points: { size: 7 }, y: false, drag: { x: false, y: false } },
+      cursor: {
+        sync: { key: "sale" },
+        points: { size: 7 },
+        y: false,
+        drag: { x: false, y: false },
+      },
       legend: { show: false },
       scales: { x: { time: true }, y: { range }, ...(two ? { y2: { range } } : {}) },
       axes: [
-        axis({ size: 28, space: 90, incrs: STEPS, values: (_, splits, at, space, step) => splits.map(clock(step)) }),
-        axis({ size: 46, values: numbers, stroke: colour(two ? chart.series[0].ink : '--ink-2') }),
-        ...(two ? [axis({ side: 1, size: 40, scale: 'y2', grid: { show: false }, values: numbers, stroke: colour(chart.series[1].ink) })] : []),
+        axis({
+          size: 28,
+          space: 90,
+          incrs: STEPS,
+          values: (_, splits, _at, _space, step) => splits.map(clock(step)),
+        }),
+        axis({ size: 46, values: numbers, stroke: colour(two ? chart.series[0].ink : "--ink-2") }),
+        ...(two
+          ? [
+              axis({
+                side: 1,
+                size: 40,
+                scale: "y2",
+                grid: { show: false },
+                values: numbers,
+                stroke: colour(chart.series[1].ink),
+              }),
+            ]
+          : []),
       ],
       series: [
         {},
@@ -84,109 +108,117 @@
         })),
       ],
       hooks: { setCursor: [() => legend(chart)] },
-    }
-    place.textContent = ''
-    chart.plot = new uPlot(options, dataOf(chart), place)
-    legend(chart)
-  }
+    };
+    place.textContent = "";
+    chart.plot = new uPlot(options, dataOf(chart), place);
+    legend(chart);
+  };
   // With a point without values in each gap: uPlot joins what is next to each other.
   const dataOf = (chart) => {
-    const names = ['second', ...chart.series.map(({ of }) => of)]
-    const data = names.map(() => [])
+    const names = ["second", ...chart.series.map(({ of }) => of)];
+    const data = names.map(() => []);
     columns.second.forEach((second, index) => {
-      const before = columns.second[index - 1]
-      if (second - before > GAP_SECONDS) data.forEach((column, place) => column.push(place ? null : before + 1))
-      names.forEach((name, place) => data[place].push(columns[name][index]))
-    })
-    return data
-  }
+      const before = columns.second[index - 1];
+      if (second - before > GAP_SECONDS)
+        for (const [place, column] of data.entries()) column.push(place ? null : before + 1);
+      for (const [place, name] of names.entries()) data[place].push(columns[name][index]);
+    });
+    return data;
+  };
 
   const legend = (chart) => {
-    const place = document.getElementById(`legend-${chart.id}`)
-    const data = chart.plot?.data ?? dataOf(chart)
-    const at = chart.plot?.cursor.idx ?? data[0].length - 1
+    const place = document.getElementById(`legend-${chart.id}`);
+    const data = chart.plot?.data ?? dataOf(chart);
+    const at = chart.plot?.cursor.idx ?? data[0].length - 1;
     while (place.children.length < chart.series.length) {
-      const item = document.createElement('li')
-      item.append(document.createElement('i'), document.createElement('span'), document.createElement('b'))
-      place.append(item)
+      const item = document.createElement("li");
+      item.append(
+        document.createElement("i"),
+        document.createElement("span"),
+        document.createElement("b"),
+      );
+      place.append(item);
     }
     chart.series.forEach(({ name, ink }, index) => {
-      const [mark, label, value] = place.children[index].children
-      mark.className = `mark-${ink.slice(-1)}`
-      label.textContent = name
-      value.textContent = short(data[index + 1][at])
-    })
-  }
+      const [mark, label, value] = place.children[index].children;
+      mark.className = `mark-${ink.slice(-1)}`;
+      label.textContent = name;
+      value.textContent = short(data[index + 1][at]);
+    });
+  };
 
   const show = () => {
     for (const chart of CHARTS) {
-      const place = document.getElementById(`chart-${chart.id}`)
+      const place = document.getElementById(`chart-${chart.id}`);
       if (columns.second.length < 2) {
-        place.innerHTML = '<p class="chart-none"></p>'
-        place.firstChild.textContent = document.getElementById('charts').dataset.none
+        place.innerHTML = '<p class="chart-none"></p>';
+        place.firstChild.textContent = document.getElementById("charts").dataset.none;
       } else if (chart.plot) {
-        chart.plot.setData(dataOf(chart))
-        legend(chart)
-      } else draw(chart)
+        chart.plot.setData(dataOf(chart));
+        legend(chart);
+      } else draw(chart);
     }
-  }
+  };
 
   const add = (fresh) => {
-    const last = columns.second.at(-1) ?? 0
+    const last = columns.second.at(-1) ?? 0;
     fresh.second.forEach((second, index) => {
-      if (second <= last) return
-      for (const name of Object.keys(columns)) columns[name].push(fresh[name][index])
-    })
+      if (second <= last) return;
+      for (const name of Object.keys(columns)) columns[name].push(fresh[name][index]);
+    });
     while (columns.second.length && columns.second[0] < columns.second.at(-1) - WINDOW_SECONDS) {
-      for (const name of Object.keys(columns)) columns[name].shift()
+      for (const name of Object.keys(columns)) columns[name].shift();
     }
-  }
+  };
 
-  let asking = false
+  let asking = false;
   const update = async () => {
-    if (asking || document.hidden) return
+    if (asking || document.hidden) return;
     // Each answer to the page's polling brings the newest seconds; only what came before is asked for.
-    const newest = JSON.parse(document.getElementById('board').dataset.samples)
+    const newest = JSON.parse(document.getElementById("board").dataset.samples);
     if (columns.second.length && columns.second.at(-1) >= newest.second[0] - 1) {
-      add(newest)
-      show()
-      return
+      add(newest);
+      show();
+      return;
     }
-    asking = true
+    asking = true;
     try {
-      const source = document.getElementById('charts').dataset.source
-      const since = columns.second.at(-1) ?? 0
-      const answer = await fetch(`${source}?since=${since}`, { headers: { 'X-Poll': '1' } })
+      const source = document.getElementById("charts").dataset.source;
+      const since = columns.second.at(-1) ?? 0;
+      const answer = await fetch(`${source}?since=${since}`, { headers: { "X-Poll": "1" } });
       if (answer.ok && !answer.redirected) {
-        add(await answer.json())
-        show()
+        add(await answer.json());
+        show();
       }
     } catch {
       // The page's own polling tells that the server is away.
     } finally {
-      asking = false
+      asking = false;
     }
-  }
+  };
 
   const again = () => {
     for (const chart of CHARTS) {
-      chart.plot?.destroy()
-      chart.plot = undefined
+      chart.plot?.destroy();
+      chart.plot = undefined;
     }
-    show()
-  }
-  document.addEventListener('DOMContentLoaded', () => {
-    update()
-    let timer
+    show();
+  };
+  document.addEventListener("DOMContentLoaded", () => {
+    update();
+    let timer;
     new ResizeObserver(() => {
-      clearTimeout(timer)
+      clearTimeout(timer);
       timer = setTimeout(() => {
         for (const chart of CHARTS) {
-          chart.plot?.setSize({ width: document.getElementById(`chart-${chart.id}`).clientWidth, height: 190 })
+          chart.plot?.setSize({
+            width: document.getElementById(`chart-${chart.id}`).clientWidth,
+            height: 190,
+          });
         }
-      }, 60)
-    }).observe(document.getElementById('charts'))
-  })
-  document.addEventListener('tick', update)
-  document.addEventListener('themechange', again)
-})()
+      }, 60);
+    }).observe(document.getElementById("charts"));
+  });
+  document.addEventListener("tick", update);
+  document.addEventListener("themechange", again);
+})();

@@ -1,6 +1,6 @@
 """Fill the database as after a year of sales: a million orders, a million users, fifty products.
 
-    python stress/generate.py [--orders 1000000] [--users 1000000] [--products 50]
+    python stress/generate.py [--orders 1000000] [--users 1000000] [--products 50] [--texts 10]
 
 Works on the servers that the `flask` command would use, adds to what is there, and leaves Redis and
 PostgreSQL agreeing: each product is restocked first by what the new orders take.
@@ -23,19 +23,24 @@ from wsgi import app
 
 ACTOR = Actor("stress/generate.py")
 CHUNK = 100_000
-# Every eighth order has an Idempotency-Key, every fiftieth was cancelled.
+# Every eighth order has an Idempotency-Key, every fourth a reference, every fiftieth was cancelled.
+# Of each hundred users `texts` have a UUID for a name, which is made of their number.
 ORDERS = text("""
-    INSERT INTO orders (id, user_id, product_id, quantity, unit_price_cents, currency, status,
-                        idempotency_key, claimed_at, persisted_at, cancelled_at, cancelled_by)
-    SELECT :base + n, 1 + floor(random() * :users)::bigint,
+    INSERT INTO orders (id, user_id, user_name, product_id, quantity, unit_price_cents, currency,
+                        status, idempotency_key, reference, claimed_at, persisted_at, cancelled_at,
+                        cancelled_by)
+    SELECT :base + n, CASE WHEN who % 100 >= :texts THEN who END,
+           CASE WHEN who % 100 < :texts THEN md5(who::text)::uuid::text END,
            (:products)[1 + n % cardinality(:products)],
            1 + n % 3, 1999, 'EUR', CASE WHEN n % 50 = 0 THEN 'CANCELLED' ELSE 'CONFIRMED' END,
            CASE WHEN n % 8 = 0 THEN 'generated-' || (:base + n) END,
+           CASE WHEN n % 4 = 0 THEN 'cart-' || (:base + n) END,
            moment, moment + interval '0.2 s',
            CASE WHEN n % 50 = 0 THEN moment + interval '1 day' END,
            CASE WHEN n % 50 = 0 THEN 'support' END
     FROM generate_series(CAST(:first AS bigint), :last) n,
-         LATERAL (SELECT now() - interval '365 days' * (1 - n::float / :orders) AS moment) m
+         LATERAL (SELECT now() - interval '365 days' * (1 - n::float / :orders) AS moment) m,
+         LATERAL (SELECT 1 + floor(random() * :users + 0 * n)::bigint AS who) u
 """)
 # What the orders took was put in first, and what was cancelled came back.
 MOVEMENTS = text("""
@@ -47,9 +52,9 @@ MOVEMENTS = text("""
     FROM orders WHERE id > :base AND status = 'CANCELLED' GROUP BY product_id
 """)
 CANCELLED = text("""
-    INSERT INTO stock_movements (product_id, kind, units, reason, actor, user_id, order_id,
-                                 applied_at)
-    SELECT product_id, 'return', quantity, 'generated', :actor, user_id, id, now()
+    INSERT INTO stock_movements (product_id, kind, units, reason, actor, user_id, user_name,
+                                 order_id, applied_at)
+    SELECT product_id, 'return', quantity, 'generated', :actor, user_id, user_name, id, now()
     FROM orders WHERE id > :base AND status = 'CANCELLED'
 """)
 LAST_ID = text("""
@@ -58,7 +63,7 @@ LAST_ID = text("""
 """)
 
 
-def generate(orders: int, users: int, products: int) -> None:
+def generate(orders: int, users: int, products: int, texts: int) -> None:
     """Add the rows and rebuild the sale in Redis. Raises stock.Unavailable."""
     ids = []
     for number in range(products):
@@ -78,6 +83,7 @@ def generate(orders: int, users: int, products: int) -> None:
             {
                 "base": base,
                 "users": users,
+                "texts": texts,
                 "products": ids,
                 "first": first,
                 "last": last,
@@ -102,12 +108,13 @@ def main() -> None:
     parser.add_argument("--orders", type=int, default=1_000_000)
     parser.add_argument("--users", type=int, default=1_000_000)
     parser.add_argument("--products", type=int, default=50)
+    parser.add_argument("--texts", type=int, default=10, choices=range(101), metavar="PERCENT")
     wanted = parser.parse_args()
     if min(wanted.orders, wanted.users, wanted.products) < 1:
         parser.error("all numbers must be 1 or more")
     started = time.monotonic()
     with app.app_context():
-        generate(wanted.orders, wanted.users, wanted.products)
+        generate(wanted.orders, wanted.users, wanted.products, wanted.texts)
     print(f"done in {time.monotonic() - started:.0f} s")
 
 

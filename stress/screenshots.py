@@ -134,7 +134,7 @@ def fill(shop: Shop) -> None:
     for user, key in ((7001, "checkout-5f31"), (7002, "checkout-9ac2")):
         shop.buy(2, user, 2, Idempotency_Key=key)
         time.sleep(1)
-        shop.redis.delete(Keys.idempotency(user, key))
+        shop.redis.hdel(*Keys.idempotency(user, key))
         shop.buy(2, user, 2, Idempotency_Key=key)
     shop.ask("PATCH", "/products/4", {"paused": True})
     shop.ask("PATCH", "/products/6", {"closesAt": iso(datetime.now(UTC))})

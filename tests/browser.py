@@ -5,8 +5,7 @@ import os
 import shutil
 
 import pytest
-
-from web import call
+from call import call
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 EMAIL = "admin@example.com"

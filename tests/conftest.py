@@ -4,13 +4,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import flask_migrate
-import people
 import pytest
 import redis
-from client import free_port
 from documented import DocumentedClient
+from people import API_TOKEN, PASSWORD, sign_in_once
 from system import Server, start_system, stop_system
-from waiting import wait_until
 
 from app import create_app
 from app.audit import CLI
@@ -20,15 +18,8 @@ from app.extensions import db, stock
 from app.orders.drain import drain_batch
 from app.run.embedded import PostgresServer, RedisServer
 
-__all__ = ["Server", "free_port", "start_system", "stop_system", "wait_until"]
-
-pytest_plugins = ["leftovers", "strict"]
-
-# Fixtures of the tests in a real browser.
-pytest_plugins = ["browser"]
-
-API_TOKEN = "test-token-0123456789"
-ADMIN_PASSWORD = people.PASSWORD
+# What fails a test that leaves something behind or skips, and the fixtures of a real browser.
+pytest_plugins = ["leftovers", "strict", "browser"]
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +49,7 @@ def settings(servers, tmp_path_factory) -> Settings:
         database_url=postgres_server.url,
         data_dir=tmp_path_factory.mktemp("data"),
         secret_key="secret-key-of-the-tests",
-        admin_password=ADMIN_PASSWORD,
+        admin_password=PASSWORD,
         admin_api_token=API_TOKEN,
     )
 
@@ -132,7 +123,7 @@ def support(app):
 
 def _signed_in(app, role: str):
     browser = app.test_client()
-    people.sign_in_once(app, browser, role)
+    sign_in_once(app, browser, role)
     return browser
 
 
@@ -154,9 +145,9 @@ def drain(app) -> Callable[[], int]:
 def buy(client):
     """Buy as a user; return the response."""
 
-    def post(user_id: int, product_id: int = 1, quantity: int = 1, key: str | None = None):
+    def post(user_id, product_id: int = 1, quantity: int = 1, key: str | None = None, **more):
         headers = {"Idempotency-Key": key} if key is not None else {}
-        body = {"userId": user_id, "productId": product_id, "quantity": quantity}
+        body = {"userId": user_id, "productId": product_id, "quantity": quantity, **more}
         return client.post("/purchase", json=body, headers=headers)
 
     return post

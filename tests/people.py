@@ -9,6 +9,7 @@ from app.models import Staff
 from app.staff import people
 
 PASSWORD = "correct horse battery"
+API_TOKEN = "test-token-0123456789"
 BROWSER = {"HX-Request": "true"}
 
 

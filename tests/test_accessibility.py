@@ -3,8 +3,7 @@
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from browser import PAGES
-
-from web import call
+from call import call
 
 # Besides the pages that are there at once: an order's, a form of its own, an error, the API's.
 MORE = ("/admin/orders/{order}", "/admin/products/1/restock", "/admin/nothing", "/docs")

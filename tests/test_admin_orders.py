@@ -75,7 +75,7 @@ def test_a_number_is_a_user_or_an_order(support, buy, drain):
     answer = support.get("/admin/orders/?q=%232")
     assert 'class="hit"' in answer.text
     assert listed(answer) == []
-    assert "a whole number" in support.get("/admin/orders/?q=Zoë").text
+    assert "visible characters" in support.get("/admin/orders/?q=Zoë").text
     assert "There is no such order" in support.get("/admin/orders/?q=%2399").text
 
 
@@ -94,7 +94,7 @@ def test_filters_together(app, many):
     with app.app_context():
         found = search.search(
             search.Filter(
-                user_id=1,
+                user=1,
                 status="CANCELLED",
                 since=now - timedelta(minutes=501),
                 until=now - timedelta(minutes=99),
@@ -236,9 +236,9 @@ def test_an_order_is_found_by_its_key(support, buy, drain):
     assert listed(support.get("/admin/orders/?q=checkout-1")) == [1]
     assert listed(support.get("/admin/orders/?q=checkout")) == []
     # A number may be a key, too.
-    answer = support.get("/admin/orders/?q=4711").text
-    assert re.findall(r'class="hit">.*?#(\d+)</a>', answer, re.DOTALL) == ["3"]
-    assert "under this key" in answer
+    answer = support.get("/admin/orders/?q=4711")
+    assert listed(answer) == [3]
+    assert "under this key" in answer.text
 
 
 def test_search_survives_a_dead_redis(support, many, monkeypatch):
@@ -259,7 +259,9 @@ def test_no_filter_reads_every_row(app, many):
         db.session.execute(text("SET LOCAL enable_seqscan = off"))
         for wanted in (
             search.Filter(),
-            search.Filter(user_id=1),
+            search.Filter(user=1),
+            search.Filter(user="auth0|1"),
+            search.Filter(reference="cart-1"),
             search.Filter(product_id=1),
             search.Filter(status="CANCELLED"),
             search.Filter(key="checkout-1"),

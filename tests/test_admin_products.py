@@ -5,9 +5,9 @@ import re
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from conftest import wait_until
 from people import BROWSER, csrf_token, fields_of, scripted, send
 from test_claim import at_once
+from waiting import wait_until
 
 from app.extensions import db, stock
 from app.models import AuditEntry, Product

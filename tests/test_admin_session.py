@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import limits
 import pytest
-from conftest import ADMIN_PASSWORD, free_port
+from client import free_port
 from flask.sessions import SecureCookieSessionInterface
 from itsdangerous import TimestampSigner
 from people import BROWSER, PASSWORD, cookie_name, create_person, csrf_token, send, sign_in
@@ -500,7 +500,7 @@ def test_change_password(app, admin):
     for text in ("This is not your password", "8 to 200 characters", "do not match"):
         assert text in answer.text
     new = "a new and better one"
-    answer = send(admin, page, current=ADMIN_PASSWORD, new=new, repeated=new)
+    answer = send(admin, page, current=PASSWORD, new=new, repeated=new)
     assert answer.status_code == 302
     assert "Your password is changed" in admin.get(page).text
     # The other session is over, and the old password too.

@@ -276,7 +276,7 @@ def letter(app, buy, drain):
     buy(7, quantity=2, key="once")
     drain()
     with app.app_context():
-        stock.client.delete(Keys.idempotency(7, "once"))
+        stock.client.hdel(*Keys.idempotency(7, "once"))
     buy(7, quantity=2, key="once")
     drain()
     with app.app_context():

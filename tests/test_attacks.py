@@ -13,10 +13,10 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from conftest import start_system, stop_system, wait_until
+from call import call
+from system import start_system, stop_system
 from test_rolling_restart import processes
-
-from web import call
+from waiting import wait_until
 
 STYLES = b"GET /static/vendor/tabler-1.6.1.min.css HTTP/1.1\r\nHost: x\r\n\r\n"
 SELL = b"POST /purchase HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"

@@ -7,7 +7,7 @@ import sys
 import tarfile
 
 import pytest
-from conftest import ADMIN_PASSWORD, API_TOKEN
+from people import API_TOKEN, PASSWORD
 
 from app.config import ROOT
 from app.run.embedded import PostgresServer, RedisServer, _postgres
@@ -55,7 +55,7 @@ def machine(tmp_path):
                 "REDIS_URL": self.redis.url,
                 "DATABASE_URL": self.postgres.url,
                 "SECRET_KEY": "secret-key-of-the-tests",
-                "ADMIN_PASSWORD": ADMIN_PASSWORD,
+                "ADMIN_PASSWORD": PASSWORD,
                 "ADMIN_API_TOKEN": API_TOKEN,
             }
             script = COMMANDS + "app = create_app()\nwith app.app_context():\n"

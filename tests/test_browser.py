@@ -15,7 +15,7 @@ import pytest
 from browser import PAGES, users
 
 from app.config import load_settings
-from app.orders.drain import DRAIN_LOCK
+from app.locks import DRAIN_LOCK
 from app.run.embedded import embedded_servers
 
 

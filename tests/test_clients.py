@@ -9,6 +9,7 @@ import subprocess
 import sys
 import urllib.request
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
@@ -63,6 +64,14 @@ def test_buys(client, server, product):
     assert bought.returncode == 0, bought.stderr
     orders = call(server, f"/purchase/orders/{user}")
     assert [(order["id"], order["quantity"]) for order in orders] == [(int(bought.stdout), 2)]
+
+
+def test_buys_as_a_text(client, server, product):
+    user = f"auth0|{next(users)}"
+    bought = client(server.url, user, product)
+    assert bought.returncode == 0, bought.stderr
+    (order,) = call(server, f"/purchase/orders/{quote(user, safe='')}")
+    assert order["id"] == int(bought.stdout)
 
 
 def test_same_key_is_the_same_order(client, server, product):

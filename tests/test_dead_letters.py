@@ -105,7 +105,7 @@ def test_an_order_given_up_stays_listed_as_cancelled(letter, client, admin):
         assert "Cancelled</span>" in admin.get(f"/admin/orders/?{query}").text
     for status in ("FAILED", "CONFIRMED", "QUEUED"):
         assert "No orders found" in admin.get(f"/admin/orders/?q=2&status={status}").text
-    (row,) = search.export(search.Filter(user_id=2))
+    (row,) = search.export(search.Filter(user=2))
     assert (row.status, row.cancelled_by, row.cancel_reason) == (
         "CANCELLED", "command line", "no answer",
     )  # fmt: skip
@@ -116,7 +116,7 @@ def test_the_story_of_an_order_given_up(app, buy, drain, admin):
     with app.app_context():
         buy(7, key="mine")
         drain()
-        stock.client.delete(Keys.idempotency(7, "mine"))
+        stock.client.hdel(*Keys.idempotency(7, "mine"))
         buy(7, quantity=2, key="mine")
         drain()
         (letter,) = deadletters.list_letters()
@@ -320,7 +320,7 @@ def test_filters_and_pages(app):
         assert ids() == [7, 6, 5, 4, 3, 2, 1]
         assert ids(limit=2) == [7, 6]
         assert ids(before=6, limit=2) == [5, 4]
-        assert ids(user_id=0) == [6, 3]
+        assert ids(user=0) == [6, 3]
         assert ids(product_id=2) == []
         assert ids(error="0% WR") == [7, 5, 3, 1]
         assert ids(error="_") == []

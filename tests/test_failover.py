@@ -14,7 +14,8 @@ from collections.abc import Callable
 
 import pytest
 import redis
-from conftest import free_port, wait_until
+from client import free_port
+from waiting import wait_until
 from wire import purchase, serving
 
 from app import create_app

@@ -10,8 +10,7 @@ from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 
 import pytest
-
-from web import call
+from call import call
 
 users = itertools.count(random.randrange(10**9, 2**52))
 
@@ -136,3 +135,17 @@ def test_buying_looking_up_and_restocking(generated, product):
     assert more.stock_remaining == 13
     figures = generated.metrics.sync(client=client, product_id=product.id)
     assert figures.stock_remaining == 13
+
+
+def test_buying_as_a_text_at_the_price_that_was_shown(generated, product):
+    models, client, user = generated.models, generated.client, f"auth0|{next(users)}"
+    body = models.Purchase(
+        user_id=user, product_id=product.id, expected_price_cents=500, reference="cart-1"
+    )
+    bought = generated.purchase.sync(client=client, body=body, idempotency_key=user)
+    assert (bought.unit_price_cents, bought.currency) == (500, "EUR")
+    (order,) = generated.list_orders.sync(user, client=client)
+    assert (order.id, order.unit_price_cents, order.reference) == (bought.order_id, 500, "cart-1")
+    body.expected_price_cents = 499
+    refused = generated.purchase.sync(client=client, body=body)
+    assert (refused.code, refused.price_cents, refused.currency) == ("price_changed", 500, "EUR")

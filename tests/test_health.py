@@ -7,15 +7,16 @@ import re
 import psycopg2
 import pytest
 import redis
-from conftest import wait_until
 from sqlalchemy.exc import OperationalError
+from waiting import wait_until
 from wire import serving
 
-from app import database
+from app import database, locks
 from app.books import recovery
 from app.extensions import db, stock
 from app.problems import Unavailable
 from app.stock.keys import Keys
+from app.stock.lines import Request
 from app.watch import health
 
 PARTS = {"redis", "postgres", "migrations", "sale", "worker", "queue"}
@@ -145,7 +146,7 @@ def test_a_foreign_holder_of_the_drains_lock_is_named(client, worker, buy, monke
         host=str(servers[1].sockets), user="flashsale", dbname="flashsale", application_name="psql"
     )
     try:
-        holder.cursor().execute("SELECT pg_advisory_lock(%s)", [database.DRAIN_LOCK])
+        holder.cursor().execute("SELECT pg_advisory_lock(%s)", [locks.DRAIN_LOCK])
         state = checks(client)["queue"]["state"]
         assert state.endswith("; another session holds the drain's lock")
     finally:
@@ -241,7 +242,7 @@ class TestSaleOnTheEventLoop:
         async def talk(probe):
             assert await probe() == UNVERIFIED
             line = stock.loop_line.line
-            assert (await line.claim(1, 1, 1, None, "10.0.0.1")).outcome == b"accepted"
+            assert (await line.claim(Request(1, 1, 1, None, "10.0.0.1"))).outcome == b"accepted"
             line._on_record = lambda: recovery.sale_on_record(app)
             await until(probe, OK)
 
@@ -256,7 +257,7 @@ class TestSaleOnTheEventLoop:
                 while (await probe())[0] != 503:
                     await asyncio.sleep(0.05)
             with pytest.raises(Unavailable):
-                await line.claim(1, 1, 1, None, "10.0.0.1")
+                await line.claim(Request(1, 1, 1, None, "10.0.0.1"))
 
         probing(app, talk, verified=False)
 

@@ -9,12 +9,14 @@ from datetime import datetime
 
 import pytest
 import redis
-from conftest import free_port, start_system, stop_system, wait_until
+from call import call
+from client import free_port
+from system import start_system, stop_system
 from test_rolling_restart import processes
+from waiting import wait_until
 
 from app.config import ROOT
 from app.run.embedded import PostgresServer, RedisServer
-from web import call
 
 
 def parsed(text: str) -> list[dict]:
@@ -100,8 +102,8 @@ def test_a_start_that_fails(tmp_path, program, wrong):
 def test_what_nobody_catches():
     program = """
 import threading, warnings
-from app import lines
-lines.begin()
+from app import telling
+telling.begin()
 warnings.warn("old")
 thread = threading.Thread(target=lambda: 1 / 0)
 thread.start(); thread.join()

@@ -8,13 +8,12 @@ from dataclasses import replace
 
 import pytest
 import redis
+from people import API_TOKEN
 
 from app import logs
 from app.config import load_settings
 from app.extensions import stock
-from app.lines import Bound, BoundLines, ConsoleLines, JsonLines
-
-API_TOKEN = "test-token-0123456789"
+from app.telling import Bound, BoundLines, ConsoleLines, JsonLines
 
 
 @pytest.fixture
@@ -95,13 +94,13 @@ def test_a_line_for_each_where_asked(make_app, lines):
         client.post("/purchase", json={"userId": user, "productId": 1})
     sold = [line for line in told() if "app.requests" in line]
     assert len(sold) == 2
-    assert 'answer={"status":"queued","orderId":1}' in sold[0]
+    assert 'answer={"status":"queued","orderId":1,' in sold[0]
 
 
 def test_refusals_are_sampled_and_counted(app, buy, lines, monkeypatch):
     told = lines()
     second = [100.0]
-    monkeypatch.setattr("app.lines.time.monotonic", lambda: second[0])
+    monkeypatch.setattr("app.telling.time.monotonic", lambda: second[0])
     for _ in range(50):
         buy(0)
     assert len(told()) == 1

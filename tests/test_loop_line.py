@@ -10,7 +10,7 @@ import pytest
 
 from app.extensions import stock
 from app.problems import Unavailable
-from app.stock.lines import ClaimScript, LoopLine
+from app.stock.lines import ClaimScript, LoopLine, Request
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def line(app):
 
 def test_hundreds_in_flight_share_a_connection_and_stay_exact(line):
     async def rush():
-        claims = [line.claim(user, 1, 1, None, "a") for user in range(1, 301)]
+        claims = [line.claim(Request(user, 1, 1, None, "a")) for user in range(1, 301)]
         return await asyncio.gather(*claims)
 
     connections = stock.client.info("stats")["total_connections_received"]
@@ -34,9 +34,9 @@ def test_hundreds_in_flight_share_a_connection_and_stay_exact(line):
 
 def test_a_flushed_script_is_loaded_again(line):
     async def claims():
-        first = await line.claim(1, 1, 1, None, "a")
+        first = await line.claim(Request(1, 1, 1, None, "a"))
         stock.client.script_flush()
-        return first, await line.claim(2, 1, 1, None, "a")
+        return first, await line.claim(Request(2, 1, 1, None, "a"))
 
     assert [claim.outcome for claim in asyncio.run(claims())] == [b"accepted"] * 2
     assert stock.waiting() == 2
@@ -44,14 +44,14 @@ def test_a_flushed_script_is_loaded_again(line):
 
 def test_a_cut_connection_is_an_unknown_outcome_and_not_sent_again(line):
     async def claims():
-        await line.claim(1, 1, 1, None, "a")
-        pending = asyncio.ensure_future(line.claim(2, 1, 1, "k", "a"))
+        await line.claim(Request(1, 1, 1, None, "a"))
+        pending = asyncio.ensure_future(line.claim(Request(2, 1, 1, "k", "a")))
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         line._channel.abort()
         with pytest.raises(Unavailable):
             await pending
-        return await line.claim(3, 1, 1, None, "a")
+        return await line.claim(Request(3, 1, 1, None, "a"))
 
     assert asyncio.run(claims()).outcome == b"accepted"
     assert stock.view([1]).products[1]["accepted"] <= 3
@@ -61,16 +61,16 @@ def test_a_redis_that_hangs_is_given_up_on_and_found_again(line, servers):
     pid = servers[0].process.pid
 
     async def claims():
-        await line.claim(1, 1, 1, None, "a")
+        await line.claim(Request(1, 1, 1, None, "a"))
         os.kill(pid, signal.SIGSTOP)
         try:
             started = time.monotonic()
-            tries = [line.claim(user, 1, 1, None, "a") for user in range(2, 66)]
+            tries = [line.claim(Request(user, 1, 1, None, "a")) for user in range(2, 66)]
             failed = await asyncio.gather(*tries, return_exceptions=True)
             waited = time.monotonic() - started
             # The next ones connect, wait for an answer, and then fail at once for a while.
             started = time.monotonic()
-            tries = [line.claim(user, 1, 1, None, "a") for user in range(66, 130)]
+            tries = [line.claim(Request(user, 1, 1, None, "a")) for user in range(66, 130)]
             failed += await asyncio.gather(*tries, return_exceptions=True)
             waited_again = time.monotonic() - started
         finally:
@@ -80,7 +80,7 @@ def test_a_redis_that_hangs_is_given_up_on_and_found_again(line, servers):
         deadline = time.monotonic() + 2
         while True:
             try:
-                return await line.claim(200, 1, 1, None, "a")
+                return await line.claim(Request(200, 1, 1, None, "a"))
             except Unavailable:
                 assert time.monotonic() < deadline
                 await asyncio.sleep(0.05)
@@ -93,7 +93,7 @@ def test_no_redis_at_all(app, tmp_path):
 
     async def claims():
         line = LoopLine(f"unix://{tmp_path}/nothing.sock", script, lambda: None)
-        tries = [line.claim(user, 1, 1, None, "a") for user in range(20)]
+        tries = [line.claim(Request(user, 1, 1, None, "a")) for user in range(20)]
         return await asyncio.gather(*tries, return_exceptions=True)
 
     assert all(isinstance(error, Unavailable) for error in asyncio.run(claims()))
@@ -105,7 +105,7 @@ def test_another_sale_in_redis_sells_nothing(app):
     async def claim():
         line = LoopLine(settings.redis_url, stock.loop_line.line._script, lambda: ("another", 5))
         with pytest.raises(Unavailable):
-            await line.claim(1, 1, 1, None, "a")
+            await line.claim(Request(1, 1, 1, None, "a"))
 
     asyncio.run(claim())
     assert stock.waiting() == 0
@@ -113,11 +113,11 @@ def test_another_sale_in_redis_sells_nothing(app):
 
 def test_redis_is_found_again_before_anybody_asks(line):
     async def claims():
-        await line.claim(1, 1, 1, None, "a")
+        await line.claim(Request(1, 1, 1, None, "a"))
         lost = line._channel
         lost.abort()
         while line._channel is lost:
             await asyncio.sleep(0.02)
-        return await line.claim(2, 1, 1, None, "a")
+        return await line.claim(Request(2, 1, 1, None, "a"))
 
     assert asyncio.run(asyncio.wait_for(claims(), 10)).outcome == b"accepted"

@@ -85,8 +85,10 @@ def test_every_error_code_of_the_program_is_documented():
         )
         codes |= set(re.findall(r'(?:show|api)_error\(\d+, [^,]+, "([a-z_]+)"', source))
         codes |= set(re.findall(r'super\(\).__init__\("[^"]*", "([a-z_]+)"\)', source))
-    # What only a page of /admin or the framework's own statuses lead to.
-    assert codes - set(ERRORS) <= {"method_not_allowed", "unknown_order"}
+    # What only a page of /admin, the framework's own statuses, or no operation's request leads to.
+    elsewhere = {"method_not_allowed", "unknown_order"}
+    wire = {"not_implemented", "http_version_not_supported"}
+    assert codes - set(ERRORS) <= elsewhere | wire
     codes |= set(CODES.values())
     assert set(ERRORS) <= codes
 

@@ -12,6 +12,7 @@ from app.models import Order
 from app.orders import lookup as orders
 from app.orders.drain import drain_batch
 from app.problems import Conflict
+from app.stock.keys import Keys
 
 
 def ids(answer):
@@ -33,7 +34,9 @@ def test_newest_first_with_pages_across_queued_and_stored(client, buy, drain):
     assert [(order["id"], order["status"]) for order in listed] == [
         (5, "QUEUED"), (4, "QUEUED"), (3, "CONFIRMED"), (2, "CONFIRMED"), (1, "CONFIRMED"),
     ]  # fmt: skip
-    assert listed[0].keys() == {"id", "status", "quantity", "productId", "createdAt"}
+    assert list(listed[0]) == [
+        "id", "status", "quantity", "productId", "createdAt", "unitPriceCents", "currency",
+    ]  # fmt: skip
     assert listed[0]["createdAt"].endswith("Z")
     assert ids(client.get("/purchase/orders/7?limit=2")) == [5, 4]
     assert ids(client.get("/purchase/orders/7?limit=2&before=4")) == [3, 2]
@@ -76,7 +79,7 @@ def test_never_missing_while_the_drain_runs(app, drain):
     watcher = threading.Thread(target=watch)
     watcher.start()
     for _ in range(40):
-        stock.client.delete("sale:{0}:rate:77")
+        stock.client.delete(*Keys.attempts)
         bought.append(client.post("/purchase", json={"userId": 77, "productId": 1}).json["orderId"])
         drain()
     stopped.set()

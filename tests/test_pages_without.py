@@ -10,21 +10,21 @@ import redis
 from people import send
 from sqlalchemy.exc import OperationalError
 
-from app.admin import dashboard
 from app.books import ledger
 from app.extensions import db, stock
 from app.staff import sessions
 from app.stock.keys import Keys
 from app.watch import monitor, samples, shelf
+from app.web import polls
 from app.worker.relay import Sampler, Sweeper
 
 GONE = "redis://127.0.0.1:1"
 
 
 @pytest.fixture(autouse=True)
-def nothing_shared(monkeypatch):
+def nothing_shared(built_app, monkeypatch):
     """No figures of another test: polls share theirs for a moment."""
-    monkeypatch.setattr(dashboard, "_shared", {})
+    monkeypatch.setitem(built_app.extensions, "polls", polls.Polls())
     monkeypatch.setattr(monitor, "_readings", samples.Readings())
     # Each test empties Redis, so that a process must not remember what it has written there.
     monkeypatch.setattr(sessions, "_confirmed", {})

@@ -10,7 +10,6 @@ from flask import request
 from people import cookie_name
 from wire import serving
 
-from app.admin import dashboard
 from app.extensions import db, login
 from app.models import Staff
 from app.watch import monitor
@@ -32,7 +31,7 @@ def session_of(client) -> tuple[str, str]:
 
 
 @pytest.fixture
-def renders(monkeypatch) -> list:
+def renders(app, monkeypatch) -> list:
     """Every board that was read for a dashboard."""
     read, board = [], monitor.board
 
@@ -41,7 +40,7 @@ def renders(monkeypatch) -> list:
         return board()
 
     monkeypatch.setattr("app.admin.dashboard.monitor.board", counted)
-    monkeypatch.setattr("app.admin.dashboard._shared", {})
+    monkeypatch.setitem(app.extensions, "polls", polls.Polls())
     return read
 
 
@@ -172,7 +171,7 @@ def test_rows_follow_every_change(app, admin, admin_headers, client):
     live = {"X-Poll": "1", "HX-Request": "true"}
 
     def row() -> str:
-        dashboard._shared.clear()
+        app.extensions["polls"] = polls.Polls()
         return admin.get("/admin/live", headers=live).text
 
     assert "Pause" in row()
@@ -214,7 +213,7 @@ def test_an_export_ends_when_its_reader_is_gone(app, admin, monkeypatch):
             ended.set()
 
     monkeypatch.setattr("app.admin.orders.search.export", endless)
-    monkeypatch.setattr("app.admin.orders.row_of", lambda order, names: (order,) * 14)
+    monkeypatch.setattr("app.orders.sheet.row_of", lambda order, names: (order,) * 14)
     order = "x" * 100
     session = session_of(admin)
 

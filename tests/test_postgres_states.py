@@ -12,9 +12,10 @@ import flask_migrate
 import people
 import psycopg2
 import pytest
-from conftest import API_TOKEN, wait_until
+from people import API_TOKEN
 from psycopg2 import errorcodes
 from sqlalchemy import text
+from waiting import wait_until
 
 from app import create_app, database
 from app.audit import CLI

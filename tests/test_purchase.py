@@ -10,6 +10,8 @@ from app.config import NO_LIMIT, RateLimit
 from app.extensions import stock
 from app.stock.keys import Keys
 
+BOUGHT = {"status": "queued", "orderId": 1, "unitPriceCents": 99_999, "currency": "USD"}
+
 
 def change(client, headers, product_id=1, **terms):
     answer = client.patch(f"/products/{product_id}", json=terms, headers=headers)
@@ -19,7 +21,7 @@ def change(client, headers, product_id=1, **terms):
 
 def test_sells_and_persists(client, buy, drain):
     answer = buy(1)
-    assert (answer.status_code, answer.json) == (200, {"status": "queued", "orderId": 1})
+    assert (answer.status_code, answer.json) == (200, BOUGHT)
     assert answer.headers["RateLimit-Policy"] == '"user";q=5;w=60'
     assert answer.headers["RateLimit"] == '"user";r=4;t=60'
     assert client.get("/purchase/orders/1").json[0]["status"] == "QUEUED"

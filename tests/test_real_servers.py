@@ -23,12 +23,12 @@ from urllib.parse import quote
 import psycopg2
 import pytest
 import redis
+from call import call
 from client import free_port
 from front import make_certificate, nginx_config
 from waiting import wait_until
 
 from app.config import ROOT, SettingsError, load_settings, with_secrets
-from web import call
 
 pytestmark = pytest.mark.drill
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from ipaddress import IPv4Address
 
 import pytest
-from conftest import wait_until
+from waiting import wait_until
 
 from app.config import NO_LIMIT, RateLimit
 from app.extensions import stock
@@ -13,6 +13,7 @@ from app.problems import Unavailable
 from app.run.embedded import RedisServer
 from app.stock.gateway import Stock
 from app.stock.keys import Keys
+from app.stock.lines import Request
 
 MEGABYTE = 1 << 20
 
@@ -26,10 +27,12 @@ def refuse(count: int, first: int = 1_000_000) -> list[bytes]:
     try:
         for start in range(first, first + count, 500):
             users = range(start, min(start + 500, first + count))
-            commands = [script.command(user, 1, 1, None, str(IPv4Address(user))) for user in users]
+            commands = [
+                script.command(Request(user, 1, 1, None, str(IPv4Address(user)))) for user in users
+            ]
             connection.send_packed_command((script.load, *commands))
             answers = [connection.read_response() for _ in range(len(commands) + 1)]
-            outcomes += [answer[0] for answer in answers[1:]]
+            outcomes += [claims[0][0] for claims in answers[1:]]
     finally:
         pool.release(connection)
     return outcomes
@@ -135,7 +138,7 @@ def test_a_key_of_another_type_takes_no_unit(app, client, key):
     stock.claim(6, 1, 1, None, "a")
     watched = (
         Keys.product(1), Keys.outbox, Keys.queued, Keys.bought(1, 7)[0], Keys.order_ids,
-        Keys.idempotency(7, "k"),
+        Keys.idempotency(7, "k")[0],
     )  # fmt: skip
     held = {name: stock.raw_client.dump(name) for name in (*watched, *Keys.attempts)}
     stock.client.delete(key)

@@ -12,10 +12,9 @@ from collections import Counter
 from urllib.parse import urlsplit
 
 import pytest
+from call import call
 from system import processes, start_system, stop_system
 from waiting import patience, wait_until
-
-from web import call
 
 pytestmark = pytest.mark.drill
 

@@ -1,12 +1,16 @@
 """Migrations and the rules that stand in the schema itself."""
 
+import threading
+from dataclasses import replace
+
 import flask_migrate
 import pytest
 from alembic.script import ScriptDirectory
-from sqlalchemy import text
+from sqlalchemy import create_engine, text
 from sqlalchemy.exc import DBAPIError
 
-from app.extensions import db
+from app import create_app
+from app.extensions import db, stock
 from app.products.movements import totals
 
 
@@ -60,3 +64,75 @@ def test_totals_follow_every_change(app):
         assert (row.cancelled_orders, row.cancelled_units) == (2, 4)
         assert row.moved_units == 100
         db.session.rollback()
+
+
+@pytest.fixture
+def older(built_app, settings):
+    """An app on a database of its own that stands before texts could name users."""
+    server = create_engine(settings.database_url, isolation_level="AUTOCOMMIT")
+    with server.connect() as connection:
+        connection.execute(text("CREATE DATABASE older"))
+    app = create_app(
+        replace(settings, database_url=settings.database_url.replace("/flashsale?", "/older?"))
+    )
+    with app.app_context():
+        flask_migrate.upgrade(revision="0003_pages")
+        db.session.execute(
+            text("INSERT INTO products (name, price_cents, currency) VALUES ('Lamp', 1, 'USD')")
+        )
+        db.session.execute(text(OLD_ORDER), {"id": 1})
+        db.session.commit()
+        yield app
+        db.session.remove()
+        db.engine.dispose()
+    with server.connect() as connection:
+        connection.execute(text("DROP DATABASE older"))
+    server.dispose()
+    # The one stock of all apps belongs to the tests' own again.
+    stock.init_app(settings)
+
+
+OLD_ORDER = (
+    "INSERT INTO orders (id, user_id, product_id, quantity, unit_price_cents, currency,"
+    " claimed_at, idempotency_key) VALUES (:id, 7, 1, 1, 1, 'USD', now(), 'key-' || :id)"
+)
+TEXT_ORDER = OLD_ORDER.replace("user_id", "user_name").replace(" 7,", " 'ann',")
+
+
+def test_texts_come_to_a_system_that_sells(older, caplog):
+    """The migration lets others go first, can be repeated, and rewrites no row."""
+    where = "SELECT ctid::text, xmin::text FROM orders WHERE id = 1"
+    row = db.session.execute(text(where)).one()
+    db.session.commit()
+    reader = db.engine.connect()
+    reader.execute(text("SELECT FROM orders"))
+    done = threading.Timer(2.0, reader.rollback)
+    done.start()
+    with caplog.at_level("WARNING", "alembic.runtime.migration"):
+        flask_migrate.upgrade(revision="0004_user_names")
+    done.join()
+    reader.close()
+    assert "orders is in use, try 1" in caplog.text
+    assert db.session.execute(text(where)).one() == row
+    # An older worker goes on; and a migration that was killed on its way begins again.
+    db.session.execute(text(OLD_ORDER), {"id": 2})
+    db.session.execute(
+        text(
+            "UPDATE pg_index SET indisvalid = false"
+            " WHERE indexrelid = 'uq_orders_user_name_idempotency_key'::regclass"
+        )
+    )
+    db.session.commit()
+    flask_migrate.stamp(revision="0003_pages")
+    flask_migrate.upgrade(revision="0004_user_names")
+    valid = "SELECT bool_and(indisvalid) FROM pg_index JOIN pg_class ON oid = indexrelid"
+    assert db.session.scalar(text(f"{valid} WHERE relname LIKE '%user_name%'"))
+    db.session.execute(text(TEXT_ORDER), {"id": 3})
+    db.session.commit()
+    with pytest.raises(DBAPIError, match="users with text ids"):
+        flask_migrate.downgrade(revision="0003_pages")
+    db.session.execute(text("DELETE FROM orders WHERE user_name = 'ann'"))
+    db.session.commit()
+    flask_migrate.downgrade(revision="0003_pages")
+    db.session.execute(text(OLD_ORDER), {"id": 4})
+    db.session.rollback()

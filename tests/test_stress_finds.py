@@ -7,7 +7,7 @@ import sys
 
 import client as stress
 import pytest
-from conftest import free_port
+from client import free_port
 
 NAMES = ("URL", "PORT", "HOST", "DATA_DIR", "ADMIN_API_TOKEN")
 

@@ -6,6 +6,7 @@ import timeit
 
 import pytest
 import redis
+from call import call
 from prometheus_client.parser import text_string_to_metric_families
 from waiting import patience, wait_until
 
@@ -16,7 +17,6 @@ from app.products import catalogue, terms
 from app.stock.keys import Keys
 from app.watch import telemetry
 from app.watch.telemetry import DURATION_BOUNDS, Meter
-from web import call
 
 
 def read(client, headers) -> dict:

@@ -15,11 +15,12 @@ import time
 from contextlib import suppress
 
 import pytest
-from conftest import free_port, wait_until
+from call import call
+from client import free_port
+from waiting import wait_until
 
 from app.config import ROOT
 from app.run.pulse import ALIVE, EVENT_LOOP, MOST_MISSED, PAGE_THREADS, PAGES_STUCK, Pulse
-from web import call
 
 LIMIT = 4
 

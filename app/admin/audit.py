@@ -2,8 +2,10 @@
 
 import json
 from datetime import UTC, datetime
+from typing import Any
 
 from flask import Blueprint, Response, render_template, request, stream_with_context
+from flask.typing import ResponseReturnValue
 
 from .. import audit, sheet
 from ..extensions import limiter
@@ -22,7 +24,7 @@ CSV_HEADER = ("id", "at", "who", "from", "change", "of", "before", "after")
 def read_filter() -> tuple[audit.Filter, dict[str, str]]:
     """Return the filter in the URL, and its errors by field."""
     errors: dict[str, str] = {}
-    values: dict[str, object] = {
+    values: dict[str, Any] = {
         name: request.args.get(name, "").strip() or None for name in ("actor", "action", "target")
     }
     for field, name, called in (("from", "since", "The first"), ("to", "until", "The last")):
@@ -34,7 +36,7 @@ def read_filter() -> tuple[audit.Filter, dict[str, str]]:
 
 
 @bp.get("/")
-def index():
+def index() -> ResponseReturnValue:
     wanted, errors = read_filter()
     before = forms.cursor()
     entries = [] if errors else audit.find(wanted, before, PAGE_ENTRIES + 1)
@@ -54,7 +56,7 @@ def index():
 
 @bp.get("/audit.csv")
 @limiter.limit(EXPORT_LIMIT)
-def export():
+def export() -> ResponseReturnValue:
     """Stream the filter's entries as CSV, a chunk at a time."""
     wanted, errors = read_filter()
     if errors:

@@ -1,9 +1,10 @@
 """The sale at a glance: products, rates, queue, health, and the last 15 minutes."""
 
 import re
-import time
 
-from flask import Blueprint, abort, jsonify, render_template, request, url_for
+from flask import Blueprint, abort, current_app, jsonify, render_template, request, url_for
+from flask.sansio.blueprints import BlueprintSetupState
+from flask.typing import ResponseReturnValue
 from flask_login import current_user
 from markupsafe import Markup
 
@@ -12,56 +13,62 @@ from ..problems import InvalidRequest, Unavailable
 from ..products import brake as brakes
 from ..watch import monitor, samples
 from ..web.errors import api_error
-from ..web.polls import FRESH_SECONDS, share
+from ..web.polls import share
 from . import forms, products
-from .guard import is_poll
+from .guard import is_poll, without_postgres
 
+MOST_ROWS = 1000
 PRODUCT_ID = re.compile(r"[1-9][0-9]{0,14}", re.ASCII).fullmatch
 bp = Blueprint("dashboard", __name__, url_prefix="/admin")
 
 
 @bp.get("/")
-def show():
+def show() -> ResponseReturnValue:
     return render_template("admin/dashboard.html", board=monitor.board())
 
 
-# Twenty open dashboards cost what one does.
-_shared: dict[str, tuple[float, str]] = {}
-# In it, the rows that look as they did a moment ago: most of a big sale's products stand still.
-MOST_ROWS = 1000
-_rows: dict[tuple, Markup] = {}
-
-
 @bp.get("/live")
-def live():
+def live() -> ResponseReturnValue:
     """What of the dashboard changes by the second."""
     if not is_poll():
         return render_template("admin/_dashboard.html", board=monitor.board())
-    role = current_user.role
-    made_at, fragment = _shared.get(role, (float("-inf"), ""))
-    if time.monotonic() - made_at > FRESH_SECONDS:
-        made_at, board = time.monotonic(), monitor.board()
-        # Without anybody's CSRF token: a page that polls sends its own in a header.
-        fragment = render_template("admin/_dashboard.html", board=board, row=_row, shared=True)
-        _shared[role] = made_at, fragment
-    share(request.environ, role, made_at)
-    return fragment
+    # Twenty open dashboards cost what one does.
+    return share(current_user.role, _fragment)
 
 
-def _row(item: monitor.Item) -> Markup:
-    """Return a product's row, rendered anew only when something in it has changed."""
-    key = (current_user.role, item.product.id, item.product.version, *item.figures)
-    row = _rows.get(key)
-    if row is None:
-        if len(_rows) >= MOST_ROWS:
-            _rows.clear()
-        row = Markup(render_template("admin/_product.html", item=item, shared=True))  # noqa: S704
-        _rows[key] = row
-    return row
+def _fragment() -> str:
+    """Return it without anybody's CSRF token: a page that polls sends its own in a header."""
+    rows: Rows = current_app.extensions["dashboard_rows"]
+    board = monitor.board()
+    return render_template("admin/_dashboard.html", board=board, row=rows.row, shared=True)
+
+
+class Rows:
+    """Rows that look as they did a moment ago: most of a big sale's products stand still."""
+
+    def __init__(self) -> None:
+        self._rows: dict[tuple[object, ...], Markup] = {}
+
+    def row(self, item: monitor.Item) -> Markup:
+        """Return a product's row, rendered anew only when something in it has changed."""
+        key = (current_user.role, item.product.id, item.product.version, *item.figures)
+        row = self._rows.get(key)
+        if row is None:
+            if len(self._rows) >= MOST_ROWS:
+                self._rows.clear()
+            row = Markup(render_template("admin/_product.html", item=item, shared=True))  # noqa: S704
+            self._rows[key] = row
+        return row
+
+
+@bp.record_once
+def _keep_rows(state: BlueprintSetupState) -> None:
+    state.app.extensions["dashboard_rows"] = Rows()
 
 
 @bp.post("/brake")
-def brake():
+@without_postgres
+def brake() -> ResponseReturnValue:
     """Stop selling one product or everything at once, or let them in again; needs Redis alone."""
     if not current_user.is_admin:
         abort(403)
@@ -89,10 +96,6 @@ def brake():
     return forms.done(message, url_for("dashboard.show"))
 
 
-# Read by the guard: a person whose session PostgreSQL can't confirm at the moment may do it.
-brake.without_postgres = True
-
-
 def told(done: brakes.Braked, product_id: int | None) -> str:
     """Return what a brake did, in words."""
     what = f"Product {product_id}" if product_id else "The whole sale"
@@ -106,7 +109,7 @@ def told(done: brakes.Braked, product_id: int | None) -> str:
 
 
 @bp.get("/chart.json")
-def chart():
+def chart() -> ResponseReturnValue:
     """The samples from `since` (seconds since 1970) on, as columns."""
     since = request.args.get("since", 0, type=int)
     try:

@@ -1,13 +1,15 @@
 """Orders that could not be stored: what a decision would do is shown before it is made."""
 
 from flask import Blueprint, flash, redirect, render_template, request, url_for
+from flask.typing import ResponseReturnValue
+from werkzeug.datastructures import MultiDict
 
 from .. import auth
 from ..extensions import limiter
 from ..orders import deadletters
 from ..problems import InvalidRequest
 from ..products import catalogue
-from ..reading import MAX_ID
+from ..reading import MAX_ID, canonical
 from . import forms
 
 bp = Blueprint("dead_letters", __name__, url_prefix="/admin/dead-letters")
@@ -28,16 +30,22 @@ def identity(text: str) -> int | None:
 
 
 @bp.get("/")
-def index():
+def index() -> ResponseReturnValue:
     state = request.args.get("state", "open")
     before = forms.cursor()
+    user, nobody = None, False
+    if name := request.args.get("user", "").strip():
+        try:
+            user = canonical(name)
+        except ValueError:
+            nobody = True
     filters = deadletters.Filters(
         state=state if state in STATES else None,
         product_id=identity(request.args.get("product", "")),
-        user_id=identity(request.args.get("user", "").strip()),
+        user=user,
         error=request.args.get("error", "").strip() or None,
     )
-    letters = deadletters.list_letters(filters, before, PAGE_LETTERS + 1)
+    letters = [] if nobody else deadletters.list_letters(filters, before, PAGE_LETTERS + 1)
     return render_template(
         "admin/_dead_letters.html"
         if request.headers.get("HX-Target") == "results"
@@ -52,23 +60,25 @@ def index():
     )
 
 
-def chosen(source) -> list[int]:
+def chosen(source: MultiDict[str, str]) -> list[int]:
     ids = [identity(text) for text in source.getlist("id")]
     return [letter_id for letter_id in ids if letter_id][:MOST_AT_ONCE]
 
 
 @bp.get("/review")
-def review():
+def review() -> ResponseReturnValue:
     """Show what replaying and abandoning the chosen letters would do to stock."""
     return show_review(chosen(request.args))
 
 
-def show_review(ids: list[int], errors: dict[str, str] | None = None, status: int = 200):
+def show_review(
+    ids: list[int], errors: dict[str, str] | None = None, status: int = 200
+) -> ResponseReturnValue:
     effects = deadletters.effect_of(ids)
     if not effects:
         flash("Choose dead letters that are still open.", "warning")
         return redirect(url_for("dead_letters.index"))
-    returned: dict[int, int] = {}
+    returned: dict[int | None, int] = {}
     for effect in effects:
         if effect.returned_units:
             product_id = effect.letter.product_id
@@ -84,7 +94,7 @@ def show_review(ids: list[int], errors: dict[str, str] | None = None, status: in
 
 
 @bp.post("/<decision>")
-def decide(decision: str):
+def decide(decision: str) -> ResponseReturnValue:
     """Replay or abandon the letters, each by itself, and tell what became of them."""
     ids = chosen(request.form)
     if decision not in DECISIONS:

@@ -44,4 +44,4 @@ def _name() -> str:
 
 
 def _serializer() -> URLSafeTimedSerializer:
-    return URLSafeTimedSerializer(current_app.secret_key, salt="device")
+    return URLSafeTimedSerializer(current_app.config["SECRET_KEY"], salt="device")

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from datetime import datetime
 
 from flask import Response, flash, make_response, redirect, render_template, request
+from flask.typing import ResponseReturnValue
 
 from .. import idempotency
 from ..extensions import db
@@ -94,14 +95,16 @@ def used_before(act: str, *fields: str) -> bool:
     return True
 
 
-def reason(optional: bool = False) -> str | None:
+def reason() -> str:
     """Return the form's reason. Raises InvalidRequest, with words for the page."""
-    if optional and not request.form.get("reason", "").strip():
-        return None
     return read_text(request.form, "reason", MAX_REASON, "The reason")
 
 
-def done(message: str, target: str, category: str = "success") -> Response:
+def optional_reason() -> str | None:
+    return reason() if request.form.get("reason", "").strip() else None
+
+
+def done(message: str, target: str, category: str = "success") -> ResponseReturnValue:
     """Tell what was done, and show the page where it is seen."""
     flash(message, category)
     return redirect(target)

@@ -1,18 +1,22 @@
 """What stands before every page: the sign-in, the roles, and the headers that browsers enforce."""
 
 import hashlib
+from collections.abc import Callable
 from datetime import timedelta
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from flask import Flask, Request, Response, abort, current_app, redirect, request, session, url_for
-from flask.sessions import SecureCookieSessionInterface, SessionMixin
+from flask.sessions import SecureCookieSession, SecureCookieSessionInterface, SessionMixin
+from flask.typing import ResponseReturnValue
 from flask_login import current_user
 from flask_wtf.csrf import CSRFError
 from itsdangerous import BadSignature
-from werkzeug.routing import IntegerConverter
+from werkzeug.routing import IntegerConverter, Map
+from werkzeug.wrappers import Response as AnyResponse
 
 from ..problems import Unavailable
 from ..reading import MAX_ID
+from ..web.errors import below_admin
 
 # Everything below /admin needs a person, but for the page where one becomes known.
 OPEN_ENDPOINTS = {"session.sign_in"}
@@ -38,7 +42,7 @@ YEAR_SECONDS = 365 * 24 * 60 * 60
 class IdConverter(IntegerConverter):
     """An id that fits a bigint; anything else is a page that does not exist."""
 
-    def __init__(self, url_map) -> None:
+    def __init__(self, url_map: Map) -> None:
         super().__init__(url_map, min=1, max=MAX_ID)
 
 
@@ -52,27 +56,29 @@ class Sessions(SecureCookieSessionInterface):
     """
 
     def get_cookie_name(self, app: Flask) -> str:
-        key = hashlib.sha256(b"cookie-name" + app.secret_key.encode()).hexdigest()[:8]
+        key = hashlib.sha256(b"cookie-name" + app.config["SECRET_KEY"].encode()).hexdigest()[:8]
         return f"{'__Host-' if self.get_cookie_secure(app) else ''}flash-sale-{key}"
 
     def get_cookie_path(self, app: Flask) -> str:
         return "/" if self.get_cookie_secure(app) else "/admin"
 
     def get_cookie_secure(self, app: Flask) -> bool:
-        return app.config["SESSION_COOKIE_SECURE"] or request.is_secure
+        return bool(app.config["SESSION_COOKIE_SECURE"]) or request.is_secure
 
-    def open_session(self, app: Flask, request: Request) -> SessionMixin | None:
+    def open_session(self, app: Flask, request: Request) -> SecureCookieSession | None:
         if not below_admin():
             return None
         serializer = self.get_signing_serializer(app)
+        if serializer is None:
+            return None
         max_age = int(app.permanent_session_lifetime.total_seconds())
         # Of several cookies of this name the browser sends them all; one may be ours.
         for value in request.cookies.getlist(self.get_cookie_name(app)):
             try:
-                return self.session_class(serializer.loads(value, max_age=max_age))
+                return SecureCookieSession(serializer.loads(value, max_age=max_age))
             except BadSignature:
                 continue
-        return self.session_class()
+        return SecureCookieSession()
 
     def save_session(self, app: Flask, session: SessionMixin, response: Response) -> None:
         # What a browser may keep, and what a page fetches by itself, carries nobody's cookie.
@@ -94,9 +100,13 @@ def is_file() -> bool:
     return (request.endpoint or "").rpartition(".")[2] == "static"
 
 
-def without_postgres(view):
+View = Callable[..., ResponseReturnValue]
+WITHOUT_POSTGRES: set[View] = set()
+
+
+def without_postgres(view: View) -> View:
     """Mark a change that a person may make though PostgreSQL can't confirm their session."""
-    view.without_postgres = True
+    WITHOUT_POSTGRES.add(view)
     return view
 
 
@@ -109,11 +119,7 @@ def init_app(app: Flask) -> None:
     app.after_request(add_headers)
 
 
-def below_admin() -> bool:
-    return request.path == "/admin" or request.path.startswith("/admin/")
-
-
-def require_person() -> Response | None:
+def require_person() -> AnyResponse | None:
     """Refuse whoever is not signed in, or not in the role that the page asks for."""
     if not below_admin():
         return None
@@ -133,8 +139,8 @@ def require_person() -> Response | None:
     if request.blueprint and request.blueprint not in SUPPORT_PAGES and not current_user.is_admin:
         abort(403)
     if not current_user.confirmed and request.method not in READING:
-        view = current_app.view_functions.get(request.endpoint)
-        if not getattr(view, "without_postgres", False):
+        view = current_app.view_functions.get(request.endpoint or "")
+        if view not in WITHOUT_POSTGRES:
             raise Unavailable("PostgreSQL can't confirm who is asking")
     return None
 
@@ -145,7 +151,7 @@ def require_own_page() -> None:
     A second lock beside the token, so silence is no reason to refuse. Ports and schemes are not
     compared with Host, which a proxy may have written anew.
     """
-    site = request.headers.get("Sec-Fetch-Site")
+    site: str | None = request.headers.get("Sec-Fetch-Site")
     if site is None:
         host = urlsplit(request.headers.get("Origin", "")).hostname
         site = "cross-site" if host and host != urlsplit(f"//{request.host}").hostname else None
@@ -153,18 +159,18 @@ def require_own_page() -> None:
         raise CSRFError("This form was sent from a page of another site. Open the page here.")
 
 
-def to_sign_in() -> Response:
+def to_sign_in() -> AnyResponse:
     """Send the browser to the sign-in page, the whole page even if a fragment was asked for."""
     session.clear()
     if request.headers.get("HX-Request"):
         came_from = urlsplit(request.headers.get("HX-Current-URL", ""))
         target = url_for("session.sign_in", next=safe_target(_path_of(came_from)))
         return Response(status=401, headers={"HX-Redirect": target})
-    target = request.full_path.rstrip("?") if request.method == "GET" else None
-    return redirect(url_for("session.sign_in", next=safe_target(target)))
+    page = request.full_path.rstrip("?") if request.method == "GET" else None
+    return redirect(url_for("session.sign_in", next=safe_target(page)))
 
 
-def _path_of(url) -> str:
+def _path_of(url: SplitResult) -> str:
     return f"{url.path}?{url.query}" if url.query else url.path
 
 

@@ -2,10 +2,13 @@
 
 import functools
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import redis
 import rq_dashboard
 from flask import Flask, Response, abort, redirect, request, url_for
+from flask.typing import ResponseReturnValue
 from flask_wtf.csrf import generate_csrf
 from rq.exceptions import InvalidJobOperation, NoSuchJobError
 from rq.job import Job
@@ -19,10 +22,12 @@ from ..web.errors import show_error
 
 log = logging.getLogger(__name__)
 
+View = Callable[..., Any]  # as Flask keeps them
+
 REGISTRIES = {"queued", "scheduled", "deferred", "started", "finished", "failed", "canceled"}
 MOST_PER_PAGE = 200
 # What rq-dashboard shows of the queue "orders" (worker/jobs.py) at first: done jobs, newest first.
-JOBS_LIST = {
+JOBS_LIST: dict[str, Any] = {
     "instance_number": 0, "queue_name": "orders", "registry_name": "finished", "per_page": 8,
     "order": "dsc", "page": 1,
 }  # fmt: skip
@@ -46,7 +51,7 @@ def init_app(app: Flask) -> None:
             views[endpoint] = never_failing(view)
 
 
-def check_request() -> Response | None:
+def check_request() -> ResponseReturnValue | None:
     """Refuse what rq-dashboard would answer with a 500, and the change that it makes on GET.
 
     Its list of jobs begins with the queue that has some.
@@ -79,11 +84,11 @@ def is_known(job_id: str) -> bool:
         return False
 
 
-def never_failing(view):
+def never_failing(view: View) -> View:
     """Answer with an error of the path's, where rq-dashboard or RQ trips over what it was given."""
 
     @functools.wraps(view)
-    def guarded(*args, **kwargs):
+    def guarded(*args: Any, **kwargs: Any) -> Any:
         try:
             return view(*args, **kwargs)
         except (HTTPException, NoSuchJobError, InvalidJobOperation):
@@ -110,5 +115,5 @@ def offer_csrf_token(response: Response) -> Response:
     return response
 
 
-def _gone(error: Exception):
+def _gone(error: Exception) -> ResponseReturnValue:
     return show_error(404, "There is no such job any more. RQ forgets a job some minutes after it.")

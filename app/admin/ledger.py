@@ -1,8 +1,10 @@
 """The ledger's proof product by product, and making the sale in Redis anew when it is lost."""
 
 import threading
+from typing import Any
 
-from flask import Blueprint, current_app, render_template, request, url_for
+from flask import Blueprint, Flask, current_app, render_template, request, url_for
+from flask.typing import ResponseReturnValue
 
 from .. import auth
 from ..audit import Actor
@@ -22,23 +24,23 @@ WAIT_SECONDS = 20
 
 
 @bp.get("/")
-def show():
+def show() -> ResponseReturnValue:
     return render_template("admin/ledger.html", **newest())
 
 
 @bp.get("/live")
-def live():
+def live() -> ResponseReturnValue:
     return render_template("admin/_ledger.html", **newest())
 
 
-def newest() -> dict:
+def newest() -> dict[str, Any]:
     board = monitor.board()
     names = {item.product.id: item.product.name for item in board.items}
     return {"ledger": board.ledger, "board": board, "names": names}
 
 
 @bp.post("/rebuild")
-def rebuild():
+def rebuild() -> ResponseReturnValue:
     """Make the sale in Redis anew out of PostgreSQL."""
     page = url_for("ledger.show")
     if question := forms.unconfirmed(
@@ -48,7 +50,8 @@ def rebuild():
         page,
     ):
         return question
-    work = Rebuild(current_app._get_current_object(), auth.staff_actor(), "replace" in request.form)
+    app: Flask = current_app._get_current_object()  # type: ignore[attr-defined]  # the proxy's
+    work = Rebuild(app, auth.staff_actor(), "replace" in request.form)
     work.start()
     work.join(WAIT_SECONDS)
     if work.is_alive():
@@ -59,7 +62,7 @@ def rebuild():
 class Rebuild(threading.Thread):
     """Outside the request, whose short patience with PostgreSQL would end a large rebuild."""
 
-    def __init__(self, app, actor: Actor, replace: bool) -> None:
+    def __init__(self, app: Flask, actor: Actor, replace: bool) -> None:
         super().__init__(name="rebuild")
         self._app, self._actor, self._replace = app, actor, replace
         self.done = False

@@ -2,6 +2,7 @@
 
 from contextlib import suppress
 from datetime import UTC, datetime
+from typing import Any
 
 from flask import (
     Blueprint,
@@ -13,6 +14,7 @@ from flask import (
     stream_with_context,
     url_for,
 )
+from flask.typing import ResponseReturnValue
 
 from .. import auth
 from ..extensions import limiter
@@ -28,22 +30,18 @@ CHANGE_LIMIT = "120/minute"
 limiter.limit(CHANGE_LIMIT, methods=["POST"])(bp)
 
 EXPORT_LIMIT = "10/minute"
-# Orders shown above the list because the number is theirs, too.
-MOST_HITS = 5
 
 
 def read_filter() -> tuple[search.Filter, dict[str, str]]:
     """Return the filter in the URL, and its errors by field."""
     errors: dict[str, str] = {}
     args = request.args
-    values: dict[str, object] = {}
-    text = args.get("q", "").strip()
-    if text:
-        values["user_id"] = read_digits(text.removeprefix("#"), 1, MAX_ID)
-        if values["user_id"] is None and VALID_KEY(text):
-            values["key"] = text
-        elif values["user_id"] is None:
-            errors["q"] = "An id is a whole number, and a key is of at most 255 visible characters"
+    values: dict[str, Any] = {}
+    if text := args.get("q", "").strip():
+        values["text"] = text
+        # All that is looked for is visible ASCII, and a key may be the longest.
+        if not VALID_KEY(text):
+            errors["q"] = "Ids, keys and references are of at most 255 visible characters"
     values["product_id"] = read_digits(args.get("product", ""), 0, 10**16)
     if args.get("status") in search.STATUSES:
         values["status"] = args["status"]
@@ -55,19 +53,18 @@ def read_filter() -> tuple[search.Filter, dict[str, str]]:
     return search.Filter(**values), errors
 
 
-def find() -> dict:
+def find() -> dict[str, Any]:
     """Return what the list shows for this request."""
     wanted, errors = read_filter()
     before = forms.cursor()
-    text = request.args.get("q", "").strip()
-    only_order = wanted.user_id is not None and text.startswith("#")
-    hits = []
-    if wanted.user_id and not before:
-        # The number may be an order's as well, or a key.
+    text = wanted.text or ""
+    # The number may be an order's as well.
+    order_id = read_digits(text.removeprefix("#"), 1, MAX_ID)
+    only_order = order_id is not None and text.startswith("#")
+    hit = None
+    if order_id is not None and not before:
         with suppress(UnknownOrder, Unavailable):
-            hits.append(search.story(wanted.user_id).order)
-        if not only_order:
-            hits += search.search(search.Filter(key=text), limit=MOST_HITS).orders
+            hit = search.story(order_id).order
     page = search.Page([])
     if not errors and not only_order:
         page = search.search(wanted, before)
@@ -75,7 +72,7 @@ def find() -> dict:
         "wanted": wanted,
         "times": {name: forms.moment_text(name, request.args) for name in ("from", "to")},
         "errors": errors,
-        "hits": hits,
+        "hit": hit,
         "only_order": only_order,
         "page": page,
         "before": before,
@@ -87,7 +84,7 @@ def find() -> dict:
 
 
 @bp.get("/")
-def index():
+def index() -> ResponseReturnValue:
     found = find()
     if request.headers.get("HX-Target") == "results":
         return render_template("admin/_orders.html", **found)
@@ -96,7 +93,7 @@ def index():
 
 @bp.get("/orders.csv")
 @limiter.limit(EXPORT_LIMIT)
-def export():
+def export() -> ResponseReturnValue:
     """Stream the filter's orders as CSV, a chunk at a time."""
     wanted, errors = read_filter()
     if errors:
@@ -111,12 +108,12 @@ def export():
 
 
 @bp.get("/<id:order_id>")
-def show(order_id: int):
+def show(order_id: int) -> ResponseReturnValue:
     return show_story(order_id)
 
 
 @bp.get("/<id:order_id>/live")
-def live(order_id: int):
+def live(order_id: int) -> ResponseReturnValue:
     """The story again; the page asks while the order is on its way."""
     return show_story(order_id, "admin/_order.html")
 
@@ -135,7 +132,7 @@ def show_story(
 
 
 @bp.post("/<id:order_id>/cancel")
-def cancel(order_id: int):
+def cancel(order_id: int) -> ResponseReturnValue:
     """Cancel an order; its units go back on sale exactly once."""
     page = url_for("orders.show", order_id=order_id)
     try:

@@ -1,9 +1,10 @@
 """Products: their terms of sale, the buttons that bind the next purchase, restocks, the ledger."""
 
 from datetime import UTC, datetime
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flask import Blueprint, make_response, redirect, render_template, request, url_for
+from flask.typing import ResponseReturnValue
 from sqlalchemy.exc import SQLAlchemyError
 
 from .. import auth
@@ -34,11 +35,16 @@ COUNTERS = {
     "sold_out": "Sold out",
     "insufficient": "Too few left",
     "limited": "Limited by user",
+    "limited_early": "Limited, too early",
     "limited_address": "Limited by address",
+    "limited_network": "Limited by network",
     "replayed": "Replayed",
+    "order_ended": "Replayed, order ended",
     "mismatched": "Key reused wrongly",
     "too_many": "Quantity too large",
     "capped": "Over the cap",
+    "capped_address": "Over the address's units",
+    "price_changed": "Price changed",
     "not_open": "Not open yet",
     "paused": "While paused",
     "ended": "After the end",
@@ -47,7 +53,7 @@ COUNTERS = {
 
 
 @bp.get("/")
-def index():
+def index() -> ResponseReturnValue:
     found = find()
     fragment = request.headers.get("HX-Target") == "results"
     template = "admin/_products.html" if fragment else "admin/products.html"
@@ -55,14 +61,14 @@ def index():
 
 
 @bp.get("/live")
-def live():
+def live() -> ResponseReturnValue:
     """The page's rows again, in the places that they had: none moves away under a pointer."""
     ids = [number for number in request.args.getlist("id", type=int) if 0 < number <= MAX_ID]
     ids = ids[: listing.PAGE_PRODUCTS]
     return render_template("admin/_product_rows.html", **rows(ids or find()["page"].ids))
 
 
-def find() -> dict:
+def find() -> dict[str, Any]:
     """Return what the list shows for this request."""
     args = request.args
     state, sort = args.get("state"), args.get("sort")
@@ -84,7 +90,7 @@ def find() -> dict:
     return {"wanted": wanted, "page": page, "query": query, **rows(page.ids)}
 
 
-def rows(ids: list[int]) -> dict:
+def rows(ids: list[int]) -> dict[str, Any]:
     """Return the products as they stand, in the order of `ids`, without those that are gone."""
     items, live = monitor.items(among=ids)
     known = {item.product.id: item for item in items}
@@ -93,7 +99,7 @@ def rows(ids: list[int]) -> dict:
 
 
 @bp.get("/<id:product_id>")
-def show(product_id: int):
+def show(product_id: int) -> ResponseReturnValue:
     before = forms.cursor()
     (item,), live = monitor.items(product_id)
     # Without PostgreSQL the figures and the brake are left, which need Redis alone.
@@ -113,14 +119,14 @@ def show(product_id: int):
 
 
 @bp.get("/<id:product_id>/live")
-def show_live(product_id: int):
+def show_live(product_id: int) -> ResponseReturnValue:
     return render_template(
         "admin/_product_live.html", item=monitor.item(product_id), counters=COUNTERS
     )
 
 
 @bp.route("/new", methods=["GET", "POST"])
-def new():
+def new() -> ResponseReturnValue:
     """Create a product; it can be bought as soon as its window opens."""
     if request.method == "GET":
         if not VALID_KEY(request.args.get("key", "")):
@@ -132,7 +138,7 @@ def new():
         raise InvalidRequest("This form is out of date: reload the page", "key")
     values = product_form.typed(request.form)
     wanted, errors = product_form.read_new(request.form)
-    if errors:
+    if wanted is None:
         return show_form(values, errors, 422, key=key)
     try:
         created = catalogue.create(wanted, auth.staff_actor(), key)
@@ -164,7 +170,9 @@ def new():
     return forms.done(f"{name} is created with {wanted.units:,} units.", page)
 
 
-def show_form(values: dict, errors: dict, status: int = 200, **more):
+def show_form(
+    values: dict[str, Any], errors: dict[str, Any], status: int = 200, **more: object
+) -> ResponseReturnValue:
     """Return the form with what its fields hold; `more` is the rest that the template names."""
     return render_template(
         "admin/product_form.html", values=values, errors=errors, **({"product": None} | more)
@@ -172,7 +180,7 @@ def show_form(values: dict, errors: dict, status: int = 200, **more):
 
 
 @bp.route("/<id:product_id>/edit", methods=["GET", "POST"])
-def edit(product_id: int):
+def edit(product_id: int) -> ResponseReturnValue:
     """Change the terms; the change binds the next purchase."""
     product = monitor.item(product_id).product
     if request.method == "GET":
@@ -229,7 +237,7 @@ ACTS = {
 
 
 @bp.post("/<id:product_id>/sale")
-def act(product_id: int):
+def act(product_id: int) -> ResponseReturnValue:
     """Open, pause, resume or end a sale: it binds the very next purchase."""
     name = request.form.get("act")
     if name not in ACTS:
@@ -254,7 +262,7 @@ class Question(NamedTuple):
 def sale_questions(product: Product) -> dict[str, Question]:
     """Return what an act has to ask first; the page's script asks the same in a dialog."""
     now = datetime.now(UTC)
-    if catalogue.is_ended(product, now):
+    if product.closes_at and catalogue.is_ended(product, now):
         if catalogue.planned_end(product, now):
             return {}
         text = (
@@ -286,7 +294,7 @@ def state_told(product: Product, told: str) -> str:
     return f"{product.name} {told}."
 
 
-def changed(product_id: int, message: str):
+def changed(product_id: int, message: str) -> ResponseReturnValue:
     """Answer with the row or the part of the page that shows the change, else with the page."""
     if not forms.by_htmx():
         return forms.done(message, url_for("products.show", product_id=product_id))
@@ -297,14 +305,14 @@ def changed(product_id: int, message: str):
 
 
 @bp.get("/<id:product_id>/restock")
-def show_restock(product_id: int):
+def show_restock(product_id: int) -> ResponseReturnValue:
     """The form, fetched when it is opened: so its key is of this moment, and lists stay small."""
     partial = "admin/_restock.html" if forms.by_htmx() else "admin/restock.html"
     return render_template(partial, item=monitor.item(product_id), values=request.args)
 
 
 @bp.post("/<id:product_id>/restock")
-def restock(product_id: int):
+def restock(product_id: int) -> ResponseReturnValue:
     """Add units; the answer shows the stock right after it."""
     key = request.form.get("key", "")
     units, reason, errors = 0, None, {}
@@ -314,7 +322,7 @@ def restock(product_id: int):
     except InvalidRequest as error:
         errors["amount"] = str(error)
     try:
-        reason = forms.reason(optional=True)
+        reason = forms.optional_reason()
     except InvalidRequest as error:
         errors["reason"] = str(error)
     if not VALID_KEY(key):
@@ -331,7 +339,9 @@ def restock(product_id: int):
     return changed(product_id, f"{units:,} units added: {done.free:,} are free now.")
 
 
-def refuse_restock(product_id: int, errors: dict[str, str], status: int = 422):
+def refuse_restock(
+    product_id: int, errors: dict[str, str], status: int = 422
+) -> ResponseReturnValue:
     item = monitor.item(product_id)
     if not forms.by_htmx():
         return render_template(

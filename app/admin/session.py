@@ -1,6 +1,16 @@
 """Signing in and out, and one's own password."""
 
-from flask import Blueprint, flash, redirect, render_template, request, session, url_for
+from flask import (
+    Blueprint,
+    flash,
+    make_response,
+    redirect,
+    render_template,
+    request,
+    session,
+    url_for,
+)
+from flask.typing import ResponseReturnValue
 from flask_login import current_user, login_user, logout_user
 
 from ..auth import staff_actor
@@ -18,7 +28,7 @@ MISSING = "Enter your e-mail address and your password."
 
 
 @bp.route("/sign-in", methods=["GET", "POST"])
-def sign_in():
+def sign_in() -> ResponseReturnValue:
     target = safe_target(request.values.get("next")) or url_for("dashboard.show")
     if request.method == "GET":
         if current_user.is_authenticated:
@@ -34,12 +44,12 @@ def sign_in():
     if person is None:
         return render_template("admin/sign_in.html", target=target, problem=WRONG), 401
     _begin(person)
-    response = redirect(target)
+    response = make_response(redirect(target))
     devices.remember(response, person.id)
     return response
 
 
-def _wait(page: str, error: TooManyGuesses, **more):
+def _wait(page: str, error: TooManyGuesses, **more: object) -> ResponseReturnValue:
     """Return a page that tells how long no password is looked at."""
     problem = f"Too many wrong passwords. Try again {in_words(error.seconds)}."
     return render_template(page, problem=problem, **more), 429, {"Retry-After": str(error.seconds)}
@@ -53,7 +63,7 @@ def _begin(person: sessions.SignedIn) -> None:
 
 
 @bp.post("/sign-out")
-def sign_out():
+def sign_out() -> ResponseReturnValue:
     sessions.end(current_user, staff_actor())
     logout_user()
     session.clear()
@@ -61,12 +71,12 @@ def sign_out():
 
 
 @bp.get("/password")
-def show_password():
+def show_password() -> ResponseReturnValue:
     return render_template("admin/password.html", errors={})
 
 
 @bp.post("/password")
-def change_password():
+def change_password() -> ResponseReturnValue:
     """Change one's own password; every other session of this person ends."""
     current, new = request.form.get("current", ""), request.form.get("new", "")
     errors = {}
@@ -82,7 +92,7 @@ def change_password():
         return _wait("admin/password.html", error, errors={})
     if person is None:
         errors["current"] = "This is not your password"
-    if errors:
+    if errors or person is None:
         return render_template("admin/password.html", errors=errors), 422
     people.set_password(person, new, staff_actor())
     _begin(sessions.renew(person))

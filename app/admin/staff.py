@@ -3,6 +3,7 @@
 import secrets
 
 from flask import Blueprint, render_template, request, url_for
+from flask.typing import ResponseReturnValue
 from flask_login import current_user
 from werkzeug.exceptions import NotFound
 
@@ -18,7 +19,7 @@ CHANGE_LIMIT = "60/minute"
 limiter.limit(CHANGE_LIMIT, methods=["POST"])(bp)
 
 
-def page(status: int = 200, **more):
+def page(status: int = 200, **more: object) -> ResponseReturnValue:
     """The page; secrets are shown in the very answer that made them, and stored nowhere."""
     shown = {"errors": {}, "token_errors": {}, "values": {}, "secret": None} | more
     return render_template(
@@ -31,12 +32,12 @@ def page(status: int = 200, **more):
 
 
 @bp.get("/")
-def index():
+def index() -> ResponseReturnValue:
     return page()
 
 
 @bp.post("/")
-def create():
+def create() -> ResponseReturnValue:
     """Let somebody sign in, with a password made here and shown once."""
     password = secrets.token_urlsafe(12)
     try:
@@ -56,7 +57,7 @@ def create():
     return page(secret=("password", person.email, password))
 
 
-def shown_once(what: str):
+def shown_once(what: str) -> ResponseReturnValue:
     """Answer a form that was sent again: what the first answer showed is nowhere to be found."""
     told = f"{what} was shown once. If nobody has noted it, make a new one; nothing was made twice."
     return forms.done(told, url_for("staff.index"), "warning")
@@ -73,7 +74,7 @@ def colleague(staff_id: int) -> Staff:
 
 
 @bp.post("/<id:staff_id>/active")
-def set_active(staff_id: int):
+def set_active(staff_id: int) -> ResponseReturnValue:
     person = colleague(staff_id)
     active = request.form.get("active") == "yes"
     if not active and (
@@ -91,14 +92,14 @@ def set_active(staff_id: int):
 
 
 @bp.post("/<id:staff_id>/role")
-def set_role(staff_id: int):
+def set_role(staff_id: int) -> ResponseReturnValue:
     person = colleague(staff_id)
     people.set_role(person, request.form.get("role", ""), staff_actor())
     return forms.done(f"{person.email} is now {person.role}.", url_for("staff.index"))
 
 
 @bp.post("/<id:staff_id>/password")
-def reset_password(staff_id: int):
+def reset_password(staff_id: int) -> ResponseReturnValue:
     """Give somebody a new password, shown once; their sessions end."""
     person = colleague(staff_id)
     if question := forms.unconfirmed(
@@ -116,7 +117,7 @@ def reset_password(staff_id: int):
 
 
 @bp.post("/tokens")
-def create_token():
+def create_token() -> ResponseReturnValue:
     try:
         if forms.used_before("staff.create_token", "name"):
             return shown_once(f"The token {request.form['name']} was created already, and its text")
@@ -128,7 +129,7 @@ def create_token():
 
 
 @bp.post("/tokens/<id:token_id>/revoke")
-def revoke_token(token_id: int):
+def revoke_token(token_id: int) -> ResponseReturnValue:
     if question := forms.unconfirmed(
         "Revoke this token?",
         "Programs that use it are refused at once. A revoked token can't be brought back.",

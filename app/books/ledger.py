@@ -8,6 +8,7 @@ check never locks a busy sale, and never cries wolf.
 """
 
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from psycopg2.errorcodes import LOCK_NOT_AVAILABLE
 from sqlalchemy import text
@@ -16,9 +17,9 @@ from sqlalchemy.exc import OperationalError
 from ..audit import Actor, record
 from ..database import sqlstate
 from ..extensions import db, stock
-from ..orders.drain import DRAIN_LOCK
+from ..generation import Held, held, on_record
+from ..locks import DRAIN_LOCK, REPAIR_LOCK
 from ..problems import Conflict, Unprepared
-from ..products.sale import expected_generation
 from ..stock.gateway import Account, Accounts
 
 # Under load a batch is stored every 200 ms and a reading takes a few: the first mostly succeeds.
@@ -29,11 +30,9 @@ COUNTED_ORDERS_BY_HAND = 100_000
 CHECK_SECONDS = 5
 # A drill-down is for people: past so many ids nobody reads on.
 MOST_IDS = 1000
-# Two repairs at once would take the same units twice.
-REPAIR_LOCK = 7_316_005
 
 STORED = """
-SELECT (SELECT generation FROM sale),
+SELECT coalesce((SELECT generation FROM sale), ''),
        -- A batch that was read again, and cut shorter, ends below the one before it.
        coalesce((SELECT max(last_order_id)
                  FROM (SELECT last_order_id FROM batches ORDER BY id DESC LIMIT 50) newest), 0),
@@ -109,7 +108,7 @@ class Check:
     def ok(self) -> bool:
         return not self.problems and all(product.ok for product in self.products.values())
 
-    def as_proof(self) -> dict:
+    def as_proof(self) -> dict[str, Any]:
         """Return the check in the form that the dashboard reads; see Noticeboard.put_proof."""
         products = {
             product.product_id: {
@@ -132,7 +131,7 @@ class Check:
 class Stored:
     """The PostgreSQL half of the ledger; equal readings mean that nothing happened in between."""
 
-    generation: str | None
+    generation: str
     last_order_id: int
     totals: dict[int, tuple[int, int, int]]  # moved units, units out, orders stored
     pending: dict[int, tuple[int, int]]  # movement: product, units
@@ -178,7 +177,7 @@ def _consistent_view(count_up_to: int) -> tuple[Stored, Accounts]:
             )
             after = _read_stored()
             if after == before:
-                if not accounts.generation or accounts.generation != after.generation:
+                if held(accounts.generation, after.generation) is not Held.THIS:
                     raise Unprepared("Redis does not hold this sale")
                 return after, accounts
             before = after
@@ -298,7 +297,7 @@ def keep_proof() -> None:
     except Unquiet:
         return
     except Unprepared as error:
-        broken = {"at": stock.board.now(), "generation": expected_generation(), "ok": False}
+        broken = {"at": stock.board.now(), "generation": on_record() or None, "ok": False}
         stock.board.put_proof(broken | {"problems": [str(error)], "products": {}})
         return
     stock.board.put_proof(result.as_proof())

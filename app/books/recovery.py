@@ -4,13 +4,16 @@ import functools
 import logging
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from typing import Any
 
 import psycopg2
 from flask import Flask
+from psycopg2.extensions import connection as Connection
+from psycopg2.extensions import cursor as Cursor
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -18,13 +21,14 @@ from .. import idempotency
 from ..audit import Actor, record
 from ..database import waiting_at_most
 from ..extensions import db, stock
+from ..generation import Held, held
+from ..locks import DRAIN_LOCK, REBUILD_LOCK, SALE_LOCK
 from ..models import Sale
-from ..orders.drain import BATCH_ORDERS, DRAIN_LOCK, Row, store
+from ..orders.drain import BATCH_ORDERS, Row, store
 from ..problems import Conflict, Unavailable
 from ..products import catalogue, movements, sale, terms
-from ..products.sale import SALE_LOCK
-from ..stock.gateway import Entry
-from ..stock.keys import IDEMPOTENCY_TTL_MS, USERS_PER_BUCKET
+from ..stock.entries import STANDING, Entry, key_record
+from ..stock.place import place
 from . import ledger
 
 log = logging.getLogger(__name__)
@@ -35,7 +39,8 @@ SEED_PRODUCT = {
     "currency": "USD",
     "stock": 100,
 }
-REBUILD_LOCK = 7_316_004
+# How a lookup calls an order that was a dead letter and is given up.
+_GIVEN_UP = "CANCELLED"
 # How many ids a lost Redis may have issued since it was last sampled, a second ago or an hour:
 # far more than any sale sells, and still nothing beside 2^53.
 UNKNOWN_IDS = 1_000_000
@@ -85,7 +90,7 @@ def reset(actor: Actor) -> int:
     record(actor, "sale.reset", "sale", after=SEED_PRODUCT)
     db.session.commit()
     stock.open(generation, first_order_id=1)
-    return catalogue.create(terms.read_new(SEED_PRODUCT), actor).product["id"]
+    return int(catalogue.create(terms.read_new(SEED_PRODUCT), actor).product["id"])
 
 
 class ForeignSale(Conflict):
@@ -149,7 +154,7 @@ class Rebuilt:
         )
 
 
-def _told(rebuild):
+def _told(rebuild: Callable[[Actor, bool], Rebuilt]) -> Callable[..., Rebuilt]:
     """Let the audit tell when a rebuild began and how it ended, also if it ended badly."""
 
     @functools.wraps(rebuild)
@@ -187,14 +192,15 @@ def rebuild(actor: Actor, replace: bool = False) -> Rebuilt:
     with _alone() as connection:
         found = stock.view([])
         generation, last_sampled, first_of_sale, sampled_at = _read_sale(connection)
-        if found.generation and found.generation != generation and not replace:
+        holds = held(found.generation, generation)
+        if holds is Held.ANOTHER and not replace:
             raise ForeignSale
         # A counter below what was seen before means an old copy of this very sale.
-        intact = found.generation == generation and found.last_order_id >= last_sampled
-        if found.generation:
+        intact = holds is Held.THIS and found.last_order_id >= last_sampled
+        if holds is not Held.NOTHING:
             stock.close(found.generation)
         rescued = _store_waiting(connection)
-        issued = found.last_order_id if found.generation in ("", generation) else 0
+        issued = 0 if holds is Held.ANOTHER else found.last_order_id
         if intact:
             issued = stock.view([]).last_order_id
         last_stored = _last_stored(connection)
@@ -205,7 +211,7 @@ def rebuild(actor: Actor, replace: bool = False) -> Rebuilt:
             first_order_id=last_known + 1 + (0 if intact else UNKNOWN_IDS),
             last_known_order_id=last_known,
             last_stored_order_id=last_stored,
-            sampled_at=sampled_at and sampled_at.isoformat(timespec="seconds"),
+            sampled_at=sampled_at.isoformat(timespec="seconds") if sampled_at else None,
             lost_orders_at_most=lost,
             lost_units_at_most=lost * _max_quantity(connection),
             rescued=rescued,
@@ -242,17 +248,18 @@ def rebuild(actor: Actor, replace: bool = False) -> Rebuilt:
 
 
 @contextmanager
-def _alone() -> Iterator:
+def _alone() -> Iterator[Connection]:
     """Yield a connection that holds off drains and other rebuilds for as long as it lives.
 
     The locks are the session's, since every batch that is rescued is a transaction of its own; they
     end with the connection, however this process dies.
     """
-    connection = db.engine.raw_connection()
+    pooled = db.engine.raw_connection()
+    connection: Connection = pooled.dbapi_connection  # type: ignore[assignment]  # psycopg2's
     try:
         with connection.cursor() as cursor:
             cursor.execute(f"SELECT pg_try_advisory_lock({REBUILD_LOCK})")
-            if not cursor.fetchone()[0]:
+            if not _value(cursor):
                 raise Conflict("A rebuild is at work already", "rebuild_running")
             cursor.execute(f"SELECT pg_advisory_lock({DRAIN_LOCK})")
         connection.commit()
@@ -263,32 +270,38 @@ def _alone() -> Iterator:
             connection.rollback()
             cursor.execute("SELECT pg_advisory_unlock_all()")
         # Not back to the pool, where a session that failed to unlock would keep its locks.
-        connection.invalidate()
+        pooled.invalidate()
 
 
-def _read_sale(connection) -> tuple[str | None, int, int, datetime | None]:
+def _value(cursor: Cursor) -> Any:
+    """Return the only value of the only row."""
+    (row,) = cursor.fetchall()
+    return row[0]
+
+
+def _read_sale(connection: Connection) -> tuple[str, int, int, datetime | None]:
     with connection.cursor() as cursor:
         cursor.execute("SELECT generation, last_order_id, first_order_id, sampled_at FROM sale")
-        return cursor.fetchone() or (None, 0, 1, None)
+        return cursor.fetchone() or ("", 0, 1, None)
 
 
-def _max_quantity(connection) -> int:
+def _max_quantity(connection: Connection) -> int:
     with connection.cursor() as cursor:
         cursor.execute("SELECT coalesce(max(max_quantity), 0) FROM products")
-        return cursor.fetchone()[0]
+        return int(_value(cursor))
 
 
-def _last_stored(connection) -> int:
+def _last_stored(connection: Connection) -> int:
     with connection.cursor() as cursor:
         cursor.execute(
             "SELECT greatest((SELECT max(id) FROM orders),"
             " (SELECT max(order_id) FROM dead_letters),"
             " (SELECT max(last_order_id) FROM batches), 0)"
         )
-        return cursor.fetchone()[0]
+        return int(_value(cursor))
 
 
-def _store_waiting(connection) -> int:
+def _store_waiting(connection: Connection) -> int:
     """Store what waits in the outbox; it stays there until the outbox itself is replaced."""
     stored = 0
     after = None
@@ -322,7 +335,7 @@ def _take_over(generation: str, loss: Loss, actor: Actor) -> None:
     db.session.commit()
 
 
-def _snapshot(connection) -> dict[int, dict[str, int]]:
+def _snapshot(connection: Connection) -> dict[int, dict[str, int]]:
     """Begin a snapshot on the connection; return the counters that each product starts with.
 
     Movements that are not marked as applied stay out: they are carried out afterwards, as ever.
@@ -359,7 +372,7 @@ def _snapshot(connection) -> dict[int, dict[str, int]]:
         }
 
 
-def _put_movements(connection) -> None:
+def _put_movements(connection: Connection) -> None:
     """Set the bit of each movement that the counters contain."""
     bits = bytearray()
     for rows in _pages(connection, "SELECT id FROM stock_movements WHERE applied_at IS NOT NULL"):
@@ -371,55 +384,68 @@ def _put_movements(connection) -> None:
     stock.put_movements(bytes(bits))
 
 
-def _put_bought(connection) -> None:
+def _put_bought(connection: Connection) -> None:
     """Count what each user has bought, whether or not the product has a cap: it may get one."""
     query = """
-        SELECT product_id, user_id / %(users)s,
-               array_agg(user_id %% %(users)s), array_agg(units::bigint)
-        FROM (SELECT product_id, user_id, sum(units) AS units FROM (
-                SELECT product_id, user_id, quantity AS units FROM orders
-                UNION ALL
-                SELECT product_id, user_id, quantity FROM dead_letters
-                WHERE product_id IS NOT NULL AND resolution IS DISTINCT FROM 'replayed'
-                UNION ALL
-                SELECT product_id, user_id, -units FROM stock_movements
-                WHERE user_id IS NOT NULL AND applied_at IS NOT NULL
-              ) flows GROUP BY 1, 2 HAVING sum(units) > 0) bought
-        GROUP BY 1, 2
+        SELECT product_id, user_id, user_name, sum(units)::bigint FROM (
+          SELECT product_id, user_id, user_name, quantity AS units FROM orders
+          UNION ALL
+          SELECT product_id, user_id, user_name, quantity FROM dead_letters
+          WHERE product_id IS NOT NULL AND num_nonnulls(user_id, user_name) = 1
+            AND resolution IS DISTINCT FROM 'replayed'
+          UNION ALL
+          SELECT product_id, user_id, user_name, -units FROM stock_movements
+          WHERE num_nonnulls(user_id, user_name) = 1 AND applied_at IS NOT NULL
+        ) flows GROUP BY 1, 2, 3 HAVING sum(units) > 0
+        -- Neighbours share a bucket: few commands.
+        ORDER BY 1, 2
     """
-    for rows in _pages(connection, query, {"users": USERS_PER_BUCKET}):
-        stock.put_bought(rows)
+    for rows in _pages(connection, query):
+        buckets: dict[tuple[int, str], tuple[list[str], list[int]]] = {}
+        for product_id, number, name, units in rows:
+            _, bucket, field = place(name if number is None else number)
+            fields, bought = buckets.setdefault((product_id, bucket), ([], []))
+            fields.append(field)
+            bought.append(units)
+        stock.put_bought((*where, *what) for where, what in buckets.items())
 
 
-def _put_keys(connection) -> int:
-    """Remember the Idempotency-Keys of the last 24 hours, for what is left of their time."""
+def _put_keys(connection: Connection) -> int:
+    """Remember the Idempotency-Key of every order of the sale, and what has become of it."""
     count = 0
-    since = {"life": IDEMPOTENCY_TTL_MS}
     letters = """
-        SELECT payload, order_id FROM dead_letters
-        WHERE order_id IS NOT NULL AND created_at > now() - %(life)s * interval '1 ms'
-          AND resolution IS DISTINCT FROM 'replayed' ORDER BY id
+        SELECT payload, order_id, resolution FROM dead_letters
+        WHERE order_id IS NOT NULL AND resolution IS DISTINCT FROM 'replayed' ORDER BY id
     """
-    for rows in _pages(connection, letters, since):
-        parsed = [(Entry.parse(payload), order_id) for payload, order_id in rows]
+    for rows in _pages(connection, letters):
+        parsed = [(Entry.parse(payload), *of) for payload, *of in rows]
         count += stock.put_keys(
-            (e.user_id, e.idempotency_key, order_id, e.product_id, e.quantity, e.claimed_ms)
-            for e, order_id in parsed
+            (
+                e.user,
+                e.idempotency_key,
+                key_record(order_id, e, _GIVEN_UP if given_up else STANDING),
+            )
+            for e, order_id, given_up in parsed
             if e.idempotency_key
         )
     # After the letters: where both have a key, the order is the one that exists.
     orders = """
-        SELECT user_id, idempotency_key, id, product_id, quantity,
-               (extract(epoch FROM claimed_at) * 1000)::bigint
-        FROM orders
-        WHERE idempotency_key IS NOT NULL AND claimed_at > now() - %(life)s * interval '1 ms'
+        SELECT user_id, user_name, idempotency_key,
+               concat_ws(' ', id, unit_price_cents, currency,
+                         CASE status WHEN 'CONFIRMED' THEN %(standing)s ELSE status END,
+                         product_id, quantity, reference)
+        FROM orders WHERE idempotency_key IS NOT NULL
     """
-    for rows in _pages(connection, orders, since):
-        count += stock.put_keys(rows)
+    for rows in _pages(connection, orders, {"standing": STANDING}):
+        count += stock.put_keys(
+            (name if number is None else number, key, record) for number, name, key, record in rows
+        )
     return count
 
 
-def _pages(connection, query: str, values: dict | None = None) -> Iterator[list[tuple]]:
+def _pages(
+    connection: Connection, query: str, values: dict[str, Any] | None = None
+) -> Iterator[list[tuple[Any, ...]]]:
     """Yield a query's rows some at a time: a server-side cursor, so that memory stays flat."""
     with connection.cursor(name=f"rebuild_{secrets.token_hex(4)}") as cursor:
         cursor.execute(query, values)
@@ -436,7 +462,7 @@ def _on_record() -> tuple[str, int]:
         )
     ).one_or_none()
     db.session.rollback()
-    return tuple(found) if found else ("", 0)
+    return (found[0], found[1]) if found else ("", 0)
 
 
 def sale_on_record(app: Flask) -> tuple[str, int] | None:
@@ -466,9 +492,3 @@ def close_when_stale() -> bool:
         )
         return True
     return False
-
-
-def is_prepared() -> bool:
-    """Return whether Redis holds the sale that PostgreSQL knows. Raises stock.Unavailable."""
-    held = stock.generation()
-    return held is not None and held == sale.expected_generation()

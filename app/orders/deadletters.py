@@ -5,8 +5,10 @@ returns its units, by a movement, exactly once.
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import cast
 
 from sqlalchemy import insert, select
 from sqlalchemy.exc import DBAPIError
@@ -14,17 +16,18 @@ from sqlalchemy.exc import DBAPIError
 from ..audit import Actor, record
 from ..database import is_unavailable
 from ..extensions import db, stock
-from ..models import DeadLetter, Order, Product, StockMovement
+from ..models import DeadLetter, Order, Product, StockMovement, user_columns
 from ..problems import Conflict, Unavailable
 from ..products.movements import apply_movement
-from ..stock.gateway import Entry
+from ..reading import User
+from ..stock.entries import Entry
 from ..times import from_ms
+from .lookup import MAX_LISTED
 
 log = logging.getLogger(__name__)
 
 # What is left is applied by the sweeper within a second or two; a page need not wait for it.
 MOVEMENTS_AT_ONCE = 50
-MAX_LISTED = 500
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Filters:
 
     state: str | None = "open"  # open | replayed | abandoned
     product_id: int | None = None
-    user_id: int | None = None
+    user: User | None = None
     error: str | None = None  # a part of the error's text
 
 
@@ -49,8 +52,8 @@ def list_letters(
         query = query.where(DeadLetter.resolution == filters.state)
     if filters.product_id is not None:
         query = query.where(DeadLetter.product_id == filters.product_id)
-    if filters.user_id is not None:
-        query = query.where(DeadLetter.user_id == filters.user_id)
+    if filters.user is not None:
+        query = query.where(DeadLetter.is_of(filters.user))
     if filters.error:
         query = query.where(DeadLetter.error.icontains(filters.error, autoescape=True))
     if before is not None:
@@ -104,7 +107,7 @@ def _order_under_key(entry: Entry) -> int | None:
         return None
     return db.session.scalar(
         select(Order.id).where(
-            Order.user_id == entry.user_id, Order.idempotency_key == entry.idempotency_key
+            Order.is_of(entry.user), Order.idempotency_key == entry.idempotency_key
         )
     )
 
@@ -118,7 +121,7 @@ class Resolved:
     message: str
 
 
-def _resolve_each(ids: list[int], resolve) -> list[Resolved]:
+def _resolve_each(ids: list[int], resolve: Callable[[DeadLetter], Resolved]) -> list[Resolved]:
     """Lock the letters and resolve the open ones, each by itself."""
     letters = {
         letter.id: letter
@@ -161,7 +164,8 @@ def replay(ids: list[int], reason: str, actor: Actor) -> list[Resolved]:
         if obstacle := _obstacle(letter):
             return Resolved(letter.id, False, obstacle)
         entry = Entry.parse(letter.payload)
-        order_id = letter.order_id
+        # What has no obstacle was read as an order, with an id.
+        order_id = former = cast("int", letter.order_id)
         if db.session.get(Order, order_id) is not None:
             order_id = stock.new_order_id()
         try:
@@ -169,13 +173,14 @@ def replay(ids: list[int], reason: str, actor: Actor) -> list[Resolved]:
                 db.session.execute(
                     insert(Order).values(
                         id=order_id,
-                        user_id=entry.user_id,
+                        **user_columns(entry.user),
                         product_id=entry.product_id,
                         quantity=entry.quantity,
                         unit_price_cents=entry.unit_price_cents,
                         currency=entry.currency,
                         claimed_at=from_ms(entry.claimed_ms),
                         idempotency_key=entry.idempotency_key,
+                        reference=entry.reference,
                     )
                 )
         except (DBAPIError, ValueError, OverflowError) as error:
@@ -186,7 +191,7 @@ def replay(ids: list[int], reason: str, actor: Actor) -> list[Resolved]:
         _mark(letter, "replayed", reason, actor)
         if order_id != letter.order_id:
             letter.replayed_as = order_id
-            moved.append((entry, letter.order_id, order_id))
+            moved.append((entry, former, order_id))
         record(
             actor,
             "dead-letter.replay",
@@ -230,7 +235,7 @@ def abandon(ids: list[int], reason: str, actor: Actor) -> list[Resolved]:
             units=units,
             reason=reason,
             actor=actor.name,
-            user_id=letter.user_id,
+            user=letter.user,
             dead_letter_id=letter.id,
         )
         db.session.add(movement)

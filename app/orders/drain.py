@@ -6,14 +6,16 @@ either nothing stored, or orders stored that are still in the outbox and are rec
 
 import logging
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import psycopg2
 from psycopg2 import errors
 
-from ..database import DRAIN_LOCK, raw_connection
+from ..database import raw_connection
 from ..extensions import db, stock
-from ..stock.gateway import ENTRY
+from ..locks import DRAIN_LOCK
+from ..stock.entries import Columns, split
 
 log = logging.getLogger(__name__)
 
@@ -32,25 +34,27 @@ INSERT_BATCH = """
     VALUES (%s, %s, %s, %s, %s, 0) RETURNING id
 """
 INSERT_ORDERS = """
-    INSERT INTO orders (id, user_id, product_id, quantity, unit_price_cents, currency,
-                        claimed_at, idempotency_key, batch_id)
-    SELECT id, user_id, product_id, quantity, cents, currency,
-           'epoch'::timestamptz + claimed_ms * interval '1 ms', nullif(key, ''), %s
-    FROM unnest(%s::bigint[], %s::bigint[], %s::bigint[], %s::int[], %s::bigint[], %s::text[],
-                %s::bigint[], %s::text[])
-         AS entry (id, user_id, product_id, quantity, cents, currency, claimed_ms, key)
+    INSERT INTO orders (id, user_id, user_name, product_id, quantity, unit_price_cents, currency,
+                        claimed_at, idempotency_key, reference, batch_id)
+    SELECT id, user_id, user_name, product_id, quantity, cents, currency,
+           'epoch'::timestamptz + claimed_ms * interval '1 ms', key, reference, %s
+    FROM unnest(%s::bigint[], %s::bigint[], %s::text[], %s::bigint[], %s::int[], %s::bigint[],
+                %s::text[], %s::bigint[], %s::text[], %s::text[])
+         AS entry (id, user_id, user_name, product_id, quantity, cents, currency, claimed_ms, key,
+                   reference)
     -- A dead letter read again (the trim failed) stays one: somebody may have abandoned it since.
     WHERE NOT EXISTS (SELECT FROM dead_letters WHERE stream_id = entry.id || '-0')
     ON CONFLICT DO NOTHING
 """
 SELECT_STORED = """
-    SELECT id, user_id, product_id, quantity,
-           (extract(epoch FROM claimed_at) * 1000)::bigint, coalesce(idempotency_key, '')
+    SELECT id, user_id, user_name, product_id, quantity,
+           (extract(epoch FROM claimed_at) * 1000)::bigint, idempotency_key, reference
     FROM orders WHERE id = ANY(%s)
 """
 INSERT_DEAD_LETTER = """
-    INSERT INTO dead_letters (stream_id, payload, error, order_id, user_id, product_id, quantity)
-    VALUES (%s, %s, %s, %s, %s, %s, %s) ON CONFLICT DO NOTHING
+    INSERT INTO dead_letters (stream_id, payload, error, order_id, user_id, user_name, product_id,
+                              quantity, reference)
+    VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s) ON CONFLICT DO NOTHING
 """
 UPDATE_BATCH = "UPDATE batches SET orders = %s, dead_letters = %s WHERE id = %s"
 
@@ -85,9 +89,8 @@ class Row:
         self.stream_id = stream_id.decode()
         self.order_id = int(self.stream_id.partition("-")[0])
         self.payload = fields.get(b"order", repr(fields).encode()).decode("utf-8", "replace")
-        match = ENTRY(self.payload)
-        # user, product, quantity, cents, currency, claimed, key; or nothing, if it is no order.
-        self.parts = match.groups() if match else ()
+        # Nothing, if it is no order.
+        self.parts: Columns | None = split(self.payload)
 
 
 def drain_batch(job_id: str, worker: str, most: int = BATCH_ORDERS) -> Drained:
@@ -135,7 +138,7 @@ def _insert_all(cursor, batch_id: int, rows: list[Row]) -> tuple[set[str], int]:
     for row in rows:
         if row.stream_id in dead:
             log.error("order %s is a dead letter: %s", row.stream_id, dead[row.stream_id])
-            user, product, quantity = row.parts[:3] or (None, None, None)
+            parts = row.parts
             cursor.execute(
                 INSERT_DEAD_LETTER,
                 (
@@ -143,9 +146,11 @@ def _insert_all(cursor, batch_id: int, rows: list[Row]) -> tuple[set[str], int]:
                     row.payload.replace("\0", "\\0"),
                     dead[row.stream_id],
                     row.order_id if row.parts else None,
-                    user,
-                    product,
-                    quantity,
+                    parts and parts.user_id,
+                    parts and parts.user_name,
+                    parts and parts.product_id,
+                    parts and parts.quantity,
+                    parts and parts.reference,
                 ),
             )
     return set(dead), inserted
@@ -158,21 +163,21 @@ def _insert(cursor, batch_id: int, rows: list[Row], refused: dict[str, str]) -> 
     cursor.execute("SAVEPOINT batch")
     try:
         ids = _array(str(row.order_id) for row in rows)
-        users, products, quantities, cents, currencies, claimed, keys = zip(
-            *(row.parts for row in rows), strict=True
-        )
+        columns = Columns._make(zip(*(row.parts for row in rows if row.parts), strict=True))
         cursor.execute(
             INSERT_ORDERS,
             (
                 batch_id,
                 ids,
-                _array(users),
-                _array(products),
-                _array(quantities),
-                _array(cents),
-                list(currencies),
-                _array(claimed),
-                list(keys),
+                _array(columns.user_id),
+                list(columns.user_name),
+                _array(columns.product_id),
+                _array(columns.quantity),
+                _array(columns.unit_price_cents),
+                list(columns.currency),
+                _array(columns.claimed_ms),
+                list(columns.idempotency_key),
+                list(columns.reference),
             ),
         )
     except (psycopg2.IntegrityError, psycopg2.DataError, errors.RaiseException) as error:
@@ -187,9 +192,9 @@ def _insert(cursor, batch_id: int, rows: list[Row], refused: dict[str, str]) -> 
     return cursor.rowcount
 
 
-def _array(numbers) -> str:
+def _array(numbers: Iterable[str | None]) -> str:
     """Return a PostgreSQL array literal; a value that is no number makes the statement fail."""
-    return "{" + ",".join(numbers) + "}"
+    return "{" + ",".join([number or "NULL" for number in numbers]) + "}"
 
 
 def _tell_conflicts(cursor, rows: list[Row], refused: dict[str, str]) -> dict[str, str]:
@@ -201,13 +206,21 @@ def _tell_conflicts(cursor, rows: list[Row], refused: dict[str, str]) -> dict[st
     cursor.execute(SELECT_STORED, ([row.order_id for row in rows],))
     stored = {found[0]: found[1:] for found in cursor.fetchall()}
     for row in rows:
-        user, product, quantity, _, _, claimed, key = row.parts
+        of = row.parts
         found = stored.get(row.order_id)
         if found is None:
             dead[row.stream_id] = refused.get(
                 row.stream_id, "the user has another order under this Idempotency-Key"
             )
-        elif found != (int(user), int(product), int(quantity), int(claimed), key):
+        elif found != (
+            of.user_id and int(of.user_id),
+            of.user_name,
+            int(of.product_id),
+            int(of.quantity),
+            int(of.claimed_ms),
+            of.idempotency_key,
+            of.reference,
+        ):
             dead[row.stream_id] = f"order id {row.order_id} belongs to another order"
     return dead
 
@@ -216,9 +229,9 @@ def _settle(generation: str | None, rows: list[Row], dead: set[str]) -> None:
     figures: dict[int, list[int]] = defaultdict(lambda: [0, 0, 0])
     for row in rows:
         if row.parts:
-            of_product = figures[int(row.parts[1])]
+            of_product = figures[int(row.parts.product_id)]
             of_product[0] += 1
-            of_product[1] += int(row.parts[2])
+            of_product[1] += int(row.parts.quantity)
             of_product[2] += row.stream_id not in dead
     stock.settle(
         generation,

@@ -1,6 +1,7 @@
 """Orders: a shopper's list, one order's story, and cancelling."""
 
 from datetime import UTC, datetime
+from typing import Any, cast
 
 from sqlalchemy import select, update
 
@@ -9,50 +10,53 @@ from ..extensions import db, stock
 from ..models import DeadLetter, Order, StockMovement
 from ..problems import Conflict, UnknownOrder
 from ..products.movements import apply_movement
-from ..stock.gateway import Entry
+from ..reading import User
+from ..stock.entries import Entry
 from ..times import from_ms, utc_text
 
 MAX_LISTED = 500
 
+# An order in the API's form.
+Listed = dict[str, Any]
 
-def _listed(order_id: int, status: str, quantity: int, product_id: int, at: datetime) -> dict:
-    return {
+
+def _listed(order_id: int, status: str, at: datetime, order: Entry | Order) -> Listed:
+    listed: Listed = {
         "id": order_id,
         "status": status,
-        "quantity": quantity,
-        "productId": product_id,
+        "quantity": order.quantity,
+        "productId": order.product_id,
         "createdAt": utc_text(at),
+        "unitPriceCents": order.unit_price_cents,
+        "currency": order.currency,
     }
+    if order.reference is not None:
+        listed["reference"] = order.reference
+    return listed
 
 
-def queued_orders_of(user_id: int, limit: int, before: int | None = None) -> list[dict]:
+def queued_orders_of(user: User, limit: int, before: int | None = None) -> list[Listed]:
     """Return the user's orders that wait in Redis, newest first. Raises stock.Unavailable."""
     return [
-        _listed(
-            order_id,
-            "QUEUED",
-            entry.quantity,
-            entry.product_id,
-            from_ms(entry.claimed_ms),
-        )
-        for order_id, entry in stock.queued_orders(user_id, MAX_LISTED)
+        _listed(order_id, "QUEUED", from_ms(entry.claimed_ms), entry)
+        for order_id, entry in stock.queued_orders(user, MAX_LISTED)
         if before is None or order_id < before
     ][:limit]
 
 
 def orders_of(
-    queued: list[dict], user_id: int, limit: int, before: int | None = None
-) -> list[dict]:
+    queued: list[Listed], user: User, limit: int, before: int | None = None
+) -> list[Listed]:
     """Return the user's orders, newest first, given those that Redis held a moment *earlier*.
 
     The order of the two reads is what makes the list complete: an order leaves Redis only after the
     commit that stored it, so what Redis no longer had is found here. What both have counts once.
     """
-    stored = select(Order).where(Order.user_id == user_id).order_by(Order.id.desc()).limit(limit)
+    stored = select(Order).where(Order.is_of(user)).order_by(Order.id.desc()).limit(limit)
     dead = (
         select(DeadLetter)
         .where(
-            DeadLetter.user_id == user_id,
+            DeadLetter.is_of(user),
             DeadLetter.order_id.is_not(None),
             DeadLetter.not_replayed(),
         )
@@ -64,19 +68,12 @@ def orders_of(
         dead = dead.where(DeadLetter.order_id < before)
     found = {order["id"]: order for order in queued}
     for letter in db.session.scalars(dead):
-        entry = Entry.parse(letter.payload)
+        entry, order_id = Entry.parse(letter.payload), cast("int", letter.order_id)
         # FAILED asks for a decision; given up, it is as final as a cancelled order.
-        found[letter.order_id] = _listed(
-            letter.order_id,
-            "CANCELLED" if letter.resolution else "FAILED",
-            entry.quantity,
-            entry.product_id,
-            from_ms(entry.claimed_ms),
-        )
+        status = "CANCELLED" if letter.resolution else "FAILED"
+        found[order_id] = _listed(order_id, status, from_ms(entry.claimed_ms), entry)
     for order in db.session.scalars(stored):
-        found[order.id] = _listed(
-            order.id, order.status, order.quantity, order.product_id, order.claimed_at
-        )
+        found[order.id] = _listed(order.id, order.status, order.claimed_at, order)
     return [found[order_id] for order_id in sorted(found, reverse=True)[:limit]]
 
 
@@ -108,7 +105,7 @@ def cancel(order_id: int, reason: str, actor: Actor) -> Order:
         units=order.quantity,
         reason=reason,
         actor=actor.name,
-        user_id=order.user_id,
+        user=order.user,
         order_id=order_id,
     )
     db.session.add(movement)
@@ -121,4 +118,4 @@ def cancel(order_id: int, reason: str, actor: Actor) -> Order:
     )
     db.session.commit()
     apply_movement(movement)
-    return db.session.get(Order, order_id)
+    return db.session.get_one(Order, order_id)

@@ -4,17 +4,20 @@ Every filter becomes a range of one index, and pages follow the last id seen, so
 the same at a million orders as at a hundred.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import islice
+from typing import Any, cast
 
 from sqlalchemy import Select, select
 
 from ..extensions import db, stock
 from ..models import Batch, DeadLetter, Order, StockMovement
 from ..problems import Unavailable, UnknownOrder
-from ..stock.gateway import Entry
+from ..reading import REFERENCE, VALID_KEY, User, canonical
+from ..stock.entries import Entry
 from ..times import from_ms
 from .lookup import MAX_LISTED
 
@@ -31,12 +34,28 @@ ID_MARGIN = 2000
 class Filter:
     """What is looked for; None where everything will do. Times are claim times."""
 
-    user_id: int | None = None
+    user: User | None = None
     product_id: int | None = None
     status: str | None = None
     since: datetime | None = None
     until: datetime | None = None
     key: str | None = None  # the Idempotency-Key, all of it
+    reference: str | None = None  # all of it
+    text: str | None = None  # a user, a key or a reference, all of it
+
+    def branches(self) -> list["Filter"]:
+        """Return filters without `text`, each for one index, that together find the same."""
+        if self.text is None:
+            return [self]
+        plain = replace(self, text=None)
+        found = []
+        with suppress(ValueError):
+            found.append(replace(plain, user=canonical(self.text)))
+        if VALID_KEY(self.text):
+            found.append(replace(plain, key=self.text))
+        if REFERENCE(self.text):
+            found.append(replace(plain, reference=self.text))
+        return found
 
     def admits(self, order: "Found") -> bool:
         """Tell whether an order that is not in the orders' table is looked for, status apart."""
@@ -45,6 +64,7 @@ class Filter:
             and (self.since is None or order.claimed_at >= self.since)
             and (self.until is None or order.claimed_at < self.until)
             and (self.key is None or order.idempotency_key == self.key)
+            and (self.reference is None or order.reference == self.reference)
         )
 
 
@@ -54,7 +74,7 @@ class Found:
 
     id: int
     status: str
-    user_id: int
+    user: User
     product_id: int
     quantity: int
     unit_price_cents: int
@@ -65,6 +85,7 @@ class Found:
     cancelled_by: str | None = None
     cancel_reason: str | None = None
     idempotency_key: str | None = None
+    reference: str | None = None
 
     @property
     def total_cents(self) -> int:
@@ -84,6 +105,7 @@ COLUMNS = (
     Order.id,
     Order.status,
     Order.user_id,
+    Order.user_name,
     Order.product_id,
     Order.quantity,
     Order.unit_price_cents,
@@ -94,7 +116,14 @@ COLUMNS = (
     Order.cancelled_by,
     Order.cancel_reason,
     Order.idempotency_key,
+    Order.reference,
 )
+
+
+def from_row(row: Sequence[Any]) -> Found:
+    """Return the order of a row of COLUMNS."""
+    order_id, status, number, name, *others = row
+    return Found(order_id, status, name if number is None else number, *others)
 
 
 def search(wanted: Filter, before: int | None = None, limit: int = PAGE_ORDERS) -> Page:
@@ -104,13 +133,17 @@ def search(wanted: Filter, before: int | None = None, limit: int = PAGE_ORDERS) 
     """
     found: dict[int, Found] = {}
     incomplete = False
+    branches = wanted.branches()
     if wanted.status in (None, "QUEUED"):
         try:
-            found |= {order.id: order for order in _waiting(wanted, before, limit + 1)}
+            for branch in branches:
+                found |= {order.id: order for order in _waiting(branch, before, limit + 1)}
         except Unavailable:
             incomplete = True
-    found |= {order.id: order for order in _never_stored(wanted, before, limit + 1)}
-    found |= {order.id: order for order in _stored(wanted, before, limit + 1)}
+    for branch in branches:
+        found |= {order.id: order for order in _never_stored(branch, before, limit + 1)}
+    for branch in branches:
+        found |= {order.id: order for order in _stored(branch, before, limit + 1)}
     if wanted.status == "QUEUED":
         # What was stored since Redis was read is no longer queued.
         for order_id in db.session.scalars(select(Order.id).where(Order.id.in_(found))):
@@ -122,8 +155,8 @@ def search(wanted: Filter, before: int | None = None, limit: int = PAGE_ORDERS) 
 
 
 def _waiting(wanted: Filter, before: int | None, limit: int) -> Iterator[Found]:
-    if wanted.user_id is not None:
-        entries = stock.queued_orders(wanted.user_id, MAX_LISTED)
+    if wanted.user is not None:
+        entries = stock.queued_orders(wanted.user, MAX_LISTED)
     else:
         entries = stock.newest_waiting(limit, before)
     for order_id, entry in entries:
@@ -137,13 +170,14 @@ def from_entry(order_id: int, entry: Entry) -> Found:
     return Found(
         id=order_id,
         status="QUEUED",
-        user_id=entry.user_id,
+        user=entry.user,
         product_id=entry.product_id,
         quantity=entry.quantity,
         unit_price_cents=entry.unit_price_cents,
         currency=entry.currency,
         claimed_at=from_ms(entry.claimed_ms),
         idempotency_key=entry.idempotency_key,
+        reference=entry.reference,
     )
 
 
@@ -161,12 +195,14 @@ def _never_stored(wanted: Filter, before: int | None, limit: int) -> Iterator[Fo
             return
     if before is not None:
         query = query.where(DeadLetter.order_id < before)
-    if wanted.user_id is not None:
-        query = query.where(DeadLetter.user_id == wanted.user_id)
+    if wanted.user is not None:
+        query = query.where(DeadLetter.is_of(wanted.user))
     if wanted.product_id is not None:
         query = query.where(DeadLetter.product_id == wanted.product_id)
     if wanted.key is not None:
         query = query.where(DeadLetter.payload.contains(wanted.key, autoescape=True))
+    if wanted.reference is not None:
+        query = query.where(DeadLetter.reference == wanted.reference)
     if wanted.until is not None and (last := _id_at(wanted.until)) is not None:
         query = query.where(DeadLetter.order_id < last + ID_MARGIN)
     # Its time of claim stands in the payload alone, so the limit can't be the statement's.
@@ -178,7 +214,7 @@ def _never_stored(wanted: Filter, before: int | None, limit: int) -> Iterator[Fo
 
 def from_letter(letter: DeadLetter) -> Found:
     """Return the order of a dead letter that holds one; it was not replayed."""
-    order = from_entry(letter.order_id, Entry.parse(letter.payload))
+    order = from_entry(cast("int", letter.order_id), Entry.parse(letter.payload))
     if letter.resolution is None:
         return replace(order, status="FAILED")
     return replace(
@@ -194,24 +230,28 @@ def _stored(wanted: Filter, before: int | None, limit: int) -> Iterator[Found]:
     query = stored_query(wanted, before, limit)
     if query is not None:
         for row in db.session.execute(query):
-            yield Found(*row)
+            yield from_row(row)
 
 
-def stored_query(wanted: Filter, before: int | None, limit: int) -> Select | None:
+def stored_query(
+    wanted: Filter, before: int | None, limit: int
+) -> Select[Any, *tuple[Any, ...]] | None:
     """Return the statement that finds stored orders; None when there can be none."""
     if wanted.status in ("QUEUED", "FAILED"):
         return None
     query = select(*COLUMNS).order_by(Order.id.desc()).limit(limit)
     if before is not None:
         query = query.where(Order.id < before)
-    if wanted.user_id is not None:
-        query = query.where(Order.user_id == wanted.user_id)
+    if wanted.user is not None:
+        query = query.where(Order.is_of(wanted.user))
     if wanted.product_id is not None:
         query = query.where(Order.product_id == wanted.product_id)
     if wanted.status is not None:
         query = query.where(Order.status == wanted.status)
     if wanted.key is not None:
         query = query.where(Order.idempotency_key == wanted.key)
+    if wanted.reference is not None:
+        query = query.where(Order.reference == wanted.reference)
     if wanted.since is not None:
         first = _id_at(wanted.since)
         if first is None:
@@ -278,7 +318,7 @@ def story(order_id: int) -> Story:
         .limit(1)
     )
     if row is not None:
-        order = Found(*row[:-1])
+        order = from_row(row[:-1])
         return Story(
             order,
             batch=db.session.get(Batch, row.batch_id) if row.batch_id else None,

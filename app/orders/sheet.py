@@ -3,13 +3,14 @@
 from collections.abc import Iterable, Iterator
 
 from .. import sheet
+from ..money import decimal
 from ..times import utc_text
 from .search import Found
 
 HEADER = (
     "order", "status", "user", "product", "product name", "quantity", "unit price", "currency",
     "total", "claimed at", "persisted at", "cancelled at", "cancelled by", "cancel reason",
-    "idempotency key",
+    "idempotency key", "reference",
 )  # fmt: skip
 
 
@@ -23,21 +24,18 @@ def row_of(order: Found, names: dict[int, str]) -> tuple[object, ...]:
     return (
         order.id,
         order.status,
-        order.user_id,
+        order.user,
         order.product_id,
         names.get(order.product_id, ""),
         order.quantity,
-        _decimal(order.unit_price_cents),
+        decimal(order.unit_price_cents),
         order.currency,
-        _decimal(order.total_cents),
+        decimal(order.total_cents),
         utc_text(order.claimed_at),
         order.persisted_at and utc_text(order.persisted_at),
         order.cancelled_at and utc_text(order.cancelled_at),
         order.cancelled_by,
         order.cancel_reason,
         order.idempotency_key,
+        order.reference,
     )
-
-
-def _decimal(cents: int) -> str:
-    return f"{cents // 100}.{cents % 100:02}"

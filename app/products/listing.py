@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 from sqlalchemy import ColumnElement, Select, case, func, or_, select
 
@@ -49,14 +50,14 @@ def find(wanted: Wanted, number: int = 1) -> Page:
     """
     now = datetime.now(UTC)
     found = _matching(wanted, now)
-    total = db.session.scalar(select(func.count()).select_from(found.subquery()))
+    total = db.session.scalar(select(func.count()).select_from(found.subquery())) or 0
     number = max(1, min(number, -(-total // PAGE_PRODUCTS)))
     page = found.order_by(*_order(wanted.sort, now)).limit(PAGE_PRODUCTS)
     ids = list(db.session.scalars(page.offset((number - 1) * PAGE_PRODUCTS)))
     return Page(ids, total, number)
 
 
-def _matching(wanted: Wanted, now: datetime) -> Select:
+def _matching(wanted: Wanted, now: datetime) -> Select[int]:
     query = select(Product.id).join(ProductTotals, ProductTotals.product_id == Product.id)
     if wanted.text:
         matches = [Product.name.icontains(wanted.text, autoescape=True)]
@@ -69,7 +70,7 @@ def _matching(wanted: Wanted, now: datetime) -> Select:
     return query
 
 
-def _order(sort: str, now: datetime) -> tuple[ColumnElement, ...]:
+def _order(sort: str, now: datetime) -> tuple[ColumnElement[Any], ...]:
     newest = Product.id.desc()
     return {
         "live": (_rank(now), newest),

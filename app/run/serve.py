@@ -17,8 +17,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from signal import SIGHUP
+from typing import Any
 
-from app import lines
+from app import telling
 from app.config import Settings, SettingsError, load_settings, with_secrets
 from app.run import pulse
 from app.run.embedded import EmbeddedError, embedded_servers
@@ -42,6 +43,10 @@ STOP_SECONDS = 8
 # A killed run's processes take a moment to leave the port.
 PORT_GRACE_SECONDS = 5
 PORT_POLL_SECONDS = 0.2
+
+
+# As `socket` has it: (host, port), with two more for IPv6.
+Address = tuple[Any, ...]
 
 
 class WebProcess(Program):
@@ -81,6 +86,8 @@ class WebProcess(Program):
 
     def is_ready(self) -> bool:
         """Tell whether it accepts connections."""
+        if self.pulse is None:
+            return False
         if not self.pulse.begun:
             self.pulse.feel(time.monotonic())
         return self.pulse.begun
@@ -98,10 +105,10 @@ class WebProcess(Program):
 class WebServer:
     """The listening sockets and their processes."""
 
-    def __init__(self, settings: Settings, address: tuple) -> None:
+    def __init__(self, settings: Settings, address: Address) -> None:
         """`address` is an IP address and PORT, which must be free."""
         self.signals = Signals()
-        self.to_renew: list[Kept] = []
+        self.to_renew: list[Kept[WebProcess]] = []
         listeners = [_listener(address) for _ in range(settings.web_workers)]
         self.kept = [
             Kept(
@@ -125,7 +132,7 @@ class WebServer:
             finally:
                 self.stop()
 
-    def renew(self, those: list[Kept]) -> None:
+    def renew(self, those: list[Kept[WebProcess]]) -> None:
         """Let a successor take over from each of those, or leave all as it is if one can't."""
         for kept in those:
             former = kept.program
@@ -143,7 +150,7 @@ class WebServer:
             kept.program = successor
             kept.started_at, kept.restart_at = time.monotonic(), None
             former.terminate()
-            self._await(lambda former=former: not former.is_alive(), STOP_SECONDS)
+            self._await(former.has_ended, STOP_SECONDS)
             former.kill()
 
     def stop(self) -> None:
@@ -170,13 +177,13 @@ class WebServer:
             if kept.restart_at is None:
                 self._feel(kept)
 
-    def _feel(self, kept: Kept) -> None:
+    def _feel(self, kept: Kept[WebProcess]) -> None:
         """Replace a process that no longer answers, though it lives.
 
         Who serves purchases and no pages is left to do so until its successor is ready.
         """
-        web: WebProcess = kept.program
-        if web.pulse is None or web.given_up:
+        web = kept.program
+        if web.pulse is None or web.process is None or web.given_up:
             return
         trouble = web.pulse.feel(time.monotonic())
         if trouble is None:
@@ -205,7 +212,7 @@ class WebServer:
         return True
 
 
-def _listener(address: tuple) -> socket.socket:
+def _listener(address: Address) -> socket.socket:
     listener = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -216,7 +223,7 @@ def _listener(address: tuple) -> socket.socket:
 
 def free_address(
     settings: Settings, grace_seconds: float, wait: Callable[[float], object] = time.sleep
-) -> tuple:
+) -> Address:
     """Return HOST's IP address and PORT when nobody listens there. Raises StartError."""
     host, port = settings.host, settings.port
     deadline = time.monotonic() + grace_seconds
@@ -247,16 +254,16 @@ def allow_open_files() -> None:
 
 def main() -> None:
     """Be the web server; the servers behind it must be given."""
-    lines.begin()
+    telling.begin()
     try:
         settings = with_secrets(load_settings())
-        lines.configure(settings)
+        telling.configure(settings)
         if embedded_servers(settings):
             raise SettingsError("REDIS_URL and DATABASE_URL are needed; `make run` brings its own")
         allow_open_files()
         WebServer(settings, free_address(settings, PORT_GRACE_SECONDS)).run()
     except (SettingsError, EmbeddedError, StartError, OSError) as error:
-        sys.exit(lines.fail(error))
+        sys.exit(telling.fail(error))
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from app import lines
+from app import telling
 from app.config import ROOT, Settings, SettingsError, load_settings, with_secrets
 from app.run import serve
 from app.run.embedded import EmbeddedError, embedded_servers
@@ -49,7 +50,7 @@ class Supervisor:
         self.settings, self.tree = settings, tree
         self.note = tree / ".runs" / str(os.getpid())
         self.signals = Signals()
-        self.kept: list[Kept] = []
+        self.kept: list[Kept[Program]] = []
         self.web: Program | None = None
         self.worker: Program | None = None
         self.started_at = time.monotonic()
@@ -75,22 +76,24 @@ class Supervisor:
         settings = with_secrets(self.settings)
         for name, server in embedded_servers(settings).items():
             new = "" if server.directory.exists() else ", with new files"
-            lines.tell(f"Starting {server.name} in {server.directory}{new}")
+            telling.tell(f"Starting {server.name} in {server.directory}{new}")
             self._keep(server)
             server.start(SERVER_START_SECONDS, wait=self._pause)
-            settings = replace(settings, **{name: server.url})
-        environ = {
-            **os.environ,
+            url: dict[str, Any] = {name: server.url}
+            settings = replace(settings, **url)
+        given: dict[str, str | None] = {
             "PYTHONUNBUFFERED": "1",
             "REDIS_URL": settings.redis_url,
             "DATABASE_URL": settings.database_url,
             "SECRET_KEY": settings.secret_key,
             "LOG_FORMAT": settings.log_format,
         }
-        lines.tell("Preparing the database: migrations, and what a first start needs")
+        environ = dict(os.environ)
+        environ |= {name: value for name, value in given.items() if value is not None}
+        telling.tell("Preparing the database: migrations, and what a first start needs")
         flask = [sys.executable, "-m", "flask", "--app", "wsgi"]
         self._run_to_end(Command("prepare", [*flask, "prepare"], environ, self.tree))
-        lines.tell("Starting the web server and a worker")
+        telling.tell("Starting the web server and a worker")
         self.web = Command("web", [sys.executable, "-m", "app.run.serve"], environ, self.tree)
         self.worker = Command("worker", [sys.executable, "worker.py"], environ, self.tree)
         for program in (self.worker, self.web):
@@ -105,9 +108,9 @@ class Supervisor:
         # At a terminal, SIGHUP says that its window was closed.
         if came & STOP_SIGNALS or (signal.SIGHUP in came and sys.stdin and sys.stdin.isatty()):
             return False
-        if signal.SIGHUP in came and self.web.is_alive():
+        if signal.SIGHUP in came and self.web and self.worker and self.web.is_alive():
             log.info("web and worker: new processes take over")
-            self.web.process.send_signal(signal.SIGHUP)
+            self.web.send_signal(signal.SIGHUP)
             self.worker.terminate()  # ends its batch first, and is started again as if it had died
         for kept in self.kept:
             kept.check(time.monotonic())
@@ -143,13 +146,13 @@ class Supervisor:
         try:
             while program.is_alive():
                 self._pause(TICK_SECONDS)
-            if program.process.returncode != 0:
+            if program.exit_code() != 0:
                 raise StartError(f"{program.name} {how_it_ended(program)}: not started")
         finally:
             program.stop()
 
     def _look_whether_ready(self) -> None:
-        host, port = self.address[:2]
+        host, port = str(self.address[0]), int(self.address[1])
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
         connection = http.client.HTTPConnection(host, port, timeout=2)
         try:
@@ -170,8 +173,8 @@ class Supervisor:
     def _tell_ready(self, url: str) -> None:
         given = self.settings.admin_password
         where = "as given" if given else f"in {self.settings.data_dir / 'admin_password'}"
-        lines.tell(f"Ready: {url}")
-        lines.tell(f"Sign in:   {url}/admin as {self.settings.admin_email}, password {where}")
+        telling.tell(f"Ready: {url}")
+        telling.tell(f"Sign in:   {url}/admin as {self.settings.admin_email}, password {where}")
         # For programs that look for a running system. Without it they have to be told.
         with suppress(OSError):
             self.note.parent.mkdir(exist_ok=True)
@@ -203,15 +206,15 @@ def _only_run(data_dir: Path) -> Iterator[bool]:
 
 def main(tree: Path = ROOT) -> int:
     """Run until told to stop; return the exit code."""
-    lines.begin()
+    telling.begin()
     try:
         settings = load_settings()
-        lines.configure(settings)
+        telling.configure(settings)
         Supervisor(settings, tree).run()
     except SettingsError as error:
-        return lines.fail(error, 2)
+        return telling.fail(error, 2)
     except (StartError, EmbeddedError) as error:
-        return lines.fail(error)
+        return telling.fail(error)
     return 0
 
 

@@ -39,7 +39,9 @@ class Guess:
 
     def __init__(self, person: Staff | None, email: str, counted_as: str, address: str) -> None:
         """`counted_as` names whose count it is; strangers' tries count for the address too."""
-        self._counts = [(PERSON_LIMIT, _account(person, email), counted_as)]
+        self._counts: list[tuple[limits.RateLimitItem, *tuple[str, ...]]] = [
+            (PERSON_LIMIT, _account(person, email), counted_as)
+        ]
         if not counted_as.startswith("device"):
             self._counts.insert(0, (ADDRESS_LIMIT, client_of(address)))
         for number, (limit, *names) in enumerate(self._counts):

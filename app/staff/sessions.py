@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import redis
-from sqlalchemy import delete, func, select
+from sqlalchemy import Label, delete, func, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from ..audit import Actor, record
@@ -126,7 +126,7 @@ def find(text: str) -> SignedIn | None:
     return person
 
 
-def _clock():
+def _clock() -> Label[int]:
     """PostgreSQL's clock in ms, before the statement sees what others have committed."""
     return func.floor(func.extract("epoch", func.statement_timestamp()) * 1000).label("clock")
 
@@ -181,7 +181,7 @@ def revoking(subject: int | str) -> Iterator[None]:
         raise Unavailable(str(error)) from error
     yield
     try:
-        after = db.session.scalar(select(_clock()))
+        after = db.session.scalars(select(_clock())).one()
         db.session.rollback()
         stock.client.set(key, int(after), ex=RECORD_SECONDS)
     except (SQLAlchemyError, redis.RedisError) as error:

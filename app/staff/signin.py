@@ -25,7 +25,7 @@ def sign_in(
     device = devices.get(person.id) if person else None
     counted_as = guesses.whose(person, device, address)
     guess = guesses.Guess(person, email, counted_as, address)
-    if not people.is_password_of(person, password):
+    if not people.is_password_of(person, password) or person is None:
         _note_failure(person, address)
         return None
     guess.take_back()

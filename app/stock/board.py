@@ -7,6 +7,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, cast
 
 import redis
 
@@ -28,11 +29,11 @@ class News:
 
     now: float  # seconds since 1970, by Redis's clock
     workers: int
-    proof: dict | None  # the ledger's newest, however old
-    samples: list[tuple[int, dict]]  # (second, figures), the oldest first
+    proof: dict[str, Any] | None  # the ledger's newest, however old
+    samples: list[tuple[int, dict[str, Any]]]  # (second, figures), the oldest first
 
     @property
-    def sampled(self) -> list[tuple[int, dict]]:
+    def sampled(self) -> list[tuple[int, dict[str, Any]]]:
         """The samples that are not from the future."""
         return [sample for sample in self.samples if sample[0] <= self.now + AHEAD_SECONDS]
 
@@ -44,7 +45,7 @@ class Counted:
     now: float
     refused: dict[str, str]
     telemetry: dict[str, str]
-    processes: dict[str, dict]
+    processes: dict[str, dict[str, Any]]
 
 
 @contextlib.contextmanager
@@ -58,7 +59,9 @@ def _asking() -> Iterator[None]:
 class Noticeboard:
     """Reads and writes it. Every method raises Unavailable when Redis gives no answer."""
 
-    def __init__(self, client: redis.Redis, raw_client: redis.Redis, run: Callable) -> None:
+    def __init__(
+        self, client: redis.Redis, raw_client: redis.Redis, run: Callable[..., Any]
+    ) -> None:
         """`run` runs a script by its name, with keys and arguments."""
         self.client = client
         self.raw_client = raw_client
@@ -78,7 +81,7 @@ class Noticeboard:
         with _asking():
             self.client.zrem(Keys.workers, worker)
 
-    def sample(self, figures: dict) -> bool:
+    def sample(self, figures: dict[str, Any]) -> bool:
         """Keep this second's figures; False when somebody else has."""
         text = json.dumps(figures, separators=(",", ":"))
         return bool(self._run("sample", [Keys.history], [text, HISTORY_SAMPLES]))
@@ -109,7 +112,7 @@ class Noticeboard:
         with _asking():
             return bool(self.client.set(Keys.ledger_turn, "1", nx=True, ex=seconds))
 
-    def put_proof(self, proof: dict) -> None:
+    def put_proof(self, proof: dict[str, Any]) -> None:
         """Keep the ledger's newest proof; its `at` is what `now` said."""
         with _asking():
             self.client.set(Keys.ledger, json.dumps(proof))
@@ -118,21 +121,24 @@ class Noticeboard:
         """Keep what a page needs of these products when PostgreSQL is away, as JSON."""
         if products:
             with _asking():
-                self.client.hset(Keys.shelf, mapping=products)
+                self.client.hset(Keys.shelf, mapping=dict(products.items()))
 
     def shelf(self) -> dict[int, str]:
         """Return what was kept of the products."""
         with _asking():
-            return {int(product): text for product, text in self.client.hgetall(Keys.shelf).items()}
+            kept = cast("dict[str, str]", self.client.hgetall(Keys.shelf))
+            return {int(product): text for product, text in kept.items()}
 
     def count(
-        self, amounts: dict[str, int | float], process: tuple[str, dict] | None = None
+        self, amounts: dict[str, int | float], process: tuple[str, dict[str, Any]] | None = None
     ) -> None:
         """Add to the sums of all processes; note, if given, a process by name and its state."""
         with _asking(), self.client.pipeline() as pipe:
             for field, amount in amounts.items():
-                add = pipe.hincrbyfloat if isinstance(amount, float) else pipe.hincrby
-                add(Keys.telemetry, field, amount)
+                if isinstance(amount, float):
+                    pipe.hincrbyfloat(Keys.telemetry, field, amount)
+                else:
+                    pipe.hincrby(Keys.telemetry, field, amount)
             if process:
                 name, state = process
                 pipe.hset(Keys.processes, name, json.dumps(state | {"at": self.now()}))
@@ -168,7 +174,8 @@ class Noticeboard:
     def first_waiting(self, wait_ms: int) -> bytes | None:
         """Return the stream id of the first order in the outbox; wait so long for one."""
         with _asking():
-            found = self.raw_client.xread({Keys.outbox: "0"}, count=1, block=wait_ms)
+            streams = self.raw_client.xread({Keys.outbox: "0"}, count=1, block=wait_ms)
+        found = cast("list[tuple[bytes, list[tuple[bytes, object]]]]", streams)
         return found[0][1][0][0] if found else None
 
     def take_drain_lease(self, milliseconds: int) -> bool:

@@ -3,12 +3,15 @@
 import json
 import logging
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import redis
 
 from ..problems import KeyMismatch, Unavailable, UnknownProduct
-from .keys import IDEMPOTENCY_TTL_MS, Keys
+from .keys import Keys
+
+# How long the Idempotency-Key of a brake is remembered.
+KEY_LIFE_MS = 24 * 60 * 60 * 1000
 
 log = logging.getLogger(__name__)
 
@@ -56,14 +59,14 @@ class Act(NamedTuple):
 class BrakeGateway:
     """Reads and changes the brakes. Raises Unavailable when Redis can't be asked."""
 
-    def __init__(self, client: redis.Redis, run: Callable) -> None:
+    def __init__(self, client: redis.Redis, run: Callable[..., Any]) -> None:
         """`run` calls a script by its name, with keys and arguments."""
         self._client = client
         self._run = run
 
     def read(self) -> Brakes:
         try:
-            return Brakes.parse(self._client.get(Keys.brakes))
+            return Brakes.parse(cast("str | None", self._client.get(Keys.brakes)))
         except redis.RedisError as error:
             raise Unavailable(str(error)) from error
 
@@ -81,7 +84,7 @@ class BrakeGateway:
             keys.append(Keys.brake_key(key))
         word = WHOLE_SALE if product_id is None else product_id
         outcome, products, text = self._run(
-            "brake", keys, [int(on), word, json.dumps(act), IDEMPOTENCY_TTL_MS]
+            "brake", keys, [int(on), word, json.dumps(act), KEY_LIFE_MS]
         )
         if outcome == "unknown":
             raise UnknownProduct(product_id)
@@ -93,7 +96,7 @@ class BrakeGateway:
         """Return the oldest acts that the audit lacks; what is none is dropped."""
         acts = []
         try:
-            for text in self._client.lrange(Keys.brake_acts, 0, most - 1):
+            for text in cast("list[str]", self._client.lrange(Keys.brake_acts, 0, most - 1)):
                 try:
                     acts.append(Act.parse(text))
                 except (ValueError, KeyError, TypeError):

@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Callable
 
 from ..problems import Unavailable
-from .lines import Claim, LoopLine
+from ..reading import User
+from .lines import LIMITED, Claim, LoopLine, Request, Tell
 
 BELIEVED_SECONDS = 1.0
 # Past so many products a second, further ones are counted as unknown.
@@ -27,30 +28,32 @@ class Doorkeeper:
     def __init__(self, line: LoopLine, count: Callable[[dict[int, int]], None]) -> None:
         """`count` is told once a second, in a thread, who was turned away: how many by product."""
         self.line = line
+        line.on_limited = self._note
         self._count = count
         # Until when a user is turned away, and until when the window stays full, monotonic.
-        self._limited: dict[int, tuple[float, float]] = {}
+        self._limited: dict[User, tuple[float, float]] = {}
         self._turned_away: Counter[int] = Counter()
-        self._rounds: asyncio.Task | None = None
+        self._rounds: asyncio.Task[None] | None = None
 
-    async def claim(
-        self, user_id: int, product_id: int, quantity: int, key: str | None, address: str
-    ) -> Claim:
-        """Decide one purchase. Raises Unavailable when Redis gave no answer."""
-        if key is None and user_id in self._limited:
+    def ask(self, request: Request, tell: Tell) -> None:
+        """Decide one purchase; `tell` is called with the claim or with Unavailable, or at once."""
+        user, product_id = request.user, request.product_id
+        if request.key is None and user in self._limited:
             now = time.monotonic()
-            believed, full = self._limited[user_id]
+            believed, full = self._limited[user]
             if now < believed:
                 known = product_id in self._turned_away or len(self._turned_away) < MOST_PRODUCTS
                 self._turned_away[product_id if known else NO_PRODUCT] += 1
-                return Claim(b"limited", 0, 0, int((full - now) * 1000) + 1)
-        claim = await self.line.claim(user_id, product_id, quantity, key, address)
-        if claim.outcome == b"limited" and len(self._limited) < MOST_USERS:
+                tell(Claim(LIMITED, 0, 0, int((full - now) * 1000) + 1, b""))
+                return
+        self.line.ask(request, tell)
+
+    def _note(self, request: Request, claim: Claim) -> None:
+        if len(self._limited) < MOST_USERS:
             now, seconds = time.monotonic(), claim.reset_ms / 1000
-            self._limited[user_id] = now + min(seconds, BELIEVED_SECONDS), now + seconds
+            self._limited[request.user] = now + min(seconds, BELIEVED_SECONDS), now + seconds
             if self._rounds is None or self._rounds.done():
                 self._rounds = asyncio.create_task(self._make_rounds())
-        return claim
 
     async def report(self) -> None:
         """Have those counted who were turned away since the last time."""

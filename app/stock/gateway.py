@@ -7,67 +7,39 @@ import contextlib
 import itertools
 import json
 import logging
-import re
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import resources
+from typing import NamedTuple
 
 import hiredis
 import redis
 
 from ..config import Settings
 from ..problems import Unavailable, Unprepared
+from ..reading import User
 from .board import HISTORY_SAMPLES, Noticeboard
 from .brakes import BrakeGateway, Brakes
 from .doorkeeper import Doorkeeper
-from .keys import IDEMPOTENCY_TTL_MS, Keys, cautious_options
-from .lines import Claim, ClaimScript, LoopLine, ThreadLine
+from .entries import Entry, key_record
+from .keys import Keys, cautious_options
+from .lines import Claim, ClaimScript, LoopLine, Request, ThreadLine
+from .outcomes import REFUSALS
+from .place import queued_score
 
 log = logging.getLogger(__name__)
-
-# What claims are refused for, or answered with again: counted in the product's hash, or in one for
-# all where the product is unknown.
-REFUSALS = (
-    "sold_out", "insufficient", "capped", "not_open", "paused", "ended", "too_many",
-    "replayed", "mismatched", "limited", "limited_address", "overloaded", "unknown",
-    "limited_network", "limited_early", "capped_address",
-)  # fmt: skip
 
 # A product's terms of sale, in the order of put_product.lua.
 TERMS = ("opens", "closes", "pause", "cap", "max", "price")
 
 
-# An order in the outbox, as claim.lua writes it: user, product, quantity, price in cents, currency,
-# time of the claim in ms since 1970, Idempotency-Key or nothing.
-ENTRY = re.compile(
-    r"(\d{1,16}) (\d{1,16}) (\d{1,9}) (\d{1,16}) ([A-Z]{3}) (\d{1,15}) ([\x21-\x7e]{0,255})",
-    re.ASCII,
-).fullmatch
+class Ended(NamedTuple):
+    """An order that came with an Idempotency-Key, and its status now; STANDING if it holds."""
 
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One order as the outbox holds it."""
-
-    user_id: int
-    product_id: int
-    quantity: int
-    unit_price_cents: int
-    currency: str
-    claimed_ms: int
-    idempotency_key: str | None
-
-    @classmethod
-    def parse(cls, text: str) -> "Entry":
-        """Raises ValueError when the text is not an order."""
-        match = ENTRY(text)
-        if match is None:
-            raise ValueError("not an order")
-        user, product, quantity, cents, currency, claimed, key = match.groups()
-        return cls(
-            int(user), int(product), int(quantity), int(cents), currency, int(claimed), key or None
-        )
+    key: str
+    order_id: int
+    status: str
 
 
 @dataclass(frozen=True)
@@ -142,13 +114,21 @@ class Stock:
         self.loop_line = Doorkeeper(LoopLine(url, script, on_record), self.turn_away)
 
     def claim(
-        self, user_id: int, product_id: int, quantity: int, key: str | None, address: str
+        self,
+        user: User,
+        product_id: int,
+        quantity: int,
+        key: str | None,
+        address: str,
+        expected_cents: int | None = None,
+        reference: str | None = None,
     ) -> Claim:
-        """Decide one purchase in one round trip.
+        """Decide one purchase, a `Request`, in one round trip.
 
         Raises Unavailable when Redis gave no answer: the order may or may not exist.
         """
-        return self.thread_line.claim(user_id, product_id, quantity, key, address)
+        request = Request(user, product_id, quantity, key, address, expected_cents, reference)
+        return self.thread_line.claim(request)
 
     def _run(self, name: str, keys: list, args: list):
         try:
@@ -181,27 +161,35 @@ class Stock:
         movement_id: int,
         product_id: int,
         units: int,
-        user_id: int | None = None,
+        user: User | None = None,
+        ended: Ended | None = None,
     ) -> tuple[str, int]:
         """Apply a stock movement at most once: (applied | repeated | short | unknown, free stock).
 
-        With `user_id` the units also go back to what this user may still buy. Raises Unprepared
-        when Redis holds another sale than `generation`.
+        With `user` the units also go back to what this user may still buy, and a replay of the
+        purchase with the key of the order that `ended` tells what has become of it. Raises
+        Unprepared when Redis holds another sale than `generation`.
         """
         keys = [Keys.generation, Keys.movements, Keys.product(product_id)]
         args = [movement_id, units, generation or ""]
-        if user_id is not None:
-            bucket, field = Keys.bought(product_id, user_id)
+        if user is not None:
+            bucket, field = Keys.bought(product_id, user)
             keys.append(bucket)
             args.append(field)
+            if ended:
+                name, field = Keys.idempotency(user, ended.key)
+                keys += [name, Keys.former_idempotency(user, ended.key)]
+                args += [field, ended.order_id, ended.status]
         outcome, free = self._run("move", keys, args)
         if outcome == "unprepared":
             raise Unprepared("the sale is not in Redis")
         return outcome, free
 
-    def queued_orders(self, user_id: int, most: int) -> list[tuple[int, Entry]]:
+    def queued_orders(self, user: User, most: int) -> list[tuple[int, Entry]]:
         """Return the user's orders that wait to be persisted, newest first."""
-        found = self._run("queued", [Keys.queued, Keys.outbox], [user_id, most])
+        found = self._run(
+            "queued", [Keys.queued, Keys.outbox], [queued_score(user), str(user), most]
+        )
         return [(int(order_id), Entry.parse(text)) for order_id, text in found]
 
     def read_outbox(
@@ -459,6 +447,7 @@ class Stock:
             self.client.unlink(Keys.generation, Keys.outbox, Keys.queued, Keys.movements)
             self._unlink(Keys.bought_prefix)
             self._unlink(Keys.idempotency_prefix)
+            self._unlink(Keys.former_idempotency_prefix)
             for product_id in self.product_ids():
                 self.client.hdel(Keys.product(product_id), *accounting)
             self.client.unlink(Keys.products, Keys.order_ids)
@@ -494,7 +483,9 @@ class Stock:
         except redis.RedisError as error:
             raise Unavailable(str(error)) from error
 
-    def put_bought(self, buckets: Iterable[tuple[int, int, list[int], list[int]]]) -> None:
+    def put_bought(
+        self, buckets: Iterable[tuple[int, int | str, list[int] | list[str], list[int]]]
+    ) -> None:
         """Write what users have bought: (product id, bucket, fields, units) each."""
         self._write(
             (
@@ -505,17 +496,10 @@ class Stock:
             for product_id, bucket, fields, units in buckets
         )
 
-    def put_keys(self, keys: Iterable[tuple[int, str, int, int, int, int]]) -> int:
-        """Write Idempotency-Keys: (user, key, order id, product id, quantity, claimed ms) each."""
+    def put_keys(self, keys: Iterable[tuple[User, str, str]]) -> int:
+        """Write Idempotency-Keys: (user, key, its record, see entries.key_record) each."""
         return self._write(
-            (
-                "SET",
-                Keys.idempotency(user_id, key),
-                f"{order_id} {product_id} {quantity}",
-                "PXAT",
-                int(claimed_ms) + IDEMPOTENCY_TTL_MS,
-            )
-            for user_id, key, order_id, product_id, quantity, claimed_ms in keys
+            ("HSET", *Keys.idempotency(user, key), record) for user, key, record in keys
         )
 
     def _write(self, commands: Iterable[tuple]) -> int:
@@ -553,11 +537,13 @@ class Stock:
 
     def rename_order(self, entry: Entry, former: int, order_id: int) -> None:
         """Let a replay of the purchase tell the order's new id, if its key is still remembered."""
-        key = Keys.idempotency(entry.user_id, entry.idempotency_key)
-        request = f"{entry.product_id} {entry.quantity}"
+        assert entry.idempotency_key is not None
+        name, field = Keys.idempotency(entry.user, entry.idempotency_key)
+        older = Keys.former_idempotency(entry.user, entry.idempotency_key)
         with contextlib.suppress(redis.RedisError):
-            if self.client.get(key) == f"{former} {request}":
-                self.client.set(key, f"{order_id} {request}", xx=True, keepttl=True)
+            known = self.client.hget(name, field) or self.client.get(older)
+            if known and known.partition(" ")[0] == str(former):
+                self.client.hset(name, field, key_record(order_id, entry))
 
     def open(self, generation: str, first_order_id: int) -> None:
         """Let claims in: from here on order ids start at `first_order_id`."""

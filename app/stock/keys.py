@@ -1,16 +1,19 @@
 """What all of the Redis side shares: names of keys, errors, and how connections behave."""
 
+from typing import Any
+
 import redis
 from redis.backoff import NoBackoff
-from redis.connection import parse_url
+from redis.connection import AbstractConnection, parse_url
 from redis.retry import Retry
 
 from ..breaker import Breaker
+from ..reading import User
+from .place import place
 
 # A shopper gets an answer within 2 s even from a dead Redis; a healthy one needs about 1 ms.
 CONNECT_TIMEOUT_SECONDS = 0.5
 COMMAND_TIMEOUT_SECONDS = 1.0
-IDEMPOTENCY_TTL_MS = 24 * 60 * 60 * 1000
 # How a server says that it can't do a primary's work any more, or not yet: it has become a replica,
 # lost its primary or its replicas, is loading, or another holds these keys. Who is told so leaves.
 UNFIT = frozenset(
@@ -22,8 +25,6 @@ UNFIT = frozenset(
 # Errors of a claim after which surely nothing has happened: Redis gives them before a script runs
 # or at its first write. UNDONE is the script's own. Any other may mean that it was cut off midway.
 NOTHING_RAN = UNFIT | {"NOSCRIPT", "OOM", "MISCONF", "BUSY", "NOPERM", "WRONGTYPE", "UNDONE"}
-# So many users share one small hash of bought units: about 8 bytes each instead of 100.
-USERS_PER_BUCKET = 128
 
 
 class Keys:
@@ -55,7 +56,8 @@ class Keys:
     brakes = "sale:{0}:brakes"
     brake_acts = "sale:{0}:brake-acts"
     bought_prefix = "sale:{0}:bought:"
-    idempotency_prefix = "sale:{0}:key:"
+    idempotency_prefix = "sale:{0}:keys:"
+    former_idempotency_prefix = "sale:{0}:key:"
 
     @staticmethod
     def product(product_id: int) -> str:
@@ -70,18 +72,28 @@ class Keys:
         return f"sale:{{0}}:address-units:{product_id}"
 
     @staticmethod
-    def bought(product_id: int, user_id: int) -> tuple[str, int]:
+    def bought(product_id: int, user: User) -> tuple[str, str]:
         """Return the hash and the field that count the units a user bought of a product."""
-        bucket, field = divmod(user_id, USERS_PER_BUCKET)
+        _, bucket, field = place(user)
         return Keys.bucket(product_id, bucket), field
 
     @staticmethod
-    def bucket(product_id: int, bucket: int) -> str:
+    def bucket(product_id: int, bucket: int | str) -> str:
         return f"sale:{{0}}:bought:{product_id}:{bucket}"
 
     @staticmethod
-    def idempotency(user_id: int, key: str) -> str:
-        return f"sale:{{0}}:key:{user_id}:{key}"
+    def idempotency(user: User, key: str) -> tuple[str, str]:
+        """Return the hash and the field that hold the record of a user's Idempotency-Key.
+
+        A blank is in neither alphabet, so no two pairs of user and key share a field.
+        """
+        _, bucket, field = place(user)
+        return f"sale:{{0}}:keys:{bucket}", f"{field} {key}"
+
+    @staticmethod
+    def former_idempotency(user: User, key: str) -> str:
+        """Return where 0.1.0 kept the record; of a text, which it did not know, there is none."""
+        return f"sale:{{0}}:key:{user}:{key}" if isinstance(user, int) else Keys.nothing
 
 
 class StaffKeys:
@@ -108,7 +120,7 @@ def code_of(error: Exception) -> str:
     return getattr(error, "status_code", None) or str(error).partition(" ")[0]
 
 
-class _Cautious:
+class _Cautious(AbstractConnection):
     """A connection that asks nothing of a Redis which let somebody wait in vain a moment ago.
 
     And nothing of one that can no longer do its work, whichever connection was told: all of them
@@ -120,15 +132,15 @@ class _Cautious:
     unfit = 0
     _unfit_before = 0
 
-    def send_packed_command(self, command, check_health=True):
+    def send_packed_command(self, command: Any, check_health: bool = True) -> None:
         if not self.breaker.admits():
             raise redis.ConnectionError("Redis did not answer a moment ago")
         if self._unfit_before != _Cautious.unfit:
             self._unfit_before = _Cautious.unfit
-            self.disconnect()
-        super().send_packed_command(command, check_health)
+            self.disconnect()  # type: ignore[no-untyped-call]  # redis-py's
+        super().send_packed_command(command, check_health)  # type: ignore[no-untyped-call]  # the same
 
-    def read_response(self, *arguments, **options):
+    def read_response(self, *arguments: Any, **options: Any) -> Any:
         try:
             response = super().read_response(*arguments, **options)
         except redis.TimeoutError:
@@ -147,19 +159,33 @@ def leave_server() -> None:
     _Cautious.unfit += 1
 
 
+class _CautiousConnection(_Cautious, redis.Connection):
+    pass
+
+
+class _CautiousSSLConnection(_Cautious, redis.SSLConnection):
+    pass
+
+
+class _CautiousUnixConnection(_Cautious, redis.UnixDomainSocketConnection):
+    pass
+
+
+# By the kind that a URL asks for.
 CAUTIOUS = {
-    kind: type(f"Cautious{kind.__name__}", (_Cautious, kind), {})
-    for kind in (redis.Connection, redis.SSLConnection, redis.UnixDomainSocketConnection)
+    redis.Connection: _CautiousConnection,
+    redis.SSLConnection: _CautiousSSLConnection,
+    redis.UnixDomainSocketConnection: _CautiousUnixConnection,
 }
 
 
-def cautious_options(url: str, decode: bool) -> dict:
+def cautious_options(url: str, decode: bool) -> dict[str, Any]:
     """Options of the connections that requests share their threads for."""
-    kind = parse_url(url).get("connection_class", redis.Connection)
+    kind = parse_url(url).get("connection_class", redis.Connection)  # type: ignore[no-untyped-call]  # redis-py's
     return {**connection_options(decode), "connection_class": CAUTIOUS[kind]}
 
 
-def connection_options(decode: bool) -> dict:
+def connection_options(decode: bool) -> dict[str, Any]:
     """Options of every connection: bounded waits, and no silent second try of a command."""
     return {
         "socket_connect_timeout": CONNECT_TIMEOUT_SECONDS,

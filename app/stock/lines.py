@@ -1,9 +1,9 @@
-"""The hot roads to Redis: one packed EVALSHA for each claim, and never a second one by itself.
+"""The hot roads to Redis: one packed EVALSHA for a batch of claims, and never a second one.
 
-`ThreadLine` blocks, with a connection for each thread: any WSGI server, commands, tests. `LoopLine`
-belongs to an event loop and sends the claims of all requests in flight down one connection: one
-write, one fsync in Redis and one read serve dozens of them. An ordinary client would cost several
-times the CPU, and might send a claim again.
+`ThreadLine` blocks, with a connection for each thread: any WSGI server, commands, tests; its claims
+are batches of one. `LoopLine` belongs to an event loop and has the claims of one turn decided
+together: one write, one run of the script, one fsync in Redis and one read serve dozens of them. An
+ordinary client would cost several times the CPU, and might send a claim again.
 
 Both check every new connection: a Redis that was exchanged (restored from an old copy, or another
 system's) cuts connections, and nothing must be sold from it.
@@ -11,11 +11,13 @@ system's) cuts connections, and nothing must be sold from it.
 
 import asyncio
 import hashlib
+import logging
 import ssl
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import hiredis
@@ -24,10 +26,10 @@ import redis
 from ..addresses import network_of
 from ..config import NO_LIMIT, RateLimit, Settings
 from ..problems import Unavailable, Unprepared
+from ..reading import User
 from .keys import (
     COMMAND_TIMEOUT_SECONDS,
     CONNECT_TIMEOUT_SECONDS,
-    IDEMPOTENCY_TTL_MS,
     NOTHING_RAN,
     UNFIT,
     Keys,
@@ -35,15 +37,24 @@ from .keys import (
     connection_options,
     leave_server,
 )
+from .place import place, queued_score
+
+log = logging.getLogger(__name__)
 
 # After a failure requests are refused at once for so long, then one of them tries again.
 RETRY_AFTER_FAILURE_SECONDS = 0.25
 # A process that nobody asks for a purchase looks for Redis by itself, less often.
 RECONNECT_SECONDS = 1.0
-# So many commands go out at once, though the turn may have more: Redis can begin.
-WRITE_COMMANDS = 16
+# So many claims are decided by one run of the script, in some 0.5 ms: others wait for it.
+MOST_AT_ONCE = 32
+# While so many batches of a process are on their way, the next claims gather.
+MOST_IN_FLIGHT = 1
 # How often a connection that owes answers is looked at.
 WATCH_SECONDS = 0.1
+
+# Of a claim that met something in Redis which can't be, such as a key of another type.
+UNDONE = b"undone"
+LIMITED = b"limited"
 
 EARLY_ATTEMPTS_A_MINUTE = 60
 # Attempts take no more memory than this, with no maxmemory either: some 2 million shoppers.
@@ -53,13 +64,39 @@ MOST_ATTEMPTS_BYTES = 256 << 20
 OnRecord = Callable[[], tuple[str, int] | None]
 
 
+class Request(NamedTuple):
+    """One purchase that is to be decided. `user` is in canonical form, see place.py.
+
+    `address` is a client's, as addresses.py names it.
+    """
+
+    user: User
+    product_id: int
+    quantity: int
+    key: str | None
+    address: str
+    expected_cents: int | None = None
+    reference: str | None = None
+
+
 class Claim(NamedTuple):
-    """What the claim script decided; see claim.lua for the outcomes."""
+    """What the claim script decided; see claim.lua for the outcomes.
+
+    `text` is a price, such as b"1999 EUR": the order's, where it is accepted or replayed (empty
+    where its record is of 0.1.0), and the one in force where it is price_changed. Of an order_ended
+    it is the order's status, and `detail` its id.
+    """
 
     outcome: bytes
     detail: int
     attempts_left: int
     reset_ms: int
+    text: bytes
+
+
+# Is told what became of a purchase: Unavailable where that is not known.
+Tell = Callable[[Claim | Exception], None]
+Batch = list[tuple[Request, Tell]]
 
 
 def early_limit(user: RateLimit) -> RateLimit:
@@ -71,6 +108,18 @@ def early_limit(user: RateLimit) -> RateLimit:
         return NO_LIMIT
     a_minute = -(-user.count * 60_000 // user.window_ms)
     return RateLimit(max(EARLY_ATTEMPTS_A_MINUTE, a_minute), 60_000)
+
+
+# The first keys of claim.lua, whatever is claimed.
+SHARED_KEYS = (
+    Keys.generation,
+    Keys.brakes,
+    *Keys.attempts,
+    Keys.outbox,
+    Keys.queued,
+    Keys.order_ids,
+    Keys.refused,
+)
 
 
 class ClaimScript:
@@ -96,7 +145,6 @@ class ClaimScript:
             "TURN": turn,
             "MOST_BYTES": MOST_ATTEMPTS_BYTES,
             "MOST_WAITING": settings.outbox_limit,
-            "KEY_LIFE": IDEMPOTENCY_TTL_MS,
         }
         names, values = ", ".join(constants), ", ".join(map(str, constants.values()))
         # As a part of the script they cost nothing; as arguments 5 % of what a claim costs Redis.
@@ -104,28 +152,37 @@ class ClaimScript:
         self._sha = hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest()
         self.load = hiredis.pack_command(("SCRIPT", "LOAD", script))
 
-    def command(
-        self, user_id: int, product_id: int, quantity: int, key: str | None, address: str
-    ) -> bytes:
-        bucket, field = Keys.bought(product_id, user_id)
-        keys = (
-            Keys.generation,
-            Keys.brakes,
-            *Keys.attempts,
-            Keys.product(product_id),
-            bucket,
-            Keys.outbox,
-            Keys.queued,
-            Keys.order_ids,
-            Keys.refused,
-        )
+    def command(self, *requests: Request) -> bytes:
+        """Return the command that decides so many purchases, in this order."""
+        products = list(dict.fromkeys([request.product_id for request in requests]))
+        numbers = {product_id: str(number) for number, product_id in enumerate(products, 1)}
+        keys = [*SHARED_KEYS, *map(Keys.product, products)]
         if self._address_units:
-            keys += (Keys.address_units(product_id),)
-        network = network_of(address) if self._networks else ""
-        args = (str(user_id), str(product_id), str(quantity), str(field), address, network)
-        if key is not None:
-            keys += (Keys.idempotency(user_id, key),)
-            args += (key,)
+            keys += map(Keys.address_units, products)
+        args = [str(len(products)), str(len(requests)), *map(str, products)]
+        for user, product_id, quantity, key, address, expected, reference in requests:
+            _, bucket, field = place(user)
+            keys.append(f"{Keys.bought_prefix}{product_id}:{bucket}")
+            letters, more = "", []
+            if expected is not None:
+                letters, more = "e", [str(expected)]
+            if key is not None:
+                letters += "k"
+                more.append(key)
+                keys += (
+                    Keys.idempotency(user, key)[0],
+                    Keys.former_idempotency(user, key),
+                )
+            if self._networks:
+                letters += "n"
+                more.append(network_of(address))
+            if reference is not None:
+                letters += "r"
+                more.append(reference)
+            if not isinstance(user, int):
+                letters += "s"
+                more.append(str(queued_score(user)))
+            args += (str(user), field, numbers[product_id], str(quantity), address, letters, *more)
         return hiredis.pack_command(("EVALSHA", self._sha, str(len(keys)), *keys, *args))
 
 
@@ -149,9 +206,22 @@ def _check_sale(record: tuple[str, int] | None, held: bytes | None, last: bytes 
         )
 
 
+class Undone(redis.ResponseError):
+    """A claim met something in Redis that can't be; nothing is left of it."""
+
+
 def refused(error: Exception) -> Unavailable:
     """Return what an error that Redis answered means for a claim."""
-    return Unavailable(str(error), executed=False if code_of(error) in NOTHING_RAN else None)
+    nothing_ran = isinstance(error, Undone) or code_of(error) in NOTHING_RAN
+    return Unavailable(str(error), executed=False if nothing_ran else None)
+
+
+def _claim_of(answer: list) -> Claim:
+    """Return one claim of a batch's answer. Raises Undone."""
+    claim = Claim._make(answer)
+    if claim.outcome == UNDONE:
+        raise Undone(claim.text.decode("utf-8", "replace"))
+    return claim
 
 
 class ThreadLine:
@@ -172,7 +242,7 @@ class ThreadLine:
         self._failures = 0
         self._closed_until = 0.0
 
-    def claim(self, *request: object) -> Claim:
+    def claim(self, request: Request) -> Claim:
         """Decide one purchase. Raises Unavailable when Redis gave no answer."""
         failures = self._failures
         if self._closed_until and time.monotonic() < self._closed_until:
@@ -180,7 +250,7 @@ class ThreadLine:
         if self._closed_until:
             # This request is the one that tries; the others go on being refused meanwhile.
             self._closed_until = time.monotonic() + COMMAND_TIMEOUT_SECONDS
-        command = self._script.command(*request)
+        command = self._script.command(request)
         sent = False
         try:
             connection = self._connection(failures)
@@ -191,6 +261,7 @@ class ThreadLine:
                 # Nothing ran, so this is the one case where sending again is safe.
                 self._exchange(connection, self._script.load)
                 answer = self._exchange(connection, command)
+            claim = _claim_of(answer[0])
         except Unprepared:
             self._closed_until = time.monotonic() + RETRY_AFTER_FAILURE_SECONDS
             raise
@@ -205,7 +276,7 @@ class ThreadLine:
                 self._closed_until = time.monotonic() + RETRY_AFTER_FAILURE_SECONDS
             raise (refused(error) if sent else Unavailable(str(error), executed=False)) from error
         self._closed_until = 0.0
-        return Claim._make(answer)
+        return claim
 
     def check(self) -> bool:
         """Return whether the sale was compared with PostgreSQL; as LoopLine.check."""
@@ -257,12 +328,21 @@ class ThreadLine:
 
 
 class LoopLine:
-    """Claims of one event loop, over one connection, as many at a time as there are requests."""
+    """Claims of one event loop, over one connection: those of one turn are decided together.
+
+    While Redis decides, the next ones gather; more of them in one batch cost less each.
+    """
 
     def __init__(self, url: str, script: ClaimScript, on_record: OnRecord) -> None:
         self._options = redis.connection.parse_url(url)
         self._script = script
         self._on_record = on_record
+        # What goes out next, and how many batches are on their way.
+        self._gathered: Batch = []
+        self._in_flight = 0
+        self._called = False
+        # Is told of users who are over their limit.
+        self.on_limited: Callable[[Request, Claim], None] = lambda request, claim: None
         self._channel: Channel | None = None
         self._opening: asyncio.Task | None = None
         self._closed_until = 0.0
@@ -271,24 +351,97 @@ class LoopLine:
         self._verified = False
         self._compared_at = 0.0
 
-    async def claim(self, *request: object) -> Claim:
+    async def claim(self, request: Request) -> Claim:
         """Decide one purchase. Raises Unavailable when Redis gave no answer."""
+        future = asyncio.get_running_loop().create_future()
+        self.ask(request, lambda result: None if future.done() else future.set_result(result))
+        result = await future
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def ask(self, request: Request, tell: Tell) -> None:
+        """Decide one purchase; `tell` is called with the claim or with Unavailable, later."""
+        gathered = self._gathered
+        gathered.append((request, tell))
+        if len(gathered) >= MOST_AT_ONCE:
+            self._send()
+        elif not self._called and self._in_flight < MOST_IN_FLIGHT:
+            # What else is asked in this turn of the loop goes along.
+            self._called = True
+            asyncio.get_running_loop().call_soon(self._send)
+
+    def _send(self) -> None:
+        self._called = False
+        batch, self._gathered = self._gathered, []
+        if not batch:
+            return
+        self._in_flight += 1
         channel = self._channel
         if channel is None or channel.lost:
-            channel = await self._reach()
-        command = self._script.command(*request)
-        answer = await channel.ask(command)
-        if isinstance(answer, hiredis.ReplyError):
+            reach = asyncio.get_running_loop().create_task(self._reach())
+            reach.add_done_callback(partial(self._reached, batch))
+        else:
+            self._decide(channel, batch)
+
+    def _reached(self, batch: Batch, reach: asyncio.Task) -> None:
+        if error := reach.exception():
+            self._tell(batch, error)
+        elif reach.result().lost:
+            self._tell(batch, Unavailable("the connection to Redis was lost", executed=False))
+        else:
+            self._decide(reach.result(), batch)
+
+    def _decide(self, channel: "Channel", batch: Batch, loaded: bool = False) -> None:
+        command = self._script.command(*[request for request, _ in batch])
+        channel.send(command, partial(self._answered, channel, batch, loaded))
+
+    def _answered(self, channel: "Channel", batch: Batch, loaded: bool, answer: object) -> None:
+        if isinstance(answer, list):
+            self._tell(batch, answer)
+        elif isinstance(answer, hiredis.ReplyError):
             code = code_of(answer)
-            if code != "NOSCRIPT":
-                if code in UNFIT:
-                    channel.retire()
-                    leave_server()
-                raise refused(answer)
-            # Nothing ran, so this is the one case where sending again is safe.
-            await channel.ask_well(self._script.load)
-            answer = await channel.ask_well(command)
-        return Claim._make(answer)
+            if code == "NOSCRIPT" and not loaded and not channel.lost:
+                # Nothing ran, so this is the one case where sending again is safe.
+                channel.send(self._script.load, lambda _: None)
+                self._decide(channel, batch, loaded=True)
+                return
+            if code in UNFIT:
+                channel.retire()
+                leave_server()
+            self._tell(batch, refused(answer))
+        else:
+            self._tell(batch, answer)
+
+    def _tell(self, batch: Batch, answer: list | Exception) -> None:
+        """Tell each of the batch what became of it; then let go out what gathered meanwhile."""
+        self._in_flight -= 1
+        for number, (request, tell) in enumerate(batch):
+            result: Claim | Exception
+            if isinstance(answer, list):
+                result = Claim._make(answer[number])
+                if result.outcome == UNDONE:
+                    result = self._undone(result)
+                elif result.outcome == LIMITED:
+                    self.on_limited(request, result)
+            else:
+                result = answer
+            try:
+                tell(result)
+            except Exception:
+                # One that can't be told must not keep the others waiting.
+                log.exception("a claim was decided, and not answered")
+        if self._gathered and not self._called:
+            self._called = True
+            asyncio.get_running_loop().call_soon(self._send)
+
+    def _undone(self, claim: Claim) -> Unavailable:
+        error = Undone(claim.text.decode("utf-8", "replace"))
+        if code_of(error) in UNFIT:
+            leave_server()
+            if self._channel:
+                self._channel.retire()
+        return refused(error)
 
     async def check(self) -> bool:
         """Return whether the sale was compared with PostgreSQL; if not, try it now and then.
@@ -409,8 +562,7 @@ class Channel(asyncio.Protocol):
         self.on_lost: Callable[[], None] = lambda: None
         self._loop = asyncio.get_running_loop()
         self._reader = hiredis.Reader()
-        self._waiting: deque[asyncio.Future] = deque()
-        self._unsent: list[bytes] = []
+        self._waiting: deque[Callable[[object], None]] = deque()
         # When Redis last answered, or was asked after a pause.
         self._heard_at = 0.0
         self._watched = False
@@ -418,22 +570,30 @@ class Channel(asyncio.Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:
         self._transport = transport
 
-    def ask(self, command: bytes) -> asyncio.Future:
-        """Send a command; the result may be a hiredis.ReplyError, or Unavailable is raised."""
-        if self.lost:
-            raise Unavailable("the connection to Redis was lost", executed=False)
-        if not self._unsent:
-            # What else is asked in this turn of the loop goes out in the same write.
-            self._loop.call_soon(self._flush)
-        self._unsent.append(command)
-        if len(self._unsent) == WRITE_COMMANDS:
-            self._flush()
+    def send(self, command: bytes, tell: Callable[[object], None]) -> None:
+        """Send a command; `tell` gets the answer, maybe a hiredis.ReplyError, or Unavailable."""
+        self._transport.write(command)
         if not self._watched:
             self._watched = True
             self._heard_at = self._loop.time()
             self._loop.call_later(WATCH_SECONDS, self._watch)
+        self._waiting.append(tell)
+
+    def ask(self, command: bytes) -> asyncio.Future:
+        """Send a command; the result may be a hiredis.ReplyError, or Unavailable is raised."""
+        if self.lost:
+            raise Unavailable("the connection to Redis was lost", executed=False)
         future = self._loop.create_future()
-        self._waiting.append(future)
+
+        def tell(answer: object) -> None:
+            # Who gave up waiting is not told any more.
+            if not future.done():
+                if isinstance(answer, Unavailable):
+                    future.set_exception(answer)
+                else:
+                    future.set_result(answer)
+
+        self.send(command, tell)
         return future
 
     async def ask_well(self, command: bytes):
@@ -443,20 +603,12 @@ class Channel(asyncio.Protocol):
             raise refused(answer)
         return answer
 
-    def _flush(self) -> None:
-        if self._unsent and not self._gone:
-            self._transport.write(b"".join(self._unsent))
-        self._unsent.clear()
-
     def data_received(self, data: bytes) -> None:
         self._heard_at = self._loop.time()
         reader, waiting = self._reader, self._waiting
         reader.feed(data)
         while (answer := reader.gets()) is not False:
-            future = waiting.popleft()
-            # Who gave up waiting is not told any more.
-            if not future.done():
-                future.set_result(answer)
+            waiting.popleft()(answer)
         if self.lost and not waiting:
             self._transport.close()
 
@@ -488,6 +640,4 @@ class Channel(asyncio.Protocol):
             self.lost = True
             self.on_lost()
         while self._waiting:
-            future = self._waiting.popleft()
-            if not future.done():
-                future.set_exception(Unavailable("Redis did not answer"))
+            self._waiting.popleft()(Unavailable("Redis did not answer"))

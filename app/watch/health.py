@@ -4,6 +4,7 @@ The words are public (/readyz): they name no server.
 """
 
 from functools import cache
+from typing import Any
 
 import redis
 from alembic.config import Config
@@ -13,8 +14,10 @@ from psycopg2 import errorcodes
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError, TimeoutError
 
-from ..database import DRAIN_LOCK, Unanswered, is_unavailable, sqlstate
+from ..database import Unanswered, is_unavailable, sqlstate
 from ..extensions import db, stock
+from ..generation import Held, held, on_record
+from ..locks import DRAIN_LOCK
 from ..problems import Unavailable, Unprepared
 from ..stock.board import News
 from ..stock.gateway import View
@@ -47,6 +50,12 @@ REDIS_REFUSALS = {
     "WRONGPASS": "refuses the password",
     "NOPERM": "refuses this user",
     "BUSY": "busy with a script",
+}
+SALE_STATES = {
+    Held.NOTHING: "not in Redis, or being rebuilt: `flask rebuild` makes it anew",
+    Held.ANOTHER: "Redis holds another sale: run `flask rebuild`",
+    Held.THIS: "in Redis",
+    Held.UNCOMPARED: "in Redis, not compared with PostgreSQL",
 }
 POSTGRES_STATES = {
     errorcodes.READ_ONLY_SQL_TRANSACTION: "read-only",
@@ -83,7 +92,7 @@ def in_words(error: BaseException) -> str:
     return POSTGRES_STATES.get(sqlstate(cause), "unreachable")
 
 
-def check(app: Flask) -> dict[str, dict]:
+def check(app: Flask) -> dict[str, dict[str, Any]]:
     """Return {part: {"ok": bool, "state": text}}.
 
     The parts are redis, postgres, migrations, sale, worker and queue.
@@ -105,7 +114,7 @@ def check(app: Flask) -> dict[str, dict]:
         parts["migrations"] = _part(
             applied == newest, "applied" if applied == newest else f"at {applied}, not {newest}"
         )
-        expected = db.session.execute(text("SELECT generation FROM sale")).scalar() or ""
+        expected = on_record()
     except SQLAlchemyError as error:
         db.session.rollback()
         if sqlstate(error) == errorcodes.UNDEFINED_TABLE:
@@ -122,21 +131,16 @@ def check(app: Flask) -> dict[str, dict]:
     return parts
 
 
-def _part(ok: bool, state: str) -> dict:
+def _part(ok: bool, state: str) -> dict[str, Any]:
     return {"ok": ok, "state": state}
 
 
-def _sale(generation: str, expected: str | None) -> dict:
-    if not generation:
-        return _part(False, "not in Redis, or being rebuilt: `flask rebuild` makes it anew")
-    if expected is None:
-        return _part(True, "in Redis, not compared with PostgreSQL")
-    if generation != expected:
-        return _part(False, "Redis holds another sale: run `flask rebuild`")
-    return _part(True, "in Redis")
+def _sale(generation: str, expected: str | None) -> dict[str, Any]:
+    found = held(generation, expected)
+    return _part(found in (Held.THIS, Held.UNCOMPARED), SALE_STATES[found])
 
 
-def _queue(view: View, news: News, parts: dict[str, dict]) -> dict:
+def _queue(view: View, news: News, parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Tell whether orders get stored: a worker that lives may still be kept from it."""
     if not view.waiting:
         return _part(True, "empty")
@@ -154,7 +158,7 @@ def _queue(view: View, news: News, parts: dict[str, dict]) -> dict:
 
 def _drain_is_locked() -> bool:
     try:
-        return db.session.scalar(DRAIN_LOCKED, {"lock": DRAIN_LOCK})
+        return bool(db.session.scalar(DRAIN_LOCKED, {"lock": DRAIN_LOCK}))
     except SQLAlchemyError as error:
         if not is_unavailable(error):
             raise
@@ -163,7 +167,7 @@ def _drain_is_locked() -> bool:
 
 
 @cache
-def newest_migration(directory: str) -> str:
+def newest_migration(directory: str) -> str | None:
     """Return the revision that the code expects."""
     config = Config()
     config.set_main_option("script_location", directory)

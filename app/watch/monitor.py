@@ -7,13 +7,14 @@ script call and one pipeline.
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import Any
 
-from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError
 
 from ..database import is_unavailable
 from ..extensions import db, stock
-from ..models import Product, ProductTotals, Sale
+from ..generation import Held, held, on_record
+from ..models import Product, ProductTotals
 from ..problems import Unavailable, UnknownProduct
 from ..stock.brakes import Brakes
 from . import health, samples, shelf
@@ -55,7 +56,7 @@ class Item:
     difference: int = 0
 
     @property
-    def figures(self) -> tuple:
+    def figures(self) -> tuple[object, ...]:
         """Everything that a row shows beside the product's terms, times in whole seconds."""
         return (
             self.state, self.sold, self.held, self.queued, self.free, self.balanced,
@@ -84,7 +85,7 @@ class Ledger:
 
     ok: bool | None = None
     at: datetime | None = None
-    products: dict[int, dict] = field(default_factory=dict)
+    products: dict[int, dict[str, Any]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
 
@@ -108,7 +109,7 @@ class Board:
     weak: list[str]
     dead_orders: int
     # The chart's newest seconds, as columns.
-    samples: dict[str, list]
+    samples: samples.Columns
 
     @property
     def sold(self) -> int:
@@ -155,15 +156,16 @@ def items(
     With one of the two servers away it is told in the second value, and what the other knows is
     returned. Raises UnknownProduct, and PostgreSQL's error when both are away.
     """
-    expected, error = None, None
+    expected: str | None = None
+    error: SQLAlchemyError | None = None
     try:
         query = shelf.products_and_totals()
         if product_id is not None:
             query = query.where(Product.id == product_id)
         if among is not None:
             query = query.where(Product.id.in_(among))
-        rows = db.session.execute(query).all()
-        expected = db.session.scalar(select(Sale.generation)) or ""
+        rows: list[shelf.Row] = [(product, totals) for product, totals in db.session.execute(query)]
+        expected = on_record()
     except SQLAlchemyError as failed:
         if not is_unavailable(failed):
             raise
@@ -182,9 +184,9 @@ def items(
     live = _Live([product.id for product, _ in rows], expected)
     if live.foreign and error is None:
         # Perhaps a rebuild has ended between the two readings.
-        expected = db.session.scalar(select(Sale.generation)) or ""
+        expected = on_record()
         live = _Live([product.id for product, _ in rows], expected)
-    live.postgres_error = error and health.in_words(error)
+    live.postgres_error = health.in_words(error) if error else None
     return [_item(product, totals, live) for product, totals in rows], live
 
 
@@ -238,7 +240,7 @@ class _Live:
         self.waiting = self.oldest_seconds = self.workers = None
         self.brakes = Brakes(False, frozenset())
         self.ledger = Ledger()
-        self.samples: list[tuple[int, dict]] = []
+        self.samples: list[tuple[int, dict[str, Any]]] = []
         try:
             view = stock.view(product_ids)
             news = stock.board.news(samples.RATE_SECONDS + 1)
@@ -249,7 +251,7 @@ class _Live:
         self.workers = news.workers
         self.generation = view.generation
         self.brakes = view.brakes
-        self.foreign = not view.generation or expected not in (None, view.generation)
+        self.foreign = held(view.generation, expected) in (Held.NOTHING, Held.ANOTHER)
         if self.foreign:
             # Whatever it holds, it is not this sale's.
             return
@@ -262,7 +264,7 @@ class _Live:
         self.point = news.now, samples.totals(view)
 
 
-def read_ledger(proof: dict | None, now: float, generation: str) -> Ledger:
+def read_ledger(proof: dict[str, Any] | None, now: float, generation: str) -> Ledger:
     """Return the stored proof; one of another sale, of long ago or of the future says nothing."""
     if not proof or proof.get("generation", generation) != generation:
         return Ledger()

@@ -3,13 +3,19 @@
 import threading
 from collections import deque
 from itertools import pairwise
+from typing import Any
 
 from ..extensions import stock
 from ..stock.board import HISTORY_SAMPLES
-from ..stock.gateway import REFUSALS, View
+from ..stock.gateway import View
+from ..stock.outcomes import REFUSALS
 
-# A moment's counters: when (seconds since 1970, by Redis's clock) and their sums over all products.
-Point = tuple[float, dict[str, int]]
+# The counters' sums over all products, and the queue: `oldest_ms` is None where nothing waits.
+Figures = dict[str, Any]
+# A moment's counters: when, in seconds since 1970 by Redis's clock.
+Point = tuple[float, Figures]
+
+Columns = dict[str, list[float | None]]
 
 # A rate is taken over so many seconds: one alone flickers.
 RATE_SECONDS = 3
@@ -25,7 +31,7 @@ RATES = {
     "replayed": ("replayed",),
     "refused": (
         "mismatched", "too_many", "ended", "paused", "not_open", "capped", "capped_address",
-        "overloaded",
+        "overloaded", "price_changed", "order_ended",
     ),
     "persisted": ("persisted",),
 }  # fmt: skip
@@ -33,7 +39,7 @@ COLUMNS = ("accepted", "refused", "waiting", "free")
 _REFUSALS = sum((RATES[name] for name in ("sold_out", "limited", "refused")), ())
 
 
-def totals(view: View) -> dict[str, int]:
+def totals(view: View) -> Figures:
     """Return the counters as they stand, over all products, and the queue."""
     figures = list(view.products.values())
     names = ("accepted", "claimed", "settled", "persisted", "free", *REFUSALS)
@@ -81,22 +87,22 @@ def rates(now: Point, earlier: list[Point]) -> dict[str, float | None]:
     }
 
 
-def _difference(before: dict, after: dict, names: tuple[str, ...]) -> int:
+def _difference(before: Figures, after: Figures, names: tuple[str, ...]) -> int:
     # A counter that went down was set anew (a reset, a rebuild): that second says nothing.
-    return max(0, sum(after.get(name, 0) - before.get(name, 0) for name in names))
+    return max(0, sum(int(after.get(name, 0)) - int(before.get(name, 0)) for name in names))
 
 
-def chart(since: int = 0) -> dict[str, list]:
+def chart(since: int = 0) -> Columns:
     """Return the samples after the second `since` as columns. Raises stock.Unavailable."""
     return columns(stock.history(since), stock.board.now())
 
 
-def columns(samples: list[tuple[int, dict]], now: float) -> dict[str, list]:
+def columns(samples: list[tuple[int, Figures]], now: float) -> Columns:
     """Return what the chart shows of successive samples; rates are per second.
 
     Where nobody sampled there is a gap: a second without values. So is what follows the last one.
     """
-    found: dict[str, list] = {"second": [], **{name: [] for name in COLUMNS}}
+    found: Columns = {"second": [], **{name: [] for name in COLUMNS}}
 
     def add(second: int, *values: float | None) -> None:
         for name, value in zip(found, (second, *values), strict=True):

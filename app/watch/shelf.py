@@ -6,17 +6,18 @@ Nothing of it can change while PostgreSQL is away, so what was kept last is what
 import json
 import time
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
-from sqlalchemy import DateTime, select
+from sqlalchemy import DateTime, Select, select
 
-from ..extensions import db, stock
+from ..extensions import Base, db, stock
 from ..models import Product, ProductTotals
 
 # Redis may lose what was kept; so all of it is written again so often.
 ALL_SECONDS = 30
 
 Row = tuple[Product, ProductTotals]
+Kept = TypeVar("Kept", bound=Base)
 
 
 class Shelf:
@@ -38,7 +39,7 @@ class Shelf:
         self._kept = texts
 
 
-def products_and_totals():
+def products_and_totals() -> Select[Product, ProductTotals]:
     """Return the query of every product with its sums, by id."""
     return (
         select(Product, ProductTotals)
@@ -57,7 +58,7 @@ def read() -> list[Row]:
     return [(_made(Product, product), _made(ProductTotals, sums)) for product, sums in kept]
 
 
-def _fields(row: db.Model) -> dict[str, Any]:
+def _fields(row: Base) -> dict[str, Any]:
     values = {column.key: getattr(row, column.key) for column in row.__table__.columns}
     return {
         name: value.isoformat() if isinstance(value, datetime) else value
@@ -65,11 +66,12 @@ def _fields(row: db.Model) -> dict[str, Any]:
     }
 
 
-def _made(model: type[db.Model], fields: dict[str, Any]) -> db.Model:
+def _made(model: type[Kept], fields: dict[str, Any]) -> Kept:
     """Return the row; what another version of this system kept besides is left out."""
     values = {}
     for column in model.__table__.columns:
         value = fields.get(column.key)
-        moment = isinstance(column.type, DateTime) and value is not None
-        values[column.key] = datetime.fromisoformat(value) if moment else value
+        if value is not None and isinstance(column.type, DateTime):
+            value = datetime.fromisoformat(value)
+        values[column.key] = value
     return model(**values)

@@ -13,6 +13,7 @@ import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import (
@@ -26,7 +27,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from ..extensions import db, stock
 from ..problems import Unavailable
-from ..stock.gateway import REFUSALS, View
+from ..stock.gateway import View
+from ..stock.outcomes import OUTCOMES
 from . import health
 
 log = logging.getLogger(__name__)
@@ -42,7 +44,6 @@ DURATION_BOUNDS = (
 BATCH_BOUNDS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 # Each product is some 20 series. Those with the lowest ids are told apart, the rest are one.
 MOST_PRODUCTS = 200
-OUTCOMES = ("accepted", *REFUSALS)
 # Told by who starts the web processes (app/run/serve.py).
 RESTART_CAUSES = ("died", "event_loop", "page_threads")
 
@@ -57,8 +58,8 @@ class Meter:
     def __init__(self, role: str) -> None:
         self.role = role
         self._name = f"{role}:{socket.gethostname()}:{os.getpid()}"
-        self._rows: dict[str, list] = {}
-        self._sent: dict[str, list] = {}
+        self._rows: dict[str, list[float]] = {}
+        self._sent: dict[str, list[float]] = {}
         self._counts: Counter[str] = Counter()
         self._sent_cpu = 0.0
         self._state_at = 0.0
@@ -72,9 +73,10 @@ class Meter:
         row[bucket] += 1
         row[-1] += seconds
 
-    def _new_row(self, status: str) -> list:
+    def _new_row(self, status: str) -> list[float]:
         self.start()
-        return self._rows.setdefault(status, [0] * (len(DURATION_BOUNDS) + 1) + [0.0])
+        row: list[float] = [0] * (len(DURATION_BOUNDS) + 1)
+        return self._rows.setdefault(status, [*row, 0.0])
 
     def count(self, name: str) -> None:
         """Count what happens seldom, and report it."""
@@ -124,7 +126,7 @@ class Meter:
 
 def _state() -> dict[str, float]:
     """Return what this process uses; where the system doesn't tell, nothing."""
-    state = {}
+    state: dict[str, float] = {}
     with contextlib.suppress(OSError, ValueError, IndexError):
         with open("/proc/self/statm") as file:
             state["memory"] = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -172,7 +174,7 @@ def _redis_takes_writes() -> bool:
 
 
 def _postgres_takes_writes() -> bool:
-    return db.session.scalar(text("SHOW transaction_read_only")) == "off"
+    return bool(db.session.scalar(text("SHOW transaction_read_only")) == "off")
 
 
 def _gauge(name: str, meaning: str, value: float) -> GaugeMetricFamily:
@@ -239,7 +241,8 @@ def _buckets(
     counted: dict[str, str], prefix: str, bounds: Sequence[float]
 ) -> list[tuple[str, float]]:
     """Return the cumulated buckets as prometheus_client takes them."""
-    total, buckets = 0, []
+    total = 0
+    buckets: list[tuple[str, float]] = []
     for index, bound in enumerate((*bounds, "+Inf")):
         total += int(counted.get(f"{prefix}:{index}", 0))
         buckets.append((str(bound), total))
@@ -280,7 +283,9 @@ def _restarts(counted: dict[str, str]) -> Metric:
     return restarts
 
 
-def _of_processes(processes: dict[str, dict], counted: dict[str, str]) -> Iterator[Metric]:
+def _of_processes(
+    processes: dict[str, dict[str, Any]], counted: dict[str, str]
+) -> Iterator[Metric]:
     families = {
         "count": GaugeMetricFamily(
             "flashsale_processes", "Processes that report.", labels=["role"]
@@ -303,9 +308,9 @@ def _of_processes(processes: dict[str, dict], counted: dict[str, str]) -> Iterat
     for role, figures in sums.items():
         for figure, value in figures.items():
             families[figure].add_metric([role], value)
-    for field, value in counted.items():
+    for field, seconds in counted.items():
         if field.startswith("cpu:"):
-            cpu.add_metric([field.partition(":")[2]], float(value))
+            cpu.add_metric([field.partition(":")[2]], float(seconds))
     yield from (*families.values(), cpu)
 
 

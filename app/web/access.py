@@ -2,8 +2,11 @@
 
 import functools
 import hmac
+from collections.abc import Callable
+from typing import Any
 
-from flask import current_app, g, request
+from flask import Response, current_app, g, request
+from flask.typing import ResponseReturnValue
 
 from ..audit import Actor
 from ..staff import tokens
@@ -11,19 +14,21 @@ from .errors import api_error
 from .identity import bearer_of
 from .limits import token_limit
 
+View = Callable[..., ResponseReturnValue]
 
-def token_required(view):
+
+def token_required(view: View) -> View:
     """Let only a valid `Authorization: Bearer` in; the actor is then in `g.actor`."""
 
     @token_limit
     @functools.wraps(view)
-    def limited(*args, **kwargs):
+    def limited(*args: Any, **kwargs: Any) -> ResponseReturnValue:
         if g.actor is None:
             return _refused("admin", "A valid API token is required")
         return view(*args, **kwargs)
 
     @functools.wraps(view)
-    def guarded(*args, **kwargs):
+    def guarded(*args: Any, **kwargs: Any) -> ResponseReturnValue:
         token = bearer_of(request.headers.get("Authorization"))
         name = tokens.name_of(token) if token else None
         g.actor = Actor(name, request.remote_addr) if name else None
@@ -32,11 +37,11 @@ def token_required(view):
     return guarded
 
 
-def metrics_token_required(view):
+def metrics_token_required(view: View) -> View:
     """Let only METRICS_TOKEN in, or ADMIN_API_TOKEN where there is none. No server is asked."""
 
     @functools.wraps(view)
-    def guarded(*args, **kwargs):
+    def guarded(*args: Any, **kwargs: Any) -> ResponseReturnValue:
         settings = current_app.config["SETTINGS"]
         expected = settings.metrics_token or settings.admin_api_token
         token = bearer_of(request.headers.get("Authorization")) or ""
@@ -47,7 +52,7 @@ def metrics_token_required(view):
     return guarded
 
 
-def _refused(realm: str, message: str):
+def _refused(realm: str, message: str) -> Response:
     response = api_error(401, message)
     response.headers["WWW-Authenticate"] = f'Bearer realm="{realm}"'
     return response

@@ -24,7 +24,7 @@ class Heartbeat:
     ) -> None:
         """`probe` goes through the page threads; `taken` counts the tasks they ever took up."""
         self._pipe, self._probe, self._taken = pipe, probe, taken
-        self._task: asyncio.Task | None = None
+        self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Write the first byte: connections are accepted. Call it on the event loop."""
@@ -58,5 +58,5 @@ class Heartbeat:
             os.write(self._pipe, word)
 
 
-def _went_through(probe: asyncio.Future) -> bool:
+def _went_through(probe: asyncio.Future[object]) -> bool:
     return probe.done() and not probe.cancelled() and probe.exception() is None

@@ -21,7 +21,9 @@ def error_body(message: str, code: str, **more: object) -> bytes:
     return json.dumps({"error": message, "code": code, **more}, separators=(",", ":")).encode()
 
 
-def refusal(status: str, message: str, code: str, *headers: tuple[str, str], **more) -> Answer:
+def refusal(
+    status: str, message: str, code: str, *headers: tuple[str, str], **more: object
+) -> Answer:
     """Return an answer in the API's shape to what never reaches a view."""
     body = error_body(message, code, **more)
     return Answer(status, (JSON_TYPE, ("Content-Length", str(len(body))), *headers), body)

@@ -1,8 +1,10 @@
 """The JSON routes beside the purchase: lookups, metrics, products, restock, health."""
 
 import re
+from typing import Any
 
 from flask import Blueprint, Response, current_app, g, jsonify, render_template, request, url_for
+from flask.typing import ResponseReturnValue
 from prometheus_client import CONTENT_TYPE_LATEST
 from sqlalchemy.exc import SQLAlchemyError
 from werkzeug.exceptions import UnsupportedMediaType
@@ -23,6 +25,7 @@ from ..reading import (
     read_integer,
     read_object,
     read_text,
+    read_user,
 )
 from ..watch import health, telemetry
 from . import openapi, probe
@@ -39,7 +42,7 @@ DOCS_POLICY = "default-src 'none'; style-src 'self'; img-src data:; frame-ancest
 VERSION_TAG = re.compile(r'(?:W/)?"([0-9]{1,18})"').fullmatch
 
 
-def read_json() -> dict:
+def read_json() -> dict[str, Any]:
     """Return the JSON object of the request. Raises InvalidRequest and HTTP 413 and 415."""
     request.max_content_length = MAX_BODY_BYTES
     if request.mimetype != "application/json":
@@ -61,7 +64,8 @@ def query_integer(name: str, low: int, high: int) -> int | None:
 def idempotency_key() -> str | None:
     """Return the request's Idempotency-Key, None where there is none. Raises InvalidRequest."""
     key = request.headers.get("Idempotency-Key")
-    check_key(key)
+    if key is not None:
+        check_key(key)
     return key
 
 
@@ -75,9 +79,10 @@ def expected_versions() -> set[int] | None:
     if text is None or text.strip() == "*":
         return None
     tags = [VERSION_TAG(tag.strip()) for tag in text.split(",")]
-    if not all(tags):
+    versions = {int(tag[1]) for tag in tags if tag}
+    if None in tags:
         raise InvalidRequest('If-Match must be an ETag as it was answered, like "7"', "If-Match")
-    return {int(tag[1]) for tag in tags}
+    return versions
 
 
 def with_version(response: Response, version: int) -> Response:
@@ -88,21 +93,19 @@ def with_version(response: Response, version: int) -> Response:
 
 @bp.get("/purchase/orders/<user>")
 @lookup_limit
-def list_orders(user: str):
+def list_orders(user: str) -> ResponseReturnValue:
     """A shopper's orders, newest first; those of the last moment included."""
-    user_id = read_digits(user, 1, MAX_ID)
-    if user_id is None:
-        raise InvalidRequest(f"userId must be a whole number from 1 to {MAX_ID}", "userId")
+    shopper = read_user({"userId": user})
     limit = query_integer("limit", 1, orders.MAX_LISTED) or 50
     before = query_integer("before", 1, MAX_ID)
     current_app.extensions["lane"].callers.check(request.remote_addr or "")
-    if (shoppers := current_app.extensions["shoppers"]) and user_id != shoppers.identify(
+    if (shoppers := current_app.extensions["shoppers"]) and shopper != shoppers.identify(
         request.headers.get("Authorization")
     ):
         raise AnotherShopper("The token is another shopper's")
-    queued = orders.queued_orders_of(user_id, limit, before)
+    queued = orders.queued_orders_of(shopper, limit, before)
     try:
-        return jsonify(orders.orders_of(queued, user_id, limit, before))
+        return jsonify(orders.orders_of(queued, shopper, limit, before))
     except SQLAlchemyError:
         # An incomplete list would look like a lost order; what is known is told beside the error.
         return api_error(503, "Service unavailable", queued=queued)
@@ -110,7 +113,7 @@ def list_orders(user: str):
 
 @bp.get("/purchase/metrics")
 @lookup_limit
-def metrics():
+def metrics() -> ResponseReturnValue:
     """The sale in figures, from Redis alone: it costs the same however many orders there are."""
     product_id = query_integer("productId", 1, MAX_ID)
     ids = stock.product_ids() if product_id is None else [product_id]
@@ -129,13 +132,13 @@ def metrics():
 
 @bp.get("/products")
 @lookup_limit
-def list_products():
+def list_products() -> ResponseReturnValue:
     return jsonify([terms.describe(*pair) for pair in catalogue.products_with_stock()])
 
 
 @bp.get("/products/<int:product_id>")
 @lookup_limit
-def show_product(product_id: int):
+def show_product(product_id: int) -> ResponseReturnValue:
     if not 1 <= product_id <= MAX_ID:
         raise UnknownProduct(product_id)
     return show(*catalogue.products_with_stock(product_id)[0])
@@ -147,7 +150,7 @@ def show(product: Product, free: int) -> Response:
 
 @bp.post("/products")
 @token_required
-def create_product():
+def create_product() -> ResponseReturnValue:
     created = catalogue.create(terms.read_new(read_json()), g.actor, idempotency_key())
     response = with_version(jsonify(created.product), created.version)
     response.status_code = 201
@@ -159,7 +162,7 @@ def create_product():
 
 @bp.patch("/products/<int:product_id>")
 @token_required
-def change_product(product_id: int):
+def change_product(product_id: int) -> ResponseReturnValue:
     values = terms.read(read_json())
     if not 1 <= product_id <= MAX_ID:
         raise UnknownProduct(product_id)
@@ -173,7 +176,7 @@ def change_product(product_id: int):
 
 @bp.post("/products/restock")
 @token_required
-def restock():
+def restock() -> ResponseReturnValue:
     data = read_json()
     product_id = read_integer(data, "productId", 1, MAX_ID)
     amount = read_integer(data, "amount", 1, MAX_RESTOCK)
@@ -189,7 +192,7 @@ def restock():
 
 @bp.post("/sale/brake")
 @token_required
-def brake_sale():
+def brake_sale() -> ResponseReturnValue:
     """Stop one product or every one at once, or release them; Redis alone is asked."""
     data = read_json()
     for name in data:
@@ -211,14 +214,14 @@ def brake_sale():
 
 @bp.get("/openapi.json")
 @limiter.exempt
-def openapi_document():
+def openapi_document() -> ResponseReturnValue:
     """The API for programs."""
     return Response(openapi.document_bytes(), mimetype="application/json")
 
 
 @bp.get("/docs")
 @limiter.exempt
-def docs():
+def docs() -> ResponseReturnValue:
     """The API for people."""
     page = render_template(
         "docs.html", document=openapi.document(), operations=openapi.operations()
@@ -229,14 +232,14 @@ def docs():
 @bp.get("/metrics")
 @limiter.exempt
 @metrics_token_required
-def prometheus_metrics():
+def prometheus_metrics() -> ResponseReturnValue:
     """Every figure in Prometheus's text format; of the whole sale, whichever process answers."""
     return Response(telemetry.exposition(), content_type=CONTENT_TYPE_LATEST)
 
 
 @bp.get("/healthz")
 @limiter.exempt
-def alive():
+def alive() -> ResponseReturnValue:
     """The process answers; nothing else is asked."""
     return jsonify(status="ok")
 
@@ -244,7 +247,7 @@ def alive():
 @bp.get("/readyz")
 @bp.get("/health")
 @limiter.exempt
-def ready():
+def ready() -> ResponseReturnValue:
     """Each part that a sale needs, named with its state; 503 while one is missing."""
     parts = health.check(current_app)
     ok = all(part["ok"] for part in parts.values())
@@ -255,7 +258,7 @@ def ready():
 
 @bp.get(probe.PATH)
 @limiter.exempt
-def ready_to_sell():
+def ready_to_sell() -> ResponseReturnValue:
     """Whether this process can sell, whatever PostgreSQL and workers do."""
     status, found = probe.ask_thread_line()
     answer = jsonify(found)

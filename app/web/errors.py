@@ -4,6 +4,7 @@ import logging
 
 import redis
 from flask import Flask, Response, current_app, g, jsonify, render_template, request, session
+from flask.typing import ResponseReturnValue
 from flask_wtf.csrf import CSRFError
 from werkzeug.exceptions import HTTPException, TooManyRequests
 
@@ -66,13 +67,16 @@ def api_error(status: int, message: str, code: str | None = None, **more: object
     return response
 
 
-def wants_page() -> bool:
+def below_admin() -> bool:
+    """Return whether the path is a page's: its clients are people, and need an account."""
     return request.path == "/admin" or request.path.startswith("/admin/")
 
 
-def show_error(status: int, message: str, code: str | None = None, **more: object):
+def show_error(
+    status: int, message: str, code: str | None = None, **more: object
+) -> ResponseReturnValue:
     """Answer with an error in the form that this path's clients read."""
-    if not wants_page():
+    if not below_admin():
         return api_error(status, message, code, **more)
     headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if status == 503 else {}
     if request.headers.get("HX-Request"):
@@ -99,69 +103,69 @@ def init_app(app: Flask) -> None:
     """Register the handlers, on the app: blueprints never see a routing 404 or 405."""
 
     @app.errorhandler(HTTPException)
-    def http_error(error: HTTPException):
+    def http_error(error: HTTPException) -> ResponseReturnValue:
         if error.response is not None:
             return error.response
-        response = app.make_response(show_error(error.code, error.name))
+        response = app.make_response(show_error(error.code or 500, error.name))
         for name, value in error.get_headers():
             if name not in ("Content-Type", "Content-Length"):
                 response.headers[name] = value
         return response
 
     @app.errorhandler(CSRFError)
-    def csrf_error(error: CSRFError):
-        problem = error.description
+    def csrf_error(error: CSRFError) -> ResponseReturnValue:
+        problem = error.description or ""
         if problem == "The CSRF session token is missing." and session:
             # There is a session, but a newer one than the form's.
             problem = "The CSRF tokens do not match."
         return show_error(400, CSRF_PROBLEMS.get(problem, problem))
 
     @app.errorhandler(TooManyRequests)
-    def too_many(error: TooManyRequests):
+    def too_many(error: TooManyRequests) -> ResponseReturnValue:
         limit = limits.told()
         return show_error(429, "Too many requests", **({"limit": limit.name} if limit else {}))
 
     @app.errorhandler(InvalidRequest)
-    def invalid(error: InvalidRequest):
+    def invalid(error: InvalidRequest) -> ResponseReturnValue:
         return show_error(400, str(error), **({"field": error.field} if error.field else {}))
 
     @app.errorhandler(Unauthenticated)
-    def unauthenticated(error: Unauthenticated):
+    def unauthenticated(error: Unauthenticated) -> ResponseReturnValue:
         response = api_error(401, str(error))
         response.headers["WWW-Authenticate"] = error.challenge
         return response
 
     @app.errorhandler(AnotherShopper)
     @app.errorhandler(UnknownCaller)
-    def another_shopper(error: Exception):
+    def another_shopper(error: Exception) -> ResponseReturnValue:
         return show_error(403, str(error))
 
     @app.errorhandler(UnknownProduct)
-    def unknown_product(error: UnknownProduct):
+    def unknown_product(error: UnknownProduct) -> ResponseReturnValue:
         return show_error(404, "Unknown product", "unknown_product")
 
     @app.errorhandler(UnknownOrder)
-    def unknown_order(error: UnknownOrder):
+    def unknown_order(error: UnknownOrder) -> ResponseReturnValue:
         return show_error(404, "Unknown order", "unknown_order")
 
     @app.errorhandler(Conflict)
-    def conflict(error: Conflict):
+    def conflict(error: Conflict) -> ResponseReturnValue:
         return show_error(409, str(error), error.code)
 
     @app.errorhandler(KeyMismatch)
-    def mismatch(error: KeyMismatch):
+    def mismatch(error: KeyMismatch) -> ResponseReturnValue:
         message = "Idempotency-Key was used with another request"
         return show_error(422, message, "idempotency_mismatch")
 
     @app.errorhandler(Unavailable)
     @app.errorhandler(redis.RedisError)
-    def unavailable(error: Exception):
+    def unavailable(error: Exception) -> ResponseReturnValue:
         log.warning("%s %s: unavailable: %s", request.method, request.path, error)
         db.session.rollback()
         return show_error(503, "Service unavailable")
 
     @app.errorhandler(Exception)
-    def internal(error: Exception):
+    def internal(error: Exception) -> ResponseReturnValue:
         if is_unavailable(error):
             return unavailable(error)
         log.exception("%s %s failed", request.method, request.path)

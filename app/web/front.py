@@ -1,6 +1,7 @@
 """The page at the address that a start prints: where everything is."""
 
 from flask import Blueprint, current_app, render_template
+from flask.typing import ResponseReturnValue
 
 from ..config import Settings, was_generated
 from ..extensions import limiter
@@ -11,7 +12,7 @@ bp = Blueprint("front", __name__)
 
 @bp.get("/")
 @limiter.exempt
-def show():
+def show() -> ResponseReturnValue:
     """Links; and on a developer's machine how to sign in, as far as it was generated there."""
     settings: Settings = current_app.config["SETTINGS"]
     at_home = settings.app_env == "development"

@@ -50,7 +50,7 @@ def init_app(app: Flask) -> None:
     def tell_limit(response: Response) -> Response:
         """Tell the limit that was applied (draft-ietf-httpapi-ratelimit-headers-10)."""
         if limit := limits.told():
-            policy = f'"{limit.name}";q={limit.count};w={limit.window_seconds}'
+            policy = f'"{limit.name}";q={limit.allowed};w={limit.window_seconds}'
             response.headers["RateLimit-Policy"] = policy
             response.headers["RateLimit"] = f'"{limit.name}";r={limit.left};t={limit.seconds}'
             if limit.breached:

@@ -1,4 +1,4 @@
-"""Who a shopper is, with SHOPPER_AUTH=jwt: a bearer token whose `sub` is the user's id.
+"""Who a shopper is, with SHOPPER_AUTH=jwt: a bearer token whose claim `sub` is the user's id.
 
 Verified here, without a network call; the rules of RFC 8725 apply: one algorithm for each key,
 named by us and never by the token, and issuer, audience and expiry always checked.
@@ -7,11 +7,11 @@ named by us and never by the token, and issuer, audience and expiry always check
 import hashlib
 import json
 import logging
-import re
 import time
 from binascii import a2b_base64
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import jwt
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePublicKey
@@ -21,7 +21,7 @@ from jwt.algorithms import Algorithm, get_default_algorithms
 
 from ..config import Settings, SettingsError
 from ..problems import CHALLENGE, Unauthenticated
-from ..reading import MAX_ID
+from ..reading import User, canonical
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,6 @@ ALGORITHMS = {name: get_default_algorithms()[name] for name in ("HS256", "RS256"
 URL_SAFE = bytes.maketrans(b"-_+/=", b"+/!!!")
 # By the key's id (None where it has none) and its algorithm: two of one id differ in that.
 Keys = dict[tuple[str | None, str], object]
-USER_ID = re.compile("[1-9][0-9]{0,15}").fullmatch
 
 
 def bearer_of(authorization: str | None) -> str | None:
@@ -58,11 +57,12 @@ class Shoppers:
         # The header is the same text in all tokens of an issuer.
         self._key_of = lru_cache(maxsize=64)(self._find_key)
         self._issuer, self._audience = settings.jwt_issuer, settings.jwt_audience
+        self._claim = settings.jwt_user_claim
         # Two generations: when the young one is full it becomes the old one, which is forgotten.
-        self._young: dict[bytes, tuple[int, int]] = {}
-        self._old: dict[bytes, tuple[int, int]] = {}
+        self._young: dict[bytes, tuple[User, int]] = {}
+        self._old: dict[bytes, tuple[User, int]] = {}
 
-    def identify(self, authorization: str | None) -> int:
+    def identify(self, authorization: str | None) -> User:
         """Return the id of the token's shopper. Raises Unauthenticated."""
         token = bearer_of(authorization)
         if token is None:
@@ -81,7 +81,7 @@ class Shoppers:
             raise _invalid("The token has expired")
         return shopper
 
-    def _verify(self, token: str) -> tuple[int, int]:
+    def _verify(self, token: str) -> tuple[User, int]:
         if len(token) > MAX_TOKEN_CHARACTERS:
             raise _invalid("The token is too long")
         try:
@@ -95,7 +95,7 @@ class Shoppers:
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError, jwt.PyJWTError):
             raise _invalid("The token is not valid") from None
 
-    def _read(self, claims: dict, now: float) -> tuple[int, int]:
+    def _read(self, claims: dict[str, Any], now: float) -> tuple[User, int]:
         """Return the shopper and the moment of expiry. Raises what a wrong claim leads to."""
         for name in ("nbf", "iat"):
             if name in claims and int(claims[name]) > now + LEEWAY_SECONDS:
@@ -107,10 +107,14 @@ class Shoppers:
             meant = audience == self._audience
         if claims["iss"] != self._issuer or not meant:
             raise _invalid("The token is not meant for here")
-        shopper = claims["sub"]
-        if type(shopper) is not str or not USER_ID(shopper) or int(shopper) > MAX_ID:
-            raise _invalid("The token's sub is not a user id")
-        return int(shopper), int(claims["exp"]) + LEEWAY_SECONDS
+        return self._shopper(claims[self._claim]), int(claims["exp"]) + LEEWAY_SECONDS
+
+    def _shopper(self, value: object) -> User:
+        """Return the shopper in a claim: a text (RFC 7519, 4.1.2), or a number all the same."""
+        try:
+            return canonical(value)
+        except ValueError:
+            raise _invalid(f"The token's {self._claim} is not a user id") from None
 
     def _find_key(self, head: bytes) -> tuple[Algorithm, object]:
         """Return what a token with this header is verified with. Raises ValueError."""
@@ -143,7 +147,8 @@ def _keys(settings: Settings) -> Keys:
     """Return the keys that tokens may be verified with. Raises SettingsError."""
     if settings.jwt_secret:
         return {(None, "HS256"): ALGORITHMS["HS256"].prepare_key(settings.jwt_secret)}
-    path = Path(settings.jwt_key_file)
+    # One of the two is there: config.check_shopper_auth.
+    path = Path(settings.jwt_key_file or "")
     try:
         text = path.read_text()
     except (OSError, ValueError) as error:
@@ -159,7 +164,7 @@ def _keys(settings: Settings) -> Keys:
         ) from None
 
 
-def _jwks(document: dict) -> Keys:
+def _jwks(document: dict[str, Any]) -> Keys:
     """Return the keys of a key set that can be used here.
 
     Others are left out and named in the log (RFC 7517, 5): an issuer may add what it likes. Raises
@@ -181,7 +186,7 @@ def _jwks(document: dict) -> Keys:
     return keys
 
 
-def _jwk(entry: dict) -> tuple[str | None, str, object]:
+def _jwk(entry: dict[str, Any]) -> tuple[str | None, str, object]:
     """Return kid, algorithm and key of a key set's entry. Raises what makes it unfit."""
     name = entry.get("kid")
     if name is not None and type(name) is not str:

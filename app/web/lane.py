@@ -7,7 +7,7 @@ to Redis.
 """
 
 import logging
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from time import perf_counter
 
@@ -23,7 +23,7 @@ from ..problems import (
 )
 from ..reading import MAX_BODY_BYTES
 from ..stock.gateway import Stock
-from ..stock.lines import Claim, early_limit
+from ..stock.lines import Claim, Request, Tell, early_limit
 from ..times import from_ms, utc_text
 from ..watch.telemetry import Meter
 from .answer import (
@@ -43,6 +43,7 @@ from .purchase import read_purchase
 log = logging.getLogger(__name__)
 
 SOLD = "200 OK"
+REPLAYED = ("Idempotent-Replayed", "true")
 
 # The outcomes that are refusals of a limit, and the limit's name.
 LIMITS = {
@@ -136,20 +137,30 @@ class PurchaseLane:
         start_response(status, headers)
         return (body,)
 
-    async def serve(
-        self, environ: dict, body: bytearray, claim: Callable[..., Awaitable[Claim]]
-    ) -> Answer:
-        """Answer one request; `claim` is the road to Redis.
+    def serve(
+        self,
+        environ: dict,
+        body: bytearray,
+        ask: Callable[[Request, Tell], None],
+        answer: Callable[[Answer], None],
+    ) -> None:
+        """Answer one request, by calling `answer`; `ask` is the road to Redis.
 
         Of `environ` only what WSGI names the request's method, address and headers is looked at.
         """
         started = perf_counter()
+
+        def tell(claim: Claim | Exception) -> None:
+            told = self.refuse(claim) if isinstance(claim, Exception) else self.tell(claim)
+            answer(self.finish(environ, *told, started))
+
         try:
             self.check(environ)
-            told = self.tell(await claim(*self.read(environ, body)))
+            request = self.read(environ, body)
         except Exception as error:
-            told = self.refuse(error)
-        return self.finish(environ, *told, started)
+            tell(error)
+        else:
+            ask(request, tell)
 
     def check(self, environ: dict) -> int:
         """Return how much of the body is to be read. Raises Refused for what need not be read."""
@@ -165,7 +176,7 @@ class PurchaseLane:
         self.callers.check(environ.get("REMOTE_ADDR", ""))
         return check_body(environ)
 
-    def read(self, environ: dict, body: bytes | bytearray) -> tuple[int, int, int, str | None, str]:
+    def read(self, environ: dict, body: bytes | bytearray) -> Request:
         """Return what is to be claimed, as the roads to Redis take it."""
         if len(body) > MAX_BODY_BYTES:
             raise Refused(*TOO_LARGE)
@@ -181,10 +192,23 @@ class PurchaseLane:
         """Return what the shopper is told of a decision."""
         outcome = claim.outcome
         if outcome == b"accepted":
-            return SOLD, b'{"status":"queued","orderId":%d}' % claim.detail, self.limits(claim)
+            return SOLD, bought_body(claim), self.limits(claim)
         if outcome == b"replayed":
-            body = b'{"status":"queued","orderId":%d}' % claim.detail
-            return SOLD, body, (("Idempotent-Replayed", "true"),)
+            return SOLD, bought_body(claim), (REPLAYED,)
+        if outcome == b"order_ended":
+            body = error_body(
+                "Order ended",
+                "order_ended",
+                orderId=claim.detail,
+                orderStatus=claim.text.decode(),
+            )
+            return "409 Conflict", body, (REPLAYED,)
+        if outcome == b"price_changed":
+            cents, currency = claim.text.decode().split()
+            body = error_body(
+                "Price changed", "price_changed", priceCents=int(cents), currency=currency
+            )
+            return "409 Conflict", body, self.limits(claim)
         status, body = REFUSALS[outcome]
         if callable(body):
             body = body(claim.detail)
@@ -221,7 +245,7 @@ class PurchaseLane:
 
     def limits(self, claim: Claim) -> list[tuple[str, str]]:
         """Return the rate-limit headers of an answer (draft-ietf-httpapi-ratelimit-headers-10)."""
-        outcome, detail, left, reset_ms = claim
+        outcome, detail, left, reset_ms, _ = claim
         # Rounded up: who waits so long is surely let in.
         seconds = -(-reset_ms // 1000)
         headers = []
@@ -239,6 +263,18 @@ class PurchaseLane:
             wait_ms = detail - datetime.now(UTC).timestamp() * 1000
             headers.append(("Retry-After", str(max(1, -int(-wait_ms // 1000)))))
         return headers
+
+
+def bought_body(claim: Claim) -> bytes:
+    """Return what a buyer is told; records of 0.1.0, which a replay may meet, know no price."""
+    if not claim.text:
+        return b'{"status":"queued","orderId":%d}' % claim.detail
+    cents, _, currency = claim.text.partition(b" ")
+    return b'{"status":"queued","orderId":%d,"unitPriceCents":%b,"currency":"%b"}' % (
+        claim.detail,
+        cents,
+        currency,
+    )
 
 
 def _policy(name: str, limit: RateLimit) -> tuple[str, str]:
@@ -259,8 +295,7 @@ IDENTITY = ("Accept-Encoding", "identity")
 
 def is_coded(environ: dict) -> bool:
     """Tell whether the body is compressed, which nobody here undoes (RFC 9110, 15.5.16)."""
-    coding = environ.get("HTTP_CONTENT_ENCODING")
-    return coding is not None and coding.strip().lower() not in ("", "identity")
+    return environ.get("HTTP_CONTENT_ENCODING", "").strip().lower() not in ("", "identity")
 
 
 TOO_LARGE = ("413 Content Too Large", "The body is larger than 16 KiB", "body_too_large")
@@ -280,7 +315,7 @@ def check_body(environ: dict) -> int:
             "Content-Type must be application/json",
             "unsupported_media_type",
         )
-    if is_coded(environ):
+    if "HTTP_CONTENT_ENCODING" in environ and is_coded(environ):
         raise Refused("415 Unsupported Media Type", CODED, "unsupported_media_type", IDENTITY)
     announced = environ.get("CONTENT_LENGTH")
     if not announced:

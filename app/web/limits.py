@@ -21,7 +21,7 @@ class Told(NamedTuple):
     """The limit that was applied to a request, as its answer tells it."""
 
     name: str
-    count: int
+    allowed: int
     window_seconds: int
     left: int
     # Until there is one more, rounded up: who waits so long is surely let in.

@@ -15,10 +15,11 @@ import sys
 import time
 import urllib.parse
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, NoReturn, TypeVar
 
 from flask import Flask
 from werkzeug.middleware.proxy_fix import ProxyFix
@@ -51,12 +52,16 @@ NO_BODY = ("204", "304")
 OF_CONNECTION = {b"connection", b"upgrade", b"http2-settings", b"keep-alive", b"te", b"expect"}
 
 
+Headers = list[tuple[str, str]]
+Made = TypeVar("Made")
+
+
 class Turns:
     """Places for so many at once. Addresses take turns: who asks a lot waits for itself."""
 
     def __init__(self, places: int, most: int) -> None:
         self._free, self._most = places, most
-        self._waiting: dict[str, deque[asyncio.Future]] = {}
+        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
         self._length = 0
 
     async def take(self, address: str) -> bool:
@@ -88,7 +93,7 @@ class Stream:
     """An answer in pieces. Each is made in a thread when it is asked for."""
 
     def __init__(
-        self, status: str, headers: list, chunks: Iterable[bytes], context: contextvars.Context
+        self, status: str, headers: Headers, chunks: Iterable[bytes], context: contextvars.Context
     ) -> None:
         """`context` is what the answer was begun in, which holds Flask's own."""
         self.status, self.headers = status, headers
@@ -98,16 +103,16 @@ class Stream:
 
     async def next(self) -> bytes | None:
         """Return the next piece, None after the last. Raises what Flask raised."""
-        return await self._run(next, self._iterator, None)
+        return await self._run(lambda: next(self._iterator, None))
 
     async def close(self) -> None:
         """End it, whether all of it was asked for or not."""
         if close := getattr(self._chunks, "close", None):
             await self._run(close)
 
-    async def _run(self, *call: object) -> bytes | None:
+    async def _run(self, call: Callable[[], Made]) -> Made:
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self.pool, self._context.run, *call)
+        return await loop.run_in_executor(self.pool, lambda: self._context.run(call))
 
 
 class Pages:
@@ -117,8 +122,8 @@ class Pages:
         settings = app.config["SETTINGS"]
         self.wsgi = app.wsgi_app
         self.most = app.config["MAX_CONTENT_LENGTH"]
-        self.files = Files(Path(app.static_folder), f"{app.static_url_path}/")
-        self.polls = polls.Polls()
+        self.files = Files(Path(app.static_folder or ""), f"{app.static_url_path}/")
+        self.polls: polls.Polls = app.extensions["polls"]
         self.lasting: dict[tuple[str, bool], Answer] = {}
         self.turns = Turns(settings.web_threads, MOST_WAITING)
         self.threads = ThreadPoolExecutor(settings.web_threads, "page")
@@ -128,9 +133,10 @@ class Pages:
         self.taken = 0
         self.probe = Probe()
         # Only for what it does to a request's address: the same rule on all ways in.
-        self.trust_proxies = None
+        self.trust_proxies: Callable[[dict[str, Any]], object] | None = None
         if isinstance(app.wsgi_app, ProxyFix):
-            self.trust_proxies = ProxyFix(lambda environ, _: None, x_for=settings.trusted_proxies)
+            fix = ProxyFix(lambda environ, _: (), x_for=settings.trusted_proxies)
+            self.trust_proxies = lambda environ: fix(environ, _start_nothing)
 
     def at_once(self, request: Request) -> Answer | None:
         """Return the answer where it needs no thread."""
@@ -152,7 +158,7 @@ class Pages:
         asked_at = time.monotonic()
         known = request.environ.copy()
         if self.trust_proxies:
-            self.trust_proxies(known, None)
+            self.trust_proxies(known)
         if not await self.turns.take(client_of(known["REMOTE_ADDR"])):
             return OVERLOADED
         if request.gone:
@@ -186,7 +192,7 @@ class Pages:
         with suppress(Exception):
             await stream.close()
 
-    def _call(self, environ: dict, context: contextvars.Context) -> Answer | Stream:
+    def _call(self, environ: dict[str, Any], context: contextvars.Context) -> Answer | Stream:
         """Run Flask in this thread, and in this context."""
         self.taken += 1
         try:
@@ -205,16 +211,20 @@ class Pages:
             log.exception("%s %s failed", environ["REQUEST_METHOD"], environ["PATH_INFO"])
             return FAILED
 
-    def _begin(self, environ: dict) -> tuple[str, list[tuple[str, str]], Iterable[bytes]]:
-        told = []
+    def _begin(self, environ: dict[str, Any]) -> tuple[str, Headers, Iterable[bytes]]:
+        told: list[tuple[str, Headers]] = []
 
-        def start_response(status: str, headers: list, exc_info: object = None) -> None:
+        def start_response(
+            status: str, headers: Headers, exc_info: object = None, /
+        ) -> Callable[[bytes], object]:
             if any("\n" in text or "\r" in text for pair in headers for text in pair):
                 raise ValueError("a header has more than one line")
-            told[:] = status, headers
+            told[:] = [(status, headers)]
+            return _write_nothing
 
         chunks = self.wsgi(environ, start_response)
-        return *told, chunks
+        status, headers = told[0]
+        return status, headers, chunks
 
     def _remember(
         self, request: Request, offer: polls.Offer, asked_at: float, answer: Answer
@@ -235,6 +245,14 @@ class Pages:
         await asyncio.get_running_loop().run_in_executor(self.threads, time.monotonic)
 
 
+def _start_nothing(status: str, headers: Headers, exc_info: object = None, /) -> NoReturn:
+    raise NotImplementedError  # ProxyFix calls the app, which here answers nothing
+
+
+def _write_nothing(chunk: bytes) -> NoReturn:
+    raise NotImplementedError("PEP 3333's write() is for old programs")
+
+
 def _understands_gzip(request: Request) -> bool:
     return accepts_gzip(request.environ.get("HTTP_ACCEPT_ENCODING", ""))
 
@@ -245,7 +263,7 @@ def _poll_of(request: Request) -> polls.Poll | None:
     return polls.poll_of(request.method, request.url, request.environ, _understands_gzip(request))
 
 
-def compressed(environ: dict, answer: Answer) -> Answer:
+def compressed(environ: dict[str, Any], answer: Answer) -> Answer:
     """Compress an answer where its reader understands that, and it is worth it and safe.
 
     A page holds the session's CSRF token, the same in each of them. One that also repeats what it
@@ -273,7 +291,7 @@ def compressed(environ: dict, answer: Answer) -> Answer:
     return Answer(answer.status, kept, body)
 
 
-def environ_of(request: Request) -> dict:
+def environ_of(request: Request) -> dict[str, Any]:
     """Return the request as WSGI has it (PEP 3333)."""
     path, _, query = request.url.partition("?")
     if path.startswith(("http://", "https://")):

@@ -7,7 +7,10 @@ A session that ends (deactivated, another password) is shown the figures for TIC
 
 import hashlib
 import time
+from collections.abc import Callable
 from typing import NamedTuple
+
+from flask import current_app, request
 
 from .answer import Answer
 
@@ -43,12 +46,23 @@ class Shared(NamedTuple):
 
 
 class Polls:
-    """The answers and sessions of one process."""
+    """The answers and sessions of one process: `app.extensions["polls"]`."""
 
     def __init__(self) -> None:
         self._answers: dict[tuple[str, bool, str], Shared] = {}
+        # What they are made of, for whoever comes with a session that is not known here.
+        self._texts: dict[tuple[str, str], tuple[float, str]] = {}
         # The group of a session that Flask accepted, and until when it is believed.
         self._tickets: dict[bytes, tuple[str, float]] = {}
+
+    def text(self, path: str, group: str, make: Callable[[], str]) -> tuple[float, str]:
+        """Return when what a group is shown was begun to be made, monotonic; and it."""
+        made_at, text = self._texts.get((path, group), (float("-inf"), ""))
+        if time.monotonic() - made_at > FRESH_SECONDS:
+            made_at = time.monotonic()
+            text = make()
+            self._texts[path, group] = made_at, text
+        return made_at, text
 
     def find(self, poll: Poll) -> Answer | None:
         """Return what this session may be given again."""
@@ -74,13 +88,18 @@ def poll_of(method: str, url: str, environ: dict[str, str], coding: bool) -> Pol
     if url not in PATHS or method != "GET" or environ.get("HTTP_X_POLL") != "1":
         return None
     cookies = environ.get("HTTP_COOKIE")
-    return cookies and Poll(url, coding, hashlib.sha256(cookies.encode("latin-1")).digest())
+    if not cookies:
+        return None
+    return Poll(url, coding, hashlib.sha256(cookies.encode("latin-1")).digest())
 
 
-def share(environ: dict, group: str, made_at: float) -> None:
-    """Let everybody of a group have the answer to this request; a view says so.
+def share(group: str, make: Callable[[], str]) -> str:
+    """Return what everybody of a group may have as the answer to this request; a view asks for it.
 
-    `made_at` is when its figures were read, monotonic.
+    `make` is called when what was made last is no longer fresh.
     """
-    if offer := environ.get(OFFER):
+    polls: Polls = current_app.extensions["polls"]
+    made_at, text = polls.text(request.path, group, make)
+    if offer := request.environ.get(OFFER):
         offer.group, offer.made_at = group, made_at
+    return text

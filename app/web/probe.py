@@ -6,6 +6,7 @@ Answered on the event loop, as purchases are: neither PostgreSQL nor a thread fo
 import json
 import time
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from .. import logs
 from ..extensions import stock
@@ -17,7 +18,7 @@ PATH = "/readyz/sale"
 # Anybody may ask, as often as they like; Redis is asked so often.
 FRESH_SECONDS = 0.2
 
-Told = tuple[int, dict]
+Told = tuple[int, dict[str, Any]]
 
 
 def selling(verified: bool) -> Told:

@@ -25,7 +25,7 @@ from .. import logs
 from ..extensions import stock
 from ..reading import MAX_BODY_BYTES
 from .answer import BAD_REQUEST, OVERLOADED, Answer, refusal
-from .lane import PurchaseLane
+from .lane import Headers, PurchaseLane
 from .pages import Pages, Stream
 from .request import Request
 
@@ -101,6 +101,9 @@ NO_LENGTH = refusal(BAD_REQUEST, "Content-Length is not a number", "invalid_requ
 UNKNOWN_CODING = refusal(
     "501 Not Implemented", "The only Transfer-Encoding is chunked", "not_implemented"
 )
+TOO_MUCH_FRAMING = refusal(
+    "413 Content Too Large", "The chunks are almost nothing but framing", "body_too_large"
+)
 NO_TUNNEL = refusal("501 Not Implemented", "This is no proxy", "not_implemented")
 OTHER_VERSION = refusal(
     "505 HTTP Version Not Supported", "HTTP/1.1 is spoken here", "http_version_not_supported"
@@ -157,6 +160,7 @@ class State(ServerState):
 
     def __init__(self, most_connections: int) -> None:
         super().__init__()
+        self.connections: set[Connection] = set()  # type: ignore[assignment]  # not uvicorn's own
         self.most_connections = most_connections
         # The process takes no more connections, and ends those that it has.
         self.ending = False
@@ -194,11 +198,11 @@ class Connection(asyncio.BufferedProtocol):
         self.cut_off = False
         # When the client must have done its next step; see `expire`.
         self.due = math.inf
-        self.task: asyncio.Task | None = None
+        self.task: asyncio.Task[None] | None = None
 
     # The connection's beginning and end
 
-    def connection_made(self, transport: asyncio.Transport) -> None:
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # a socket's
         self.transport = transport
         peer, here = transport.get_extra_info("peername"), transport.get_extra_info("sockname")
         self.address = peer[0] if peer else ""
@@ -222,7 +226,7 @@ class Connection(asyncio.BufferedProtocol):
         self.reading, self.answering, self.rest = DEAF, ENDED, b""
         self.read.set()
         # They know each other; left to the collector they would stay for long.
-        self.parser = None
+        del self.parser
 
     def eof_received(self) -> bool:
         """The client sends no more; what it has asked is still answered."""
@@ -257,6 +261,7 @@ class Connection(asyncio.BufferedProtocol):
             self.transport.close()
 
     def _restart_clock(self) -> None:
+        seconds: float
         if self.unread:
             seconds = READ_SECONDS
         elif self.reading is BODY:
@@ -283,9 +288,11 @@ class Connection(asyncio.BufferedProtocol):
                 self.rest = bytes(data)
                 self.transport.pause_reading()
                 break
-            self._parse(data[:PIECE_BYTES])
+            # Most of what is received is one request, less than a piece.
+            piece = data if len(data) <= PIECE_BYTES else data[:PIECE_BYTES]
+            self._parse(piece)
             self._advance()
-            data = data[PIECE_BYTES:]
+            data = data[len(piece) :]
         if (queue[-1] if self.reading is BODY else None) is not unfinished:
             self._restart_clock()
         if self.reading is not BETWEEN or len(queue) > 1 or self.holds:
@@ -362,6 +369,8 @@ class Connection(asyncio.BufferedProtocol):
 
     def _check_progress(self, data: memoryview) -> None:
         """Refuse what grows without end within one part of a request."""
+        if len(self.headers) > MAX_HEADERS:
+            raise Stop(HEAD_TOO_LARGE)
         if self.reading is HEAD:
             if self.wire_bytes > MAX_HEAD_BYTES:
                 raise Stop(HEAD_TOO_LARGE)
@@ -371,7 +380,7 @@ class Connection(asyncio.BufferedProtocol):
         elif self.reading is BODY:
             request = self.queue[-1]
             if self.wire_bytes > WIRE_FACTOR * request.most + MAX_HEAD_BYTES:
-                self._cut(request)
+                raise Stop(TOO_MUCH_FRAMING)
 
     def _refuse(self, answer: Answer) -> None:
         """Let this be the answer to what is being read, and the last one."""
@@ -400,16 +409,15 @@ class Connection(asyncio.BufferedProtocol):
         self.url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        # Trailers are headers to the parser: after the head's end they are counted, and no more.
-        headers = self.headers
-        if len(headers) == MAX_HEADERS:
-            raise Stop(HEAD_TOO_LARGE)
-        headers.append((name.lower(), value))
+        # Trailers are headers to the parser; after the head's end nobody looks at the list.
+        self.headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
         if self.reading is BODY:
             return
         headers, self.headers = self.headers, []
+        if len(headers) > MAX_HEADERS:
+            raise Stop(HEAD_TOO_LARGE)
         parser, url = self.parser, self.url
         method, version = parser.get_method().decode(), parser.get_http_version()
         environ = {"REQUEST_METHOD": method, "REMOTE_ADDR": self.address}
@@ -480,7 +488,7 @@ class Connection(asyncio.BufferedProtocol):
                 return
             if request.purchase:
                 self.answering = SERVING
-                self.task = self.loop.create_task(self._sell(request))
+                self._sell(request)
             elif request.refusal:
                 identity = logs.HEADER, logs.request_id(None)
                 status, headers, body = request.refusal
@@ -498,14 +506,23 @@ class Connection(asyncio.BufferedProtocol):
         if self.holds:
             self._note_holding()
 
-    async def _sell(self, request: Request) -> None:
+    def _sell(self, request: Request) -> None:
+        """Have a purchase answered: at once, or when Redis has decided it."""
         try:
             environ = request.environ
             if trust_proxies := self.pages.trust_proxies:
-                trust_proxies(environ, None)
-            self._answer(await self.lane.serve(environ, request.body, stock.loop_line.claim))
-            if self.queue or self.rest:
-                self._go_on()
+                trust_proxies(environ)
+            self.lane.serve(environ, request.body, stock.loop_line.ask, self._sold)
+        except BaseException:
+            self.transport.abort()
+            raise
+
+    def _sold(self, answer: Answer) -> None:
+        try:
+            self._answer(answer)
+            if (self.queue or self.rest) and self.answering is not ENDED:
+                # In a turn of its own: an answer that was there at once comes from within a loop.
+                self.loop.call_soon(self._go_on)
         except BaseException:
             # Rather an unknown outcome than a client that waits for ever.
             self.transport.abort()
@@ -530,13 +547,13 @@ class Connection(asyncio.BufferedProtocol):
             self.answering = ENDED
             return
         request = self.queue[0]
-        body = answer.body if request.environ.get("REQUEST_METHOD") != "HEAD" else b""
-        last = self._write_head(request, answer.status, answer.headers, body)
-        self._finish(request, last)
+        status, headers, body = answer
+        if request.environ.get("REQUEST_METHOD") == "HEAD":
+            body = b""
+        last = self._write(request, status, headers, body)
+        self._finish(last)
 
-    def _write_head(
-        self, request: Request, status: str, headers: object, body: bytes = b""
-    ) -> bool:
+    def _write(self, request: Request, status: str, headers: Headers, body: bytes = b"") -> bool:
         """Write a head, and a body with it; return whether it says that it is the last one."""
         last = not request.keep_alive or (self.state.ending and len(self.queue) == 1)
         lines = [f"HTTP/1.1 {status}\r\n", *[f"{name}: {value}\r\n" for name, value in headers]]
@@ -554,7 +571,7 @@ class Connection(asyncio.BufferedProtocol):
                 headers.append(("Transfer-Encoding", "chunked"))
             else:
                 request.keep_alive = False
-            last = self._write_head(request, stream.status, headers)
+            last = self._write(request, stream.status, headers)
             while not request.gone and (chunk := await stream.next()) is not None:
                 if chunk:
                     self._write_chunk(request, chunk)
@@ -564,7 +581,7 @@ class Connection(asyncio.BufferedProtocol):
         if not request.gone:
             if request.version == "1.1":
                 self.transport.write(b"0\r\n\r\n")
-            self._finish(request, last)
+            self._finish(last)
 
     def _write_chunk(self, request: Request, chunk: bytes) -> None:
         if request.version == "1.1":
@@ -576,11 +593,10 @@ class Connection(asyncio.BufferedProtocol):
             self.read.clear()
             await self.read.wait()
 
-    def _finish(self, request: Request, last: bool) -> None:
+    def _finish(self, last: bool) -> None:
         """The first request is answered."""
         self.queue.popleft()
         self.answering = WAITING
-        self.state.total_requests += 1
         if last:
             self._end()
         self._restart_clock()

@@ -35,6 +35,8 @@ STOP_SECONDS = 5
 class Server(uvicorn.Server):
     """Serves until SIGTERM, then finishes what is in flight."""
 
+    server_state: State
+
     def __init__(self, app: Flask, pulse: int, neighbour: socket.socket | None = None) -> None:
         """`pulse` is a pipe that is written to as long as this process works, see alive.py.
 
@@ -45,7 +47,7 @@ class Server(uvicorn.Server):
         super().__init__(_config(self.pages))
         self.config.load()
         # In the place of uvicorn's own, which would speak ASGI.
-        self.config.http_protocol_class = self._connection
+        self.config.http_protocol_class = self._connection  # type: ignore[assignment]  # a maker
         self.neighbour = neighbour
         self.heartbeat = Heartbeat(pulse, self.pages.check, lambda: self.pages.taken)
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -68,7 +70,9 @@ class Server(uvicorn.Server):
     async def _help_neighbour(self) -> None:
         # A process that is alive accepts at once: who still waits here, waits for a dead one.
         loop = asyncio.get_running_loop()
-        for _ in range(HELPED_PER_TICK if self.neighbour else 0):
+        if self.neighbour is None:
+            return
+        for _ in range(HELPED_PER_TICK):
             try:
                 connection, _ = self.neighbour.accept()
             except OSError:
@@ -87,7 +91,7 @@ class Server(uvicorn.Server):
 
 def _config(pages: Pages) -> uvicorn.Config:
     return uvicorn.Config(
-        pages,  # uvicorn wants an application, and never calls it
+        pages,  # type: ignore[arg-type]  # uvicorn wants an application, and never calls it
         loop="uvloop",
         interface="asgi3",
         lifespan="off",

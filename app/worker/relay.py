@@ -22,7 +22,8 @@ from ..extensions import db, stock
 from ..orders.drain import drain_batch
 from ..problems import Unavailable
 from ..products import brake, movements, sale
-from ..stock.gateway import REFUSALS, View
+from ..stock.gateway import View
+from ..stock.outcomes import REFUSALS
 from ..watch import samples, shelf
 from . import jobs
 
@@ -104,7 +105,7 @@ class Sweeper:
         record_issued()
         recovery.close_when_stale()
         brake.carry_over()
-        if recovery.is_prepared():
+        if sale.is_prepared():
             sale.publish_stale()
             movements.finish_pending()
             self._shelf.renew()
@@ -126,7 +127,9 @@ def record_issued() -> None:
         db.session.commit()
 
 
-def run_forever(app: Flask, run_once: Callable, stopped: threading.Event) -> None:
+def run_forever(
+    app: Flask, run_once: Callable[[threading.Event], None], stopped: threading.Event
+) -> None:
     """Repeat a step until `stopped` is set; a server that fails is waited for."""
     failing = False
     while not stopped.is_set():

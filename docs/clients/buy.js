@@ -38,17 +38,18 @@ async function buy(url, purchase, key, patience) {
 }
 
 async function main([url, user, product, quantity = "1", ...more]) {
-  const numbers = [user, product, quantity];
-  if (more.length || !numbers.every((number) => /^\d+$/.test(number))) {
+  const numbers = [product, quantity];
+  if (!user || more.length || !numbers.every((number) => /^\d+$/.test(number))) {
     console.error("usage: node buy.js URL USER PRODUCT [QUANTITY]");
     return 2;
   }
-  const [userId, productId, units] = numbers.map(Number);
+  const [productId, units] = numbers.map(Number);
   const key = process.env.KEY || crypto.randomUUID(); // one per intent, the same in every attempt
-  const purchase = { userId, productId, quantity: units };
+  const purchase = { userId: user, productId, quantity: units };
   const answer = await buy(url, purchase, key, Number(process.env.PATIENCE || 90));
   if (!answer) {
-    console.log(`undecided: go on with KEY=${key}, or see ${url}/purchase/orders/${user}`);
+    const orders = `${url}/purchase/orders/${encodeURIComponent(user)}`;
+    console.log(`undecided: go on with KEY=${key}, or see ${orders}`);
     return 3;
   }
   const { status, body } = answer;

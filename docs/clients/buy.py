@@ -12,6 +12,7 @@ import random
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 import uuid
 
@@ -51,15 +52,16 @@ def buy(url, purchase, key, patience):
 
 
 def main():
-    if len(sys.argv) not in (4, 5) or not all(number.isdigit() for number in sys.argv[2:]):
+    if len(sys.argv) not in (4, 5) or not all(number.isdigit() for number in sys.argv[3:]):
         print(__doc__, file=sys.stderr)
         return 2
     url, user, product, quantity = [*sys.argv[1:], "1"][:4]
-    purchase = {"userId": int(user), "productId": int(product), "quantity": int(quantity)}
+    purchase = {"userId": user, "productId": int(product), "quantity": int(quantity)}
     key = os.environ.get("KEY") or str(uuid.uuid4())  # one per intent, the same in every attempt
     answer = buy(url, purchase, key, float(os.environ.get("PATIENCE") or 90))
     if answer is None:
-        print(f"undecided: go on with KEY={key}, or see {url}/purchase/orders/{user}")
+        orders = f"{url}/purchase/orders/{urllib.parse.quote(user, safe='')}"
+        print(f"undecided: go on with KEY={key}, or see {orders}")
         return 3
     status, body = answer
     print(body["orderId"] if status == 200 else f"refused: {body.get('code', status)}")

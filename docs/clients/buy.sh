@@ -11,7 +11,7 @@ if [ $# -lt 3 ] || [ $# -gt 4 ]; then
     echo "usage: buy.sh URL USER PRODUCT [QUANTITY]" >&2
     exit 2
 fi
-purchase="{\"userId\": $2, \"productId\": $3, \"quantity\": ${4:-1}}"
+purchase="{\"userId\": \"$2\", \"productId\": $3, \"quantity\": ${4:-1}}"
 # One key per intent, the same in every attempt.
 key=${KEY:-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')}
 deadline=$(($(date +%s) + ${PATIENCE:-90}))

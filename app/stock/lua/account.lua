@@ -30,7 +30,7 @@ local entries = {}
 if counted then entries = redis.call('XRANGE', KEYS[3], '-', '+')
 elseif through > 0 then entries = redis.call('XRANGE', KEYS[3], '-', ARGV[1] .. '-0') end
 for _, entry in ipairs(entries) do
-  local product, units = string.match(entry[2][2], '^%d+ (%d+) (%d+) ')
+  local product, units = string.match(string.gsub(entry[2][2], '^v2 ', ''), '^%S+ (%d+) (%d+) ')
   local account = product and sums[product]
   if account then
     if tonumber(string.match(entry[1], '^%d+')) <= through then

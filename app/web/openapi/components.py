@@ -1,25 +1,28 @@
 """What the operations are made of: schemas, headers, errors."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from ...reading import MAX_ID, MAX_QUANTITY, MAX_RESTOCK, MAX_STOCK
 
-MAX_LISTED = 500
 
-
-def ref(kind: str, name: str) -> dict:
+def ref(kind: str, name: str) -> dict[str, Any]:
     return {"$ref": f"#/components/{kind}/{name}"}
 
 
-def integer(low: int, high: int, meaning: str = "", **more: object) -> dict:
+def integer(low: int, high: int, meaning: str = "", **more: object) -> dict[str, Any]:
     schema = {"type": "integer", "minimum": low, "maximum": high, **more}
     return schema | ({"description": meaning} if meaning else {})
 
 
-def json_object(properties: dict, required: list[str] | None = None, **more: object) -> dict:
+def json_object(
+    properties: dict[str, Any], required: list[str] | None = None, **more: object
+) -> dict[str, Any]:
     names = list(properties) if required is None else required
     return {"type": "object", "properties": properties, "required": names, **more}
 
 
-def json_content(schema: dict, **examples: object) -> dict:
+def json_content(schema: dict[str, Any], **examples: object) -> dict[str, Any]:
     content = {"schema": schema}
     if examples:
         content["examples"] = {name: {"value": value} for name, value in examples.items()}
@@ -31,13 +34,36 @@ ID = integer(1, MAX_ID, examples=[1])
 _TEXT = r"\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f"
 NOT_BLANK = rf"^[^{_TEXT}]*[^\s{_TEXT}\ufeff][^{_TEXT}]*$"
 TIME = {"type": ["string", "null"], "format": "date-time"}
+PRICE = integer(0, MAX_ID, "in the currency's smallest unit")
+CURRENCY = {"type": "string", "pattern": "^[A-Z]{3}$", "description": "ISO 4217"}
+USER = {
+    "description": 'a shopper by the shop\'s own name: `42` and `"42"` are the same one; any other '
+    "text is itself, byte for byte",
+    "anyOf": [
+        {"type": "integer", "minimum": 1, "maximum": MAX_ID},
+        {
+            "type": "string",
+            "minLength": 1,
+            "maxLength": 64,
+            "pattern": r"^[A-Za-z0-9._~:@|+-]+$",
+            "not": {"enum": [".", ".."]},
+        },
+    ],
+}
+REFERENCE = {
+    "type": "string",
+    "minLength": 1,
+    "maxLength": 64,
+    "pattern": r"^[\x21-\x7e]+$",
+    "description": "the shop's own name for the order, such as a cart",
+}
 
 # The terms of sale; which of them are required, and what they are without being told, is said where
 # they are used.
 TERMS = {
     "name": {"type": "string", "minLength": 1, "maxLength": 200, "pattern": NOT_BLANK},
-    "priceCents": integer(0, MAX_ID, "in the currency's smallest unit"),
-    "currency": {"type": "string", "pattern": "^[A-Z]{3}$", "description": "ISO 4217"},
+    "priceCents": PRICE,
+    "currency": CURRENCY,
     "opensAt": TIME | {"description": "RFC 3339 with offset; null: open"},
     "closesAt": TIME | {"description": "after `opensAt`; null: never"},
     "perUserLimit": {
@@ -62,6 +88,13 @@ SCHEMAS = {
                 "format": "date-time",
                 "description": "with `not_open`: when the sale opens",
             },
+            "priceCents": PRICE | {"description": "with `price_changed`: the price in force"},
+            "currency": CURRENCY | {"description": "with `price_changed`"},
+            "orderId": ID | {"description": "with `order_ended`: the order of this key"},
+            "orderStatus": {
+                "enum": ["CANCELLED", "FAILED"],
+                "description": "with `order_ended`: what became of it",
+            },
             "limit": {
                 "type": "string",
                 "description": "with `rate_limited`: which limit, as in `RateLimit-Policy`; of "
@@ -85,15 +118,31 @@ SCHEMAS = {
     ),
     "Purchase": json_object(
         {
-            "userId": integer(1, MAX_ID, "who buys", examples=[1]),
+            "userId": USER | {"examples": [1, "auth0|7f3a"]},
             "productId": integer(1, MAX_ID, "what", examples=[1]),
             "quantity": integer(
                 1, MAX_QUANTITY, "units; at most the product's `maxQuantity`", default=1
             ),
+            "expectedPriceCents": PRICE
+            | {
+                "type": ["integer", "null"],
+                "description": "the price that the shopper was shown: another one in force is "
+                "refused as `price_changed`",
+            },
+            "reference": REFERENCE | {"type": ["string", "null"]},
         },
         ["userId", "productId"],
     ),
-    "Purchased": json_object({"status": {"const": "queued"}, "orderId": ID}),
+    "Purchased": json_object(
+        {
+            "status": {"const": "queued"},
+            "orderId": ID,
+            "unitPriceCents": PRICE
+            | {"description": "absent in replays of orders that version 0.1.0 took"},
+            "currency": CURRENCY,
+        },
+        ["status", "orderId"],
+    ),
     "Order": json_object(
         {
             "id": ID,
@@ -105,7 +154,19 @@ SCHEMAS = {
             "quantity": integer(1, MAX_QUANTITY),
             "productId": ID,
             "createdAt": {"type": "string", "format": "date-time"},
-        }
+            "unitPriceCents": PRICE,
+            "currency": CURRENCY,
+            "reference": REFERENCE,
+        },
+        [
+            "id",
+            "status",
+            "quantity",
+            "productId",
+            "createdAt",
+            "unitPriceCents",
+            "currency",
+        ],
     ),
     "Metrics": json_object(
         {
@@ -225,6 +286,8 @@ ORDER = {
     "quantity": 1,
     "productId": 1,
     "createdAt": "2026-11-27T09:00:00.042Z",
+    "unitPriceCents": 99_999,
+    "currency": "USD",
 }
 
 HEADERS = {
@@ -253,7 +316,7 @@ HEADERS = {
 LIMIT_HEADERS = ("RateLimit-Policy", "RateLimit")
 
 # Each error by its code: the message, and what else its body holds.
-ERRORS = {
+ERRORS: dict[str, tuple[str, dict[str, Any]]] = {
     "invalid_request": ("quantity must be an integer", {"field": "quantity"}),
     "unauthorized": ("A valid API token is required", {}),
     "forbidden": ("The token is another shopper's", {}),
@@ -265,8 +328,13 @@ ERRORS = {
     "paused": ("Sale not open", {}),
     "ended": ("Sale not open", {}),
     "purchase_limit": ("Purchase limit reached", {}),
+    "price_changed": ("Price changed", {"priceCents": 99_999, "currency": "USD"}),
+    "order_ended": ("Order ended", {"orderId": 17, "orderStatus": "CANCELLED"}),
     "request_timeout": ("The body did not come in time", {}),
-    "head_too_large": ("The request's head is larger than 64 KiB", {}),
+    "head_too_large": (
+        "The request's head is larger than 64 KiB or has more than 100 headers",
+        {},
+    ),
     "body_too_large": ("The body is larger than 16 KiB", {}),
     "unsupported_media_type": ("Content-Type must be application/json", {}),
     "stale_version": ("The product was changed meanwhile", {"product": PRODUCT}),
@@ -287,10 +355,10 @@ STATUSES = {
         ("ETag",),
     ),
     413: ("The body is larger than 16 KiB", ["body_too_large"], ()),
-    415: ("The body is not application/json", ["unsupported_media_type"], ()),
+    415: ("The body is not application/json, or compressed", ["unsupported_media_type"], ()),
     422: ("The Idempotency-Key was used with another request", ["idempotency_mismatch"], ()),
     429: ("Too many requests; this one did nothing", ["rate_limited"], ("Retry-After",)),
-    431: ("The head is larger than 64 KiB", ["head_too_large"], ()),
+    431: ("The head is larger than 64 KiB or has more than 100 headers", ["head_too_large"], ()),
     500: ("A fault of the server's: the outcome is unknown", ["internal_error"], ()),
     503: (
         "A server behind this one can't be reached: the outcome is unknown, unless `executed` says "
@@ -301,15 +369,21 @@ STATUSES = {
 }
 
 
-def _header_refs(names: tuple[str, ...]) -> dict:
+def _header_refs(names: tuple[str, ...]) -> dict[str, Any]:
     return {name: ref("headers", name) for name in (*names, "X-Request-Id")}
 
 
-def ok(meaning: str, content: dict, headers: tuple[str, ...] = LIMIT_HEADERS) -> dict:
+def ok(
+    meaning: str, content: dict[str, Any], headers: tuple[str, ...] = LIMIT_HEADERS
+) -> dict[str, Any]:
     return {"description": meaning, "headers": _header_refs(headers), "content": content}
 
 
-def failures(*statuses: int, **changed: tuple) -> dict:
+# What a status means, the codes it comes with, and its headers.
+Response = tuple[str, Sequence[str], tuple[str, ...]]
+
+
+def failures(*statuses: int, **changed: Response) -> dict[str, Any]:
     """Return the responses of an operation's errors; `changed` maps "s409" to another entry."""
     responses = {}
     for status in sorted({*statuses, 500}):
@@ -328,7 +402,7 @@ def failures(*statuses: int, **changed: tuple) -> dict:
     return responses
 
 
-def parameter(name: str, where: str, schema: dict, meaning: str) -> dict:
+def parameter(name: str, where: str, schema: dict[str, Any], meaning: str) -> dict[str, Any]:
     return {
         "name": name,
         "in": where,
@@ -342,7 +416,7 @@ KEY = parameter(
     "Idempotency-Key",
     "header",
     {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"},
-    "One for each intent, such as a UUID; kept for 24 hours.",
+    "One for each intent, such as a UUID; kept as long as the sale.",
 )
 RESTOCK_KEY = KEY | {"description": "One for each intent, such as a UUID; it is never forgotten."}
 CREATION_KEY = KEY | {
@@ -362,9 +436,11 @@ REQUEST_ID = parameter(
 PRODUCT_ID = parameter("productId", "path", ID, "")
 
 
-def body(schema: str, **examples: object) -> dict:
+def body(schema: str, **examples: object) -> dict[str, Any]:
     return {"required": True, "content": json_content(ref("schemas", schema), **examples)}
 
 
-def operation(tag: str, name: str, summary: str, responses: dict, **more: object) -> dict:
+def operation(
+    tag: str, name: str, summary: str, responses: dict[str, Any], **more: object
+) -> dict[str, Any]:
     return {"tags": [tag], "operationId": name, "summary": summary, **more, "responses": responses}

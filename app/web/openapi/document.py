@@ -5,8 +5,10 @@ Written by hand beside the contract; the tests hold it against the routes and th
 
 import json
 from functools import cache
+from typing import Any
 
 from ...config import VERSION
+from ...orders.lookup import MAX_LISTED
 from .components import (
     CREATION_KEY,
     HEADERS,
@@ -14,13 +16,13 @@ from .components import (
     IF_MATCH,
     KEY,
     LIMIT_HEADERS,
-    MAX_LISTED,
     ORDER,
     PRODUCT,
     PRODUCT_ID,
     REQUEST_ID,
     RESTOCK_KEY,
     SCHEMAS,
+    USER,
     body,
     failures,
     integer,
@@ -43,21 +45,28 @@ answer came: it is made once, and answered the same.
 * `X-Request-Id` is taken over from a request, and found again in the server's log lines."""
 
 
-SHOPPER = [{}, {"shopper": []}]
-ADMIN = [{"admin": []}]
-RATE_NOTE = "The body's shape is checked first, then replay, rate, product, window, cap, stock."
+SHOPPER: list[dict[str, list[str]]] = [{}, {"shopper": []}]
+ADMIN: list[dict[str, list[str]]] = [{"admin": []}]
+RATE_NOTE = (
+    "The body's shape is checked first, then replay, rate, product, window, price, cap, stock."
+)
 
+BOUGHT = {"status": "queued", "orderId": 17, "unitPriceCents": 99_999, "currency": "USD"}
 UNVERIFIED = {"status": "ok", "unverified": True}
 SHUT = {"status": "unavailable", "reason": "unreachable"}
 
 
-def _paths() -> dict:
+def _paths() -> dict[str, Any]:
     product = json_content(ref("schemas", "Product"), product=PRODUCT)
-    refused = ("sold_out", "insufficient_stock", "not_open", "paused", "ended", "purchase_limit")
+    refused = (
+        "sold_out", "insufficient_stock", "not_open", "paused", "ended", "purchase_limit",
+        "price_changed", "order_ended",
+    )  # fmt: skip
     conflict = (
-        "Not sold: `code` tells why. `Retry-After` comes with `not_open` alone",
+        "Not sold: `code` tells why. `Retry-After` comes with `not_open` alone; `order_ended` "
+        "is the replay of an order that was cancelled or given up since",
         refused,
-        ("Retry-After",),
+        ("Retry-After", "Idempotent-Replayed"),
     )
     health = json_content(
         ref("schemas", "Health"),
@@ -73,7 +82,7 @@ def _paths() -> dict:
     }
     purchased = ok(
         "Bought. A replay has the same body",
-        json_content(ref("schemas", "Purchased"), bought={"status": "queued", "orderId": 17}),
+        json_content(ref("schemas", "Purchased"), bought=BOUGHT),
         (*LIMIT_HEADERS, "Idempotent-Replayed"),
     )
     purchased["links"] = {
@@ -121,7 +130,17 @@ def _paths() -> dict:
                 description=RATE_NOTE,
                 security=SHOPPER,
                 parameters=[KEY, REQUEST_ID],
-                requestBody=body("Purchase", one={"userId": 1, "productId": 1, "quantity": 1}),
+                requestBody=body(
+                    "Purchase",
+                    one={"userId": 1, "productId": 1, "quantity": 1},
+                    all_members={
+                        "userId": "auth0|7f3a",
+                        "productId": 1,
+                        "quantity": 1,
+                        "expectedPriceCents": 99_999,
+                        "reference": "cart-4711",
+                    },
+                ),
             )
         },
         "/purchase/orders/{userId}": {
@@ -145,7 +164,7 @@ def _paths() -> dict:
                 },
                 security=SHOPPER,
                 parameters=[
-                    parameter("userId", "path", ID, "whose"),
+                    parameter("userId", "path", USER, "whose"),
                     parameter(
                         "limit", "query", integer(1, MAX_LISTED, default=50), "at most so many"
                     ),
@@ -384,12 +403,12 @@ def _paths() -> dict:
     }
 
 
-def _bearer(meaning: str, **more: str) -> dict:
+def _bearer(meaning: str, **more: str) -> dict[str, Any]:
     return {"type": "http", "scheme": "bearer", "description": meaning, **more}
 
 
 @cache
-def document() -> dict:
+def document() -> dict[str, Any]:
     """Return the document."""
     return {
         "openapi": "3.1.0",
@@ -409,8 +428,8 @@ def document() -> dict:
             },
             "securitySchemes": {
                 "shopper": _bearer(
-                    "A shopper's token whose `sub` is the userId; asked for where the operator "
-                    "has set `SHOPPER_AUTH=jwt`",
+                    "A shopper's token whose `sub` (or `JWT_USER_CLAIM`) is the userId; asked for "
+                    "where the operator has set `SHOPPER_AUTH=jwt`",
                     bearerFormat="JWT",
                 ),
                 "admin": _bearer("An API token (`flask token create`)"),

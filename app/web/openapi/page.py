@@ -3,6 +3,7 @@
 import json
 import shlex
 from functools import cache
+from typing import Any
 
 from .document import document
 
@@ -13,9 +14,9 @@ LINE_CHARACTERS = 60
 
 
 @cache
-def operations() -> dict[str, list[dict]]:
+def operations() -> dict[str, list[dict[str, Any]]]:
     """Return {tag: operations}, each with what the page shows of it."""
-    tagged: dict[str, list[dict]] = {tag["name"]: [] for tag in document()["tags"]}
+    tagged: dict[str, list[dict[str, Any]]] = {tag["name"]: [] for tag in document()["tags"]}
     for path, item in document()["paths"].items():
         for method in METHODS:
             if method in item:
@@ -23,7 +24,7 @@ def operations() -> dict[str, list[dict]]:
     return tagged
 
 
-def _operation(method: str, path: str, operation: dict) -> dict:
+def _operation(method: str, path: str, operation: dict[str, Any]) -> dict[str, Any]:
     body = operation.get("requestBody", {}).get("content", {}).get("application/json")
     return {
         "id": operation["operationId"],
@@ -51,7 +52,7 @@ def _operation(method: str, path: str, operation: dict) -> dict:
     }
 
 
-def _command(method: str, path: str, operation: dict, body: str) -> str:
+def _command(method: str, path: str, operation: dict[str, Any], body: str) -> str:
     """Return the request as a command for a shell, with what it needs and no more."""
     parameters = operation.get("parameters", ())
     for parameter in parameters:
@@ -75,8 +76,8 @@ def _command(method: str, path: str, operation: dict, body: str) -> str:
     return " \\\n".join(lines)
 
 
-def _response(status: str, response: dict) -> dict:
-    content = next(iter(response.get("content", {}).values()), {})
+def _response(status: str, response: dict[str, Any]) -> dict[str, Any]:
+    content: dict[str, Any] = next(iter(response.get("content", {}).values()), {})
     examples = [example["value"] for example in content.get("examples", {}).values()]
     fails = int(status) >= 400 and all("code" in example for example in examples)
     return {
@@ -88,18 +89,18 @@ def _response(status: str, response: dict) -> dict:
     }
 
 
-def _example(content: dict, indent: int | None = 2) -> str:
+def _example(content: dict[str, Any], indent: int | None = 2) -> str:
     examples = list(content.get("examples", {}).values())
     return json.dumps(examples[0]["value"], indent=indent) if examples else ""
 
 
-def _resolve(schema: dict) -> dict:
+def _resolve(schema: dict[str, Any]) -> dict[str, Any]:
     if "$ref" in schema:
         schema = document()["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
     return schema
 
 
-def _fields(schema: dict, required: frozenset = frozenset()) -> list[dict]:
+def _fields(schema: dict[str, Any], required: frozenset[str] = frozenset()) -> list[dict[str, Any]]:
     schema = _resolve(schema)
     required = required | set(schema.get("required", ()))
     fields = [field for part in schema.get("allOf", ()) for field in _fields(part, required)]
@@ -114,9 +115,11 @@ def _fields(schema: dict, required: frozenset = frozenset()) -> list[dict]:
     ]
 
 
-def _type(schema: dict) -> str:
+def _type(schema: dict[str, Any]) -> str:
     """Return the type and its bounds in a few words."""
     schema = _resolve(schema)
+    if "anyOf" in schema:
+        return " or ".join(map(_type, schema["anyOf"]))
     kinds = schema.get("type", "value")
     words = " or ".join(kinds) if isinstance(kinds, list) else kinds
     if "format" in schema:

@@ -10,6 +10,8 @@ import threading
 import time
 from contextlib import suppress
 from datetime import UTC, datetime
+from types import TracebackType
+from typing import Any
 
 from .config import Settings, wanted_log_format
 
@@ -61,7 +63,7 @@ class BoundLines(logging.Filter):
         return left_out is not None
 
 
-def _fields(record: logging.LogRecord) -> dict:
+def _fields(record: logging.LogRecord) -> dict[str, Any]:
     return {k: v for k, v in getattr(record, "fields", {}).items() if v is not None}
 
 
@@ -124,7 +126,11 @@ def _configure(log_format: str, log_level: str) -> None:
     log.setLevel(min(logging.INFO, root.level))
 
 
-def _uncaught(kind: type[BaseException], error: BaseException | None, trace) -> None:
+def _uncaught(
+    kind: type[BaseException], error: BaseException | None, trace: TracebackType | None
+) -> None:
+    # A thread's error, and one of a finalizer, may be known by its kind alone.
+    error = error if error is not None else kind()
     if issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
     elif not issubclass(kind, SystemExit):

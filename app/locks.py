@@ -1,0 +1,18 @@
+"""PostgreSQL's advisory locks: every one there is, and the order in which they are taken.
+
+Whoever needs several takes them from the top down, so that no two wait for each other; tables are
+locked after them. What only tries a lock, and goes away where it is held, may do so at any point.
+Nothing else here may use the numbers.
+"""
+
+# `flask prepare`: of several programs that start at once, one migrates. Held alone.
+PREPARE_LOCK = 7_316_002
+# A rebuild or a reset of the sale.
+REBUILD_LOCK = 7_316_004
+# A repair of the ledger: two at once would take the same units twice.
+REPAIR_LOCK = 7_316_005
+# One drainer at a time; held too by whoever needs that no order is stored meanwhile.
+DRAIN_LOCK = 7_316_001
+# Held shared while a movement is carried out, alone while the sale in Redis is replaced: a movement
+# applied to the old sale is never marked as applied to the new one.
+SALE_LOCK = 7_316_003
