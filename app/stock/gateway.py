@@ -1,6 +1,6 @@
 """The Redis side of the sale: its scripts and their typed results. The only caller of the scripts.
 
-Claims go by the hot roads of claims.py; everything else goes through an ordinary client here.
+Claims go by the hot roads of lines.py; everything else goes through an ordinary client here.
 """
 
 import contextlib
@@ -95,7 +95,7 @@ class Stock:
     ) -> None:
         """Prepare the clients; nothing is connected before the first use.
 
-        `on_record` tells the sale's name and an order id that it has issued: see claims.py.
+        `on_record` tells the sale's name and an order id that it has issued: see lines.py.
         """
         url = settings.redis_url
         self.client = redis.Redis.from_url(url, **cautious_options(url, decode=True))
