@@ -1,5 +1,7 @@
 """The parts that every module shares, created once and bound to an app by its factory."""
 
+from typing import TYPE_CHECKING
+
 from flask import request
 from flask_limiter import Limiter
 from flask_login import LoginManager
@@ -32,6 +34,11 @@ def limited_client() -> str:
 
 
 db = SQLAlchemy(model_class=Base, session_options={"class_": Session})
+if TYPE_CHECKING:
+    Model = Base
+else:
+    # What Flask-SQLAlchemy makes of it, which has no type.
+    Model = db.Model
 migrate = Migrate()
 csrf = CSRFProtect()
 login = LoginManager()

@@ -24,7 +24,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
 from sqlalchemy.orm import Mapped, mapped_column
 
-from .extensions import db
+from .extensions import Model
 from .reading import MAX_QUANTITY, User
 
 Timestamp = TIMESTAMP(timezone=True)
@@ -65,7 +65,7 @@ class OfUser:
         return cls.user_id == user if isinstance(user, int) else cls.user_name == user
 
 
-class Product(db.Model):
+class Product(Model):
     """What is sold, on which terms. `version` rises with each change; Redis obeys the highest."""
 
     # Whether a brake is set: Redis knows, and who reads a product from there notes it.
@@ -100,7 +100,7 @@ class Product(db.Model):
     )
 
 
-class ProductTotals(db.Model):
+class ProductTotals(Model):
     """A product's sums of orders, dead letters, movements; kept by triggers in the same commit.
 
     They make every figure of a page a read of one row, however many orders there are.
@@ -122,7 +122,7 @@ class ProductTotals(db.Model):
     abandoned_units: Mapped[int] = mapped_column(BigInteger, server_default="0")
 
 
-class StockMovement(OfUser, db.Model):
+class StockMovement(OfUser, Model):
     """Units put into or taken out of the sale by something else than a purchase: the ledger."""
 
     __tablename__ = "stock_movements"
@@ -170,7 +170,7 @@ class StockMovement(OfUser, db.Model):
     stock_after: Mapped[int | None] = mapped_column(BigInteger)
 
 
-class Batch(db.Model):
+class Batch(Model):
     """One run of the drain: which job stored which orders."""
 
     __tablename__ = "batches"
@@ -185,7 +185,7 @@ class Batch(db.Model):
     persisted_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
 
 
-class Order(OfUser, db.Model):
+class Order(OfUser, Model):
     """A purchase that was promised. The claim gave it its id, so it can't be stored twice."""
 
     __tablename__ = "orders"
@@ -259,7 +259,7 @@ class Order(OfUser, db.Model):
     cancel_reason: Mapped[str | None] = mapped_column(Text)
 
 
-class DeadLetter(OfUser, db.Model):
+class DeadLetter(OfUser, Model):
     """An order that could not be stored. Its stock stays held until a person decides."""
 
     __tablename__ = "dead_letters"
@@ -309,7 +309,7 @@ class DeadLetter(OfUser, db.Model):
         return cls.resolution.is_distinct_from("replayed")
 
 
-class Sale(db.Model):
+class Sale(Model):
     """One row: which sale this is, so that a Redis that lost it or holds another one is noticed."""
 
     __tablename__ = "sale"
@@ -324,7 +324,7 @@ class Sale(db.Model):
     sampled_at: Mapped[datetime | None] = mapped_column(Timestamp)
 
 
-class Staff(db.Model):
+class Staff(Model):
     """A person who signs in. `session_key` changes with the password and ends all sessions."""
 
     __tablename__ = "staff"
@@ -343,7 +343,7 @@ class Staff(db.Model):
     last_sign_in_at: Mapped[datetime | None] = mapped_column(Timestamp)
 
 
-class StaffSession(db.Model):
+class StaffSession(Model):
     """A session of a person in one browser. It ends with the row, and with another password."""
 
     __tablename__ = "staff_sessions"
@@ -356,7 +356,7 @@ class StaffSession(db.Model):
     created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
 
 
-class ApiToken(db.Model):
+class ApiToken(Model):
     """A bearer token of the admin API; only its SHA-256 is kept."""
 
     __tablename__ = "api_tokens"
@@ -372,7 +372,7 @@ class ApiToken(db.Model):
     revoked_at: Mapped[datetime | None] = mapped_column(Timestamp)
 
 
-class RequestKey(db.Model):
+class RequestKey(Model):
     """An Idempotency-Key that an act has used up; `answer` is what was answered, to be repeated."""
 
     __tablename__ = "request_keys"
@@ -388,7 +388,7 @@ class RequestKey(db.Model):
     created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
 
 
-class AuditEntry(db.Model):
+class AuditEntry(Model):
     """Who changed what, when and from where. A trigger refuses to change or delete a row."""
 
     __tablename__ = "audit_log"

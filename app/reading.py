@@ -4,6 +4,7 @@ import codecs
 import json
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import msgspec
 
@@ -38,7 +39,7 @@ def _no_number(name: str) -> None:
     raise InvalidRequest(f"The body is not valid JSON: {name} is no JSON number")
 
 
-def _unique(members: list[tuple[str, object]]) -> dict:
+def _unique(members: list[tuple[str, object]]) -> dict[str, Any]:
     data = dict(members)
     if len(data) != len(members):
         names = [name for name, _ in members]
@@ -53,7 +54,7 @@ _decode = msgspec.json.Decoder().decode
 _decode_strictly = json.JSONDecoder(parse_constant=_no_number, object_pairs_hook=_unique).decode
 
 
-def read_object(body: bytes | bytearray) -> dict:
+def read_object(body: bytes | bytearray) -> dict[str, Any]:
     """Return the JSON object in `body`, whose members have different names. Raises InvalidRequest.
 
     Of two members of one name every reader takes another (RFC 8259, 4), so that a gateway might
@@ -72,7 +73,7 @@ def read_object(body: bytes | bytearray) -> dict:
     return _read_strictly(body)
 
 
-def _read_strictly(body: bytes | bytearray) -> dict:
+def _read_strictly(body: bytes | bytearray) -> dict[str, Any]:
     try:
         # JSON is UTF-8 (RFC 8259, 8.1); json.loads() would look for other encodings first.
         data = _decode_strictly(body.removeprefix(codecs.BOM_UTF8).decode())
@@ -97,7 +98,7 @@ def check_key(key: str) -> None:
         )
 
 
-def read_integer(data: dict, name: str, low: int, high: int) -> int:
+def read_integer(data: dict[str, Any], name: str, low: int, high: int) -> int:
     """Return a member that is a JSON integer in a range (no string, float or boolean).
 
     Raises InvalidRequest.
@@ -137,7 +138,7 @@ def canonical(value: object) -> User:
     raise ValueError("not a user id")
 
 
-def read_user(data: Mapping, name: str = "userId") -> User:
+def read_user(data: Mapping[str, Any], name: str = "userId") -> User:
     """Return the shopper in a member: an integer from 1 to MAX_ID or a text, in canonical form.
 
     Raises InvalidRequest.
@@ -151,7 +152,7 @@ def read_user(data: Mapping, name: str = "userId") -> User:
         raise InvalidRequest(f"{name} {fault}", name) from None
 
 
-def read_reference(data: Mapping, name: str = "reference") -> str | None:
+def read_reference(data: Mapping[str, Any], name: str = "reference") -> str | None:
     """Return the shop's own name for an order, None where there is none (or null).
 
     Raises InvalidRequest.
@@ -162,7 +163,7 @@ def read_reference(data: Mapping, name: str = "reference") -> str | None:
     return value
 
 
-def read_price(data: dict, name: str = "expectedPriceCents") -> int | None:
+def read_price(data: dict[str, Any], name: str = "expectedPriceCents") -> int | None:
     """Return the price that a shopper was shown, None where none is given (or null).
 
     Raises InvalidRequest.
@@ -170,7 +171,7 @@ def read_price(data: dict, name: str = "expectedPriceCents") -> int | None:
     return read_integer(data, name, 0, MAX_ID) if data.get(name) is not None else None
 
 
-def read_text(data: Mapping, name: str, longest: int, called: str | None = None) -> str:
+def read_text(data: Mapping[str, Any], name: str, longest: int, called: str | None = None) -> str:
     """Return a member that is a text of 1 to `longest` characters.
 
     `called` is what an error calls it, where that is not its name. Raises InvalidRequest.

@@ -20,6 +20,7 @@ GROUND = {
     "telling",
     "logs",
     "locks",
+    "money",
 }
 TABLES = GROUND | {"extensions", "models", "audit", "idempotency", "generation"}
 ROOMS = {
@@ -28,6 +29,7 @@ ROOMS = {
     "addresses": set(),
     "breaker": set(),
     "locks": set(),
+    "money": set(),
     "reading": {"problems"},
     "sheet": set(),
     "config": set(),

@@ -213,7 +213,7 @@ def test_an_export_ends_when_its_reader_is_gone(app, admin, monkeypatch):
             ended.set()
 
     monkeypatch.setattr("app.admin.orders.search.export", endless)
-    monkeypatch.setattr("app.admin.orders.row_of", lambda order, names: (order,) * 14)
+    monkeypatch.setattr("app.orders.sheet.row_of", lambda order, names: (order,) * 14)
     order = "x" * 100
     session = session_of(admin)
 

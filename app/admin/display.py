@@ -8,6 +8,7 @@ from flask import Flask, url_for
 from markupsafe import Markup
 
 from ..config import ROOT
+from ..money import decimal
 from .forms import submission_key, wall_time
 
 ICONS = "/static/vendor/tabler-icons-3.51.0.svg"
@@ -37,7 +38,7 @@ def compact(value: float | None) -> str:
 
 def money(cents: int, currency: str) -> str:
     """99999, USD → USD 999.99."""
-    return f"{currency} {cents // 100:,}.{cents % 100:02}"
+    return f"{currency} {decimal(cents, ',')}"
 
 
 def moment_utc(moment: datetime) -> str:

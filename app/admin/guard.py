@@ -16,6 +16,7 @@ from werkzeug.wrappers import Response as AnyResponse
 
 from ..problems import Unavailable
 from ..reading import MAX_ID
+from ..web.errors import below_admin
 
 # Everything below /admin needs a person, but for the page where one becomes known.
 OPEN_ENDPOINTS = {"session.sign_in"}
@@ -116,10 +117,6 @@ def init_app(app: Flask) -> None:
     # Before the check of CSRF tokens, which an expired session would fail: it leads to the sign-in.
     app.before_request_funcs.setdefault(None, []).insert(0, require_person)
     app.after_request(add_headers)
-
-
-def below_admin() -> bool:
-    return request.path == "/admin" or request.path.startswith("/admin/")
 
 
 def require_person() -> AnyResponse | None:

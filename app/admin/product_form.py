@@ -11,6 +11,7 @@ from datetime import UTC
 from typing import Any
 
 from ..models import Product
+from ..money import decimal
 from ..problems import InvalidRequest
 from ..products import terms
 from ..reading import MAX_ID, MAX_QUANTITY, MAX_STOCK, read_digits, read_text
@@ -57,7 +58,7 @@ def shown(product: Product) -> dict[str, str]:
     """Return what the fields show of a product; times as instants, to the microsecond."""
     return {
         "name": product.name,
-        "price": f"{product.price_cents // 100}.{product.price_cents % 100:02}",
+        "price": decimal(product.price_cents),
         "currency": product.currency,
         "opens": product.opens_at.astimezone(UTC).isoformat() if product.opens_at else "",
         "closes": product.closes_at.astimezone(UTC).isoformat() if product.closes_at else "",

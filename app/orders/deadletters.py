@@ -22,12 +22,12 @@ from ..products.movements import apply_movement
 from ..reading import User
 from ..stock.entries import Entry
 from ..times import from_ms
+from .lookup import MAX_LISTED
 
 log = logging.getLogger(__name__)
 
 # What is left is applied by the sweeper within a second or two; a page need not wait for it.
 MOVEMENTS_AT_ONCE = 50
-MAX_LISTED = 500
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Orders: a shopper's list, one order's story, and cancelling."""
 
 from datetime import UTC, datetime
+from typing import Any, cast
 
 from sqlalchemy import select, update
 
@@ -15,9 +16,12 @@ from ..times import from_ms, utc_text
 
 MAX_LISTED = 500
 
+# An order in the API's form.
+Listed = dict[str, Any]
 
-def _listed(order_id: int, status: str, at: datetime, order: Entry | Order) -> dict[str, int | str]:
-    listed = {
+
+def _listed(order_id: int, status: str, at: datetime, order: Entry | Order) -> Listed:
+    listed: Listed = {
         "id": order_id,
         "status": status,
         "quantity": order.quantity,
@@ -31,7 +35,7 @@ def _listed(order_id: int, status: str, at: datetime, order: Entry | Order) -> d
     return listed
 
 
-def queued_orders_of(user: User, limit: int, before: int | None = None) -> list[dict]:
+def queued_orders_of(user: User, limit: int, before: int | None = None) -> list[Listed]:
     """Return the user's orders that wait in Redis, newest first. Raises stock.Unavailable."""
     return [
         _listed(order_id, "QUEUED", from_ms(entry.claimed_ms), entry)
@@ -40,7 +44,9 @@ def queued_orders_of(user: User, limit: int, before: int | None = None) -> list[
     ][:limit]
 
 
-def orders_of(queued: list[dict], user: User, limit: int, before: int | None = None) -> list[dict]:
+def orders_of(
+    queued: list[Listed], user: User, limit: int, before: int | None = None
+) -> list[Listed]:
     """Return the user's orders, newest first, given those that Redis held a moment *earlier*.
 
     The order of the two reads is what makes the list complete: an order leaves Redis only after the
@@ -62,10 +68,10 @@ def orders_of(queued: list[dict], user: User, limit: int, before: int | None = N
         dead = dead.where(DeadLetter.order_id < before)
     found = {order["id"]: order for order in queued}
     for letter in db.session.scalars(dead):
-        entry = Entry.parse(letter.payload)
+        entry, order_id = Entry.parse(letter.payload), cast("int", letter.order_id)
         # FAILED asks for a decision; given up, it is as final as a cancelled order.
         status = "CANCELLED" if letter.resolution else "FAILED"
-        found[letter.order_id] = _listed(letter.order_id, status, from_ms(entry.claimed_ms), entry)
+        found[order_id] = _listed(order_id, status, from_ms(entry.claimed_ms), entry)
     for order in db.session.scalars(stored):
         found[order.id] = _listed(order.id, order.status, order.claimed_at, order)
     return [found[order_id] for order_id in sorted(found, reverse=True)[:limit]]
@@ -112,4 +118,4 @@ def cancel(order_id: int, reason: str, actor: Actor) -> Order:
     )
     db.session.commit()
     apply_movement(movement)
-    return db.session.get(Order, order_id)
+    return db.session.get_one(Order, order_id)

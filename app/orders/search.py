@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import islice
+from typing import Any, cast
 
 from sqlalchemy import Select, select
 
@@ -119,7 +120,7 @@ COLUMNS = (
 )
 
 
-def from_row(row: Sequence) -> Found:
+def from_row(row: Sequence[Any]) -> Found:
     """Return the order of a row of COLUMNS."""
     order_id, status, number, name, *others = row
     return Found(order_id, status, name if number is None else number, *others)
@@ -213,7 +214,7 @@ def _never_stored(wanted: Filter, before: int | None, limit: int) -> Iterator[Fo
 
 def from_letter(letter: DeadLetter) -> Found:
     """Return the order of a dead letter that holds one; it was not replayed."""
-    order = from_entry(letter.order_id, Entry.parse(letter.payload))
+    order = from_entry(cast("int", letter.order_id), Entry.parse(letter.payload))
     if letter.resolution is None:
         return replace(order, status="FAILED")
     return replace(
@@ -232,7 +233,9 @@ def _stored(wanted: Filter, before: int | None, limit: int) -> Iterator[Found]:
             yield from_row(row)
 
 
-def stored_query(wanted: Filter, before: int | None, limit: int) -> Select | None:
+def stored_query(
+    wanted: Filter, before: int | None, limit: int
+) -> Select[Any, *tuple[Any, ...]] | None:
     """Return the statement that finds stored orders; None when there can be none."""
     if wanted.status in ("QUEUED", "FAILED"):
         return None

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 
 from .. import sheet
+from ..money import decimal
 from ..times import utc_text
 from .search import Found
 
@@ -27,9 +28,9 @@ def row_of(order: Found, names: dict[int, str]) -> tuple[object, ...]:
         order.product_id,
         names.get(order.product_id, ""),
         order.quantity,
-        _decimal(order.unit_price_cents),
+        decimal(order.unit_price_cents),
         order.currency,
-        _decimal(order.total_cents),
+        decimal(order.total_cents),
         utc_text(order.claimed_at),
         order.persisted_at and utc_text(order.persisted_at),
         order.cancelled_at and utc_text(order.cancelled_at),
@@ -38,7 +39,3 @@ def row_of(order: Found, names: dict[int, str]) -> tuple[object, ...]:
         order.idempotency_key,
         order.reference,
     )
-
-
-def _decimal(cents: int) -> str:
-    return f"{cents // 100}.{cents % 100:02}"

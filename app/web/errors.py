@@ -67,7 +67,8 @@ def api_error(status: int, message: str, code: str | None = None, **more: object
     return response
 
 
-def wants_page() -> bool:
+def below_admin() -> bool:
+    """Return whether the path is a page's: its clients are people, and need an account."""
     return request.path == "/admin" or request.path.startswith("/admin/")
 
 
@@ -75,7 +76,7 @@ def show_error(
     status: int, message: str, code: str | None = None, **more: object
 ) -> ResponseReturnValue:
     """Answer with an error in the form that this path's clients read."""
-    if not wants_page():
+    if not below_admin():
         return api_error(status, message, code, **more)
     headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if status == 503 else {}
     if request.headers.get("HX-Request"):

@@ -11,6 +11,7 @@ import time
 from binascii import a2b_base64
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import jwt
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePublicKey
@@ -94,7 +95,7 @@ class Shoppers:
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError, jwt.PyJWTError):
             raise _invalid("The token is not valid") from None
 
-    def _read(self, claims: dict, now: float) -> tuple[User, int]:
+    def _read(self, claims: dict[str, Any], now: float) -> tuple[User, int]:
         """Return the shopper and the moment of expiry. Raises what a wrong claim leads to."""
         for name in ("nbf", "iat"):
             if name in claims and int(claims[name]) > now + LEEWAY_SECONDS:
@@ -146,7 +147,8 @@ def _keys(settings: Settings) -> Keys:
     """Return the keys that tokens may be verified with. Raises SettingsError."""
     if settings.jwt_secret:
         return {(None, "HS256"): ALGORITHMS["HS256"].prepare_key(settings.jwt_secret)}
-    path = Path(settings.jwt_key_file)
+    # One of the two is there: config.check_shopper_auth.
+    path = Path(settings.jwt_key_file or "")
     try:
         text = path.read_text()
     except (OSError, ValueError) as error:
@@ -162,7 +164,7 @@ def _keys(settings: Settings) -> Keys:
         ) from None
 
 
-def _jwks(document: dict) -> Keys:
+def _jwks(document: dict[str, Any]) -> Keys:
     """Return the keys of a key set that can be used here.
 
     Others are left out and named in the log (RFC 7517, 5): an issuer may add what it likes. Raises
@@ -184,7 +186,7 @@ def _jwks(document: dict) -> Keys:
     return keys
 
 
-def _jwk(entry: dict) -> tuple[str | None, str, object]:
+def _jwk(entry: dict[str, Any]) -> tuple[str | None, str, object]:
     """Return kid, algorithm and key of a key set's entry. Raises what makes it unfit."""
     name = entry.get("kid")
     if name is not None and type(name) is not str:

@@ -5,8 +5,6 @@ from typing import Any
 
 from ...reading import MAX_ID, MAX_QUANTITY, MAX_RESTOCK, MAX_STOCK
 
-MAX_LISTED = 500
-
 
 def ref(kind: str, name: str) -> dict[str, Any]:
     return {"$ref": f"#/components/{kind}/{name}"}

@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 from ...config import VERSION
+from ...orders.lookup import MAX_LISTED
 from .components import (
     CREATION_KEY,
     HEADERS,
@@ -15,7 +16,6 @@ from .components import (
     IF_MATCH,
     KEY,
     LIMIT_HEADERS,
-    MAX_LISTED,
     ORDER,
     PRODUCT,
     PRODUCT_ID,
