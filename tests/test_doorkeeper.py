@@ -52,6 +52,16 @@ def test_redis_is_asked_once_a_second(app):
     assert limited_count() == 201
 
 
+def test_a_text_is_turned_away_in_its_one_form(app):
+    async def talk(ask):
+        first = [(await ask(purchase(user))).status for user in (42, "42") * 3]
+        return first, [(await ask(purchase(user))).status for user in ("042", "42", 42, "auth0|42")]
+
+    first, others = run(app, talk)
+    assert first == [200] * 5 + [429]
+    assert others == [200, 429, 429, 200]
+
+
 def test_a_process_that_ends_tells_what_it_counted(app):
     async def talk(ask):
         for _ in range(15):

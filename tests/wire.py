@@ -85,7 +85,7 @@ async def serving(app) -> AsyncIterator[Process]:
         stock.loop_line = kept
 
 
-def purchase(user: int, *headers: str, **more: object) -> bytes:
+def purchase(user: int | str, *headers: str, **more: object) -> bytes:
     """Return a request as bytes."""
     body = json.dumps({"userId": user, "productId": 1, **more})
     return post(body.encode(), "Content-Type: application/json", *headers)

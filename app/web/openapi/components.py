@@ -103,8 +103,8 @@ SCHEMAS = {
                 "pattern": "^[a-z_]+$",
             },
             "executed": {
-                "const": False,
-                "description": "nothing happened for sure; where it is absent nobody can tell",
+                "type": "boolean",
+                "description": "false: nothing happened for sure; absent: nobody can tell",
             },
             "product": ref("schemas", "Product")
             | {"description": "with `stale_version`: the product as it stands"},
@@ -247,8 +247,8 @@ SCHEMAS = {
         {
             "status": {"enum": ["ok", "unavailable"]},
             "unverified": {
-                "const": True,
-                "description": "it sells, and could not yet compare the sale with PostgreSQL",
+                "type": "boolean",
+                "description": "true: it sells, and could not yet compare the sale with PostgreSQL",
             },
             "reason": {"type": "string", "description": "why it can't sell"},
         },
