@@ -76,7 +76,7 @@ def older(built_app, settings):
         replace(settings, database_url=settings.database_url.replace("/flashsale?", "/older?"))
     )
     with app.app_context():
-        flask_migrate.upgrade(revision="0003_pages")
+        flask_migrate.upgrade(revision="0006_pages")
         db.session.execute(
             text("INSERT INTO products (name, price_cents, currency) VALUES ('Lamp', 1, 'USD')")
         )
@@ -109,7 +109,7 @@ def test_texts_come_to_a_system_that_sells(older, caplog):
     done = threading.Timer(2.0, reader.rollback)
     done.start()
     with caplog.at_level("WARNING", "alembic.runtime.migration"):
-        flask_migrate.upgrade(revision="0004_user_names")
+        flask_migrate.upgrade(revision="0007_user_names")
     done.join()
     reader.close()
     assert "orders is in use, try 1" in caplog.text
@@ -123,16 +123,16 @@ def test_texts_come_to_a_system_that_sells(older, caplog):
         )
     )
     db.session.commit()
-    flask_migrate.stamp(revision="0003_pages")
-    flask_migrate.upgrade(revision="0004_user_names")
+    flask_migrate.stamp(revision="0006_pages")
+    flask_migrate.upgrade(revision="0007_user_names")
     valid = "SELECT bool_and(indisvalid) FROM pg_index JOIN pg_class ON oid = indexrelid"
     assert db.session.scalar(text(f"{valid} WHERE relname LIKE '%user_name%'"))
     db.session.execute(text(TEXT_ORDER), {"id": 3})
     db.session.commit()
     with pytest.raises(DBAPIError, match="users with text ids"):
-        flask_migrate.downgrade(revision="0003_pages")
+        flask_migrate.downgrade(revision="0006_pages")
     db.session.execute(text("DELETE FROM orders WHERE user_name = 'ann'"))
     db.session.commit()
-    flask_migrate.downgrade(revision="0003_pages")
+    flask_migrate.downgrade(revision="0006_pages")
     db.session.execute(text(OLD_ORDER), {"id": 4})
     db.session.rollback()

@@ -13,8 +13,8 @@ import sqlalchemy as sa
 from alembic import context, op
 from sqlalchemy.exc import OperationalError
 
-revision = "0004_user_names"
-down_revision = "0003_pages"
+revision = "0007_user_names"
+down_revision = "0006_pages"
 branch_labels = None
 depends_on = None
 

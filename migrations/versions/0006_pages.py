@@ -7,8 +7,8 @@ it, purchases do not. (CONCURRENTLY would wait for a second `flask prepare`, and
 from alembic import op
 from sqlalchemy import text
 
-revision = "0003_pages"
-down_revision = "0003_products"
+revision = "0006_pages"
+down_revision = "0005_products"
 branch_labels = None
 depends_on = None
 

@@ -7,7 +7,7 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import postgresql
 
-revision = "0003_staff"
+revision = "0004_staff"
 down_revision = "0003_brake_acts"
 branch_labels = None
 depends_on = None

@@ -4,8 +4,8 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import postgresql
 
-revision = "0003_products"
-down_revision = "0003_staff"
+revision = "0005_products"
+down_revision = "0004_staff"
 branch_labels = None
 depends_on = None
 
