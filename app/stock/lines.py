@@ -47,8 +47,6 @@ RETRY_AFTER_FAILURE_SECONDS = 0.25
 RECONNECT_SECONDS = 1.0
 # So many claims are decided by one run of the script, in some 0.5 ms: others wait for it.
 MOST_AT_ONCE = 32
-# While so many batches of a process are on their way, the next claims gather.
-MOST_IN_FLIGHT = 1
 # How often a connection that owes answers is looked at.
 WATCH_SECONDS = 0.1
 
@@ -330,17 +328,15 @@ class ThreadLine:
 class LoopLine:
     """Claims of one event loop, over one connection: those of one turn are decided together.
 
-    While Redis decides, the next ones gather; more of them in one batch cost less each.
+    A turn has more of them the busier the process is, and more in one batch cost less each.
     """
 
     def __init__(self, url: str, script: ClaimScript, on_record: OnRecord) -> None:
         self._options = redis.connection.parse_url(url)
         self._script = script
         self._on_record = on_record
-        # What goes out next, and how many batches are on their way.
+        # What goes out at the end of this turn of the loop.
         self._gathered: Batch = []
-        self._in_flight = 0
-        self._called = False
         # Is told of users who are over their limit.
         self.on_limited: Callable[[Request, Claim], None] = lambda request, claim: None
         self._channel: Channel | None = None
@@ -364,19 +360,16 @@ class LoopLine:
         """Decide one purchase; `tell` is called with the claim or with Unavailable, later."""
         gathered = self._gathered
         gathered.append((request, tell))
-        if len(gathered) >= MOST_AT_ONCE:
+        if len(gathered) == MOST_AT_ONCE:
             self._send()
-        elif not self._called and self._in_flight < MOST_IN_FLIGHT:
+        elif len(gathered) == 1:
             # What else is asked in this turn of the loop goes along.
-            self._called = True
             asyncio.get_running_loop().call_soon(self._send)
 
     def _send(self) -> None:
-        self._called = False
         batch, self._gathered = self._gathered, []
         if not batch:
             return
-        self._in_flight += 1
         channel = self._channel
         if channel is None or channel.lost:
             reach = asyncio.get_running_loop().create_task(self._reach())
@@ -414,8 +407,7 @@ class LoopLine:
             self._tell(batch, answer)
 
     def _tell(self, batch: Batch, answer: list | Exception) -> None:
-        """Tell each of the batch what became of it; then let go out what gathered meanwhile."""
-        self._in_flight -= 1
+        """Tell each of the batch what became of it."""
         for number, (request, tell) in enumerate(batch):
             result: Claim | Exception
             if isinstance(answer, list):
@@ -431,9 +423,6 @@ class LoopLine:
             except Exception:
                 # One that can't be told must not keep the others waiting.
                 log.exception("a claim was decided, and not answered")
-        if self._gathered and not self._called:
-            self._called = True
-            asyncio.get_running_loop().call_soon(self._send)
 
     def _undone(self, claim: Claim) -> Unavailable:
         error = Undone(claim.text.decode("utf-8", "replace"))
