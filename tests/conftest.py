@@ -83,7 +83,7 @@ def make_app(built_app, settings):
         return app
 
     yield make
-    stock.init_app(settings)
+    stock.init_app(settings, lambda: recovery.sale_on_record(built_app))
 
 
 def _reset(app) -> None:

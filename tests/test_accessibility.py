@@ -30,10 +30,10 @@ def everywhere(page) -> list[str]:
     found = []
     for width in (1440, 390):
         page.set_viewport_size({"width": width, "height": 900})
-        page.emulate_media(color_scheme="light")
+        page.emulate_media(color_scheme="light", reduced_motion="reduce")
         found += complaints(page)
         # Another theme has other colours, and nothing else.
-        page.emulate_media(color_scheme="dark")
+        page.emulate_media(color_scheme="dark", reduced_motion="reduce")
         page.wait_for_function("() => !document.documentElement.matches('[data-bs-theme=light]')")
         found += complaints(page, runOnly=["color-contrast"])
     return found

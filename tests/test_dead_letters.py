@@ -78,7 +78,10 @@ def test_replay_gives_a_new_id_where_the_old_one_is_taken(letter, client, buy):
     ledger.count_persisted(result)
     assert client.get("/purchase/metrics").json["total_processed"] == 4
     entry = db.session.execute(
-        text("SELECT after FROM audit_log WHERE action = 'dead-letter.replay'")
+        text(
+            "SELECT after FROM audit_log WHERE action = 'dead-letter.replay'"
+            " ORDER BY id DESC LIMIT 1"
+        )
     ).scalar()
     assert entry == {"order": 4, "reason": "the customer called"}
 

@@ -375,7 +375,7 @@ def test_a_command_says_it_in_one_line(shop, operator, command):
     assert "Traceback" not in result.output
 
 
-def test_a_url_with_two_hosts_finds_the_one_that_writes(postgres, tmp_path, settings):
+def test_a_url_with_two_hosts_finds_the_one_that_writes(postgres, tmp_path, settings, built_app):
     second = PostgresServer(tmp_path, extra=("fsync=off", "default_transaction_read_only=on"))
     second.start()
     try:
@@ -390,3 +390,4 @@ def test_a_url_with_two_hosts_finds_the_one_that_writes(postgres, tmp_path, sett
         assert str(postgres.sockets) in found
     finally:
         second.stop()
+        stock.init_app(settings, lambda: recovery.sale_on_record(built_app))

@@ -12,7 +12,6 @@ import json
 import pickle
 import re
 import socket
-import statistics
 import time
 from urllib.parse import urlsplit
 
@@ -369,8 +368,9 @@ def test_an_unknown_person_takes_as_long_as_a_wrong_password(app):
     with app.app_context():
         email = f"timing-{time.time_ns()}@example.com"
         staff.create(email, "correct horse battery", "support", CLI)
-    known = statistics.median(seconds(email) for _ in range(5))
-    unknown = statistics.median(seconds("nobody@example.com") for _ in range(5))
+    # By turns, and the quickest: what else the machine does hits both.
+    pairs = [(seconds(email), seconds("nobody@example.com")) for _ in range(7)]
+    known, unknown = map(min, zip(*pairs, strict=True))
     assert 0.5 < known / unknown < 2
 
 

@@ -198,6 +198,8 @@ class Connection(asyncio.BufferedProtocol):
         self.cut_off = False
         # When the client must have done its next step; see `expire`.
         self.due = math.inf
+        # `lane.serve` is at work: an answer comes from within it.
+        self.serving = False
         self.task: asyncio.Task[None] | None = None
 
     # The connection's beginning and end
@@ -512,16 +514,23 @@ class Connection(asyncio.BufferedProtocol):
             environ = request.environ
             if trust_proxies := self.pages.trust_proxies:
                 trust_proxies(environ)
+            self.serving = True
             self.lane.serve(environ, request.body, stock.loop_line.ask, self._sold)
         except BaseException:
             self.transport.abort()
             raise
+        finally:
+            self.serving = False
 
     def _sold(self, answer: Answer) -> None:
+        if self.serving:
+            # It was there at once. In a turn of its own, so that who sends thousands ahead waits
+            # for everybody else between one and the next.
+            self.loop.call_soon(self._sold, answer)
+            return
         try:
             self._answer(answer)
             if (self.queue or self.rest) and self.answering is not ENDED:
-                # In a turn of its own: an answer that was there at once comes from within a loop.
                 self.loop.call_soon(self._go_on)
         except BaseException:
             # Rather an unknown outcome than a client that waits for ever.
