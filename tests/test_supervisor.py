@@ -25,11 +25,13 @@ from app.run.processes import Kept, Program
 WSGI = """
 import os
 from app.config import load_settings
+from app.web.polls import Polls
 from flask import Flask
 
 app = Flask(__name__)
 app.config["SETTINGS"] = load_settings()
 app.extensions["lane"] = None
+app.extensions["polls"] = Polls()
 
 
 @app.get("/readyz")
