@@ -32,6 +32,7 @@ app = Flask(__name__)
 app.config["SETTINGS"] = load_settings()
 app.extensions["lane"] = None
 app.extensions["polls"] = Polls()
+app.config["MAX_CONTENT_LENGTH"] = 65536
 
 
 @app.get("/readyz")
