@@ -24,6 +24,7 @@ import hiredis
 import redis
 
 from ..addresses import network_of
+from ..breaker import RETRY_AFTER_FAILURE_SECONDS
 from ..config import NO_LIMIT, RateLimit, Settings
 from ..problems import Unavailable, Unprepared
 from ..reading import User
@@ -41,8 +42,6 @@ from .place import place, queued_score
 
 log = logging.getLogger(__name__)
 
-# After a failure requests are refused at once for so long, then one of them tries again.
-RETRY_AFTER_FAILURE_SECONDS = 0.25
 # A process that nobody asks for a purchase looks for Redis by itself, less often.
 RECONNECT_SECONDS = 1.0
 # So many claims are decided by one run of the script, in some 0.5 ms: others wait for it.
