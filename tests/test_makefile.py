@@ -18,7 +18,7 @@ exec {python} -c 'import sys; sys.version_info = (3, 9, 2); exec(sys.argv[2])' "
 @pytest.fixture
 def make(tmp_path):
     shutil.copy(ROOT / "Makefile", tmp_path)
-    (tmp_path / "requirements.txt").write_text("# nothing: no index is asked\n")
+    (tmp_path / "requirements.lock").write_text("# nothing: no index is asked\n")
 
     def run(python=sys.executable):
         return subprocess.run(
@@ -50,7 +50,7 @@ def test_a_python_that_is_too_old_is_told_in_one_line_and_harms_nothing(make, to
         done = make(too_old)
         assert done.returncode != 0
         told, *rest = done.stderr.splitlines()
-        assert told.startswith(f"error: Python 3.11 or later is needed, and {too_old} is 3.9;")
+        assert told.startswith(f"error: Python 3.11, 3.12 or 3.13 is needed, and {too_old} is 3.9;")
         assert [line for line in rest if not line.startswith("make: ***")] == []
         assert done.stdout == ""
         venv = tmp_path / ".venv"
