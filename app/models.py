@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from sqlalchemy import (
+    ARRAY,
     JSON,
     BigInteger,
     CheckConstraint,
@@ -50,6 +51,11 @@ STANDING_STATUSES = ("CONFIRMED", "HELD")
 ENDED_STATUSES = ("CANCELLED", "RELEASED", "EXPIRED")
 
 
+# Less is no time to pay in; more is no flash sale.
+MIN_HOLD_SECONDS = 30
+MAX_HOLD_SECONDS = 86_400
+
+
 class OfUser:
     """A row that is a shopper's: `user_id` has the number or `user_name` the text, never both."""
 
@@ -86,6 +92,9 @@ class Product(Model):
         CheckConstraint("opens_at < closes_at", name="window"),
         CheckConstraint(f"per_user_limit between 1 and {MAX_QUANTITY}", name="per_user_limit"),
         CheckConstraint(f"max_quantity between 1 and {MAX_QUANTITY}", name="max_quantity"),
+        CheckConstraint(
+            f"hold_seconds between {MIN_HOLD_SECONDS} and {MAX_HOLD_SECONDS}", name="hold_seconds"
+        ),
     )
 
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
@@ -100,6 +109,8 @@ class Product(Model):
     per_user_limit: Mapped[int | None] = mapped_column(Integer)
     max_quantity: Mapped[int] = mapped_column(Integer, server_default="10")
     paused: Mapped[bool] = mapped_column(server_default=text("false"))
+    # An order is held so long until it is confirmed; sold at once where there is none.
+    hold_seconds: Mapped[int | None] = mapped_column(Integer)
     version: Mapped[int] = mapped_column(BigInteger, server_default="1")
     created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
     updated_at: Mapped[datetime] = mapped_column(
@@ -169,6 +180,19 @@ class StockMovement(OfUser, Model):
             unique=True,
             postgresql_where=text("order_id is not null"),
         ),
+        # Of an order's late payment one at a time.
+        Index(
+            "uq_stock_movements_open_reclaim",
+            "order_id",
+            unique=True,
+            postgresql_where=text("kind = 'reclaim' and applied_at is null"),
+        ),
+        # By which movement an order's units came back, see Order.cancelled_at.
+        Index(
+            "ix_stock_movements_expired",
+            "created_at",
+            postgresql_where=text("order_ids is not null"),
+        ),
         Index(
             "uq_stock_movements_dead_letter_id",
             "dead_letter_id",
@@ -192,6 +216,8 @@ class StockMovement(OfUser, Model):
     order_id: Mapped[int | None] = mapped_column(BigInteger)
     # Which of the order's acts, counted from 1.
     act: Mapped[int] = mapped_column(Integer, server_default="1")
+    # Instead of one order all that expired together: they ended at this row's `created_at`.
+    order_ids: Mapped[list[int] | None] = mapped_column(ARRAY(BigInteger))
     dead_letter_id: Mapped[int | None] = mapped_column(BigInteger)
     idempotency_key: Mapped[str | None] = mapped_column(String(255))
     created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
@@ -301,6 +327,8 @@ class Order(OfUser, Model):
     cancel_reason: Mapped[str | None] = mapped_column(Text)
     # Of an order that is, or was, held until it is paid for; and what paid it.
     held_until: Mapped[datetime | None] = mapped_column(Timestamp)
+    # When the hold would have ended, had it not been extended.
+    extended_from: Mapped[datetime | None] = mapped_column(Timestamp)
     payment: Mapped[str | None] = mapped_column(Text)
 
 
@@ -312,7 +340,7 @@ class OrderIntent(Model):
 
     __tablename__ = "order_intents"
     __table_args__ = (
-        CheckConstraint("act in ('cancel', 'confirm', 'release')", name="act"),
+        CheckConstraint("act in ('cancel', 'confirm', 'release', 'extend')", name="act"),
         CheckConstraint("units > 0", name="units"),
         Index("ix_order_intents_open", "order_id", postgresql_where=text("applied_at is null")),
     )
@@ -323,7 +351,7 @@ class OrderIntent(Model):
     # In the order in which they came, from 1.
     number: Mapped[int] = mapped_column(Integer, primary_key=True)
     act: Mapped[str] = mapped_column(String(9))
-    # To give back; None for all that are left.
+    # To give back; None for all that are left. The seconds of an extension.
     units: Mapped[int | None] = mapped_column(Integer)
     reason: Mapped[str | None] = mapped_column(Text)
     payment: Mapped[str | None] = mapped_column(Text)

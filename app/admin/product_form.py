@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC
 from typing import Any
 
-from ..models import Product
+from ..models import MAX_HOLD_SECONDS, MIN_HOLD_SECONDS, Product
 from ..money import decimal
 from ..problems import InvalidRequest
 from ..products import terms
@@ -48,6 +48,17 @@ FIELDS: dict[str, tuple[str, str, Callable[[Mapping[str, str]], object]]] = {
             form.get("max_quantity", ""), "max_quantity", "The maximum", 1, MAX_QUANTITY
         ),
     ),
+    "hold": (
+        "Seconds to pay",
+        "hold_seconds",
+        lambda form: (
+            numbers.whole(
+                form["hold"], "hold", "The time to pay", MIN_HOLD_SECONDS, MAX_HOLD_SECONDS
+            )
+            if form.get("hold", "").strip()
+            else None
+        ),
+    ),
 }
 TIMES = ("opens", "closes")
 WRONG_WINDOW = {"closes": "The closing must be after the opening"}
@@ -64,6 +75,7 @@ def shown(product: Product) -> dict[str, str]:
         "closes": product.closes_at.astimezone(UTC).isoformat() if product.closes_at else "",
         "per_user": str(product.per_user_limit or ""),
         "max_quantity": str(product.max_quantity),
+        "hold": str(product.hold_seconds or ""),
     }
 
 

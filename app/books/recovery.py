@@ -351,6 +351,7 @@ def _snapshot(connection: Connection) -> dict[int, dict[str, int]]:
                                           AND m.applied_at IS NULL), 0),
               t.stored_units + t.dead_units + t.abandoned_units,
               t.stored_orders,
+              t.held_units,
               coalesce(letters, 0)
             FROM product_totals t
             LEFT JOIN (SELECT product_id, count(*) AS letters FROM dead_letters
@@ -367,8 +368,9 @@ def _snapshot(connection: Connection) -> dict[int, dict[str, int]]:
                 "settled": orders + letters,
                 "settled_units": out,
                 "persisted": orders,
+                "held": held,
             }
-            for product_id, moved, out, orders, letters in cursor
+            for product_id, moved, out, orders, held, letters in cursor
         }
 
 
@@ -399,6 +401,9 @@ def _put_bought(connection: Connection) -> None:
           UNION ALL
           SELECT product_id, user_id, user_name, units FROM stock_movements
           WHERE num_nonnulls(user_id, user_name) = 1 AND applied_at IS NULL AND kind = 'return'
+          UNION ALL
+          SELECT o.product_id, o.user_id, o.user_name, o.returned_units FROM stock_movements m
+          JOIN orders o ON o.id = ANY(m.order_ids) WHERE m.applied_at IS NULL
         ) flows GROUP BY 1, 2, 3 HAVING sum(units) > 0
         -- Neighbours share a bucket: few commands.
         ORDER BY 1, 2
@@ -435,7 +440,10 @@ def _put_keys(connection: Connection) -> int:
     orders = """
         SELECT user_id, user_name, idempotency_key,
                concat_ws(' ', id, unit_price_cents, currency,
-                         CASE WHEN status = ANY(%(statuses)s) THEN %(standing)s ELSE status END,
+                         CASE WHEN status = ANY(%(statuses)s)
+                           THEN %(standing)s || coalesce((extract(
+                             epoch FROM coalesce(extended_from, held_until)) * 1000)::bigint::text, '')
+                           ELSE status END,
                          product_id, quantity, reference)
         FROM orders WHERE idempotency_key IS NOT NULL
     """

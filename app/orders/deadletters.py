@@ -181,6 +181,8 @@ def replay(ids: list[int], reason: str, actor: Actor) -> list[Resolved]:
                         claimed_at=from_ms(entry.claimed_ms),
                         idempotency_key=entry.idempotency_key,
                         reference=entry.reference,
+                        held_until=entry.held_until_ms and from_ms(entry.held_until_ms),
+                        status="HELD" if entry.held_until_ms else "CONFIRMED",
                     )
                 )
         except (DBAPIError, ValueError, OverflowError) as error:

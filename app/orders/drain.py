@@ -35,13 +35,15 @@ INSERT_BATCH = """
 """
 INSERT_ORDERS = """
     INSERT INTO orders (id, user_id, user_name, product_id, quantity, unit_price_cents, currency,
-                        claimed_at, idempotency_key, reference, batch_id)
+                        claimed_at, idempotency_key, reference, held_until, status, batch_id)
     SELECT id, user_id, user_name, product_id, quantity, cents, currency,
-           'epoch'::timestamptz + claimed_ms * interval '1 ms', key, reference, %s
+           'epoch'::timestamptz + claimed_ms * interval '1 ms', key, reference,
+           'epoch'::timestamptz + held_ms * interval '1 ms',
+           CASE WHEN held_ms IS NULL THEN 'CONFIRMED' ELSE 'HELD' END, %s
     FROM unnest(%s::bigint[], %s::bigint[], %s::text[], %s::bigint[], %s::int[], %s::bigint[],
-                %s::text[], %s::bigint[], %s::text[], %s::text[])
+                %s::text[], %s::bigint[], %s::text[], %s::text[], %s::bigint[])
          AS entry (id, user_id, user_name, product_id, quantity, cents, currency, claimed_ms, key,
-                   reference)
+                   reference, held_ms)
     -- A dead letter read again (the trim failed) stays one: somebody may have abandoned it since.
     WHERE NOT EXISTS (SELECT FROM dead_letters WHERE stream_id = entry.id || '-0')
     ON CONFLICT DO NOTHING
@@ -178,6 +180,7 @@ def _insert(cursor, batch_id: int, rows: list[Row], refused: dict[str, str]) -> 
                 _array(columns.claimed_ms),
                 list(columns.idempotency_key),
                 list(columns.reference),
+                _array(columns.held_until_ms),
             ),
         )
     except (psycopg2.IntegrityError, psycopg2.DataError, errors.RaiseException) as error:

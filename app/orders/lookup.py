@@ -33,13 +33,22 @@ def _listed(order_id: int, status: str, at: datetime, order: Entry | Order) -> L
     }
     if order.reference is not None:
         listed["reference"] = order.reference
+    if status == "HELD":
+        listed["heldUntil"] = utc_text(held_until(order))
     return listed
+
+
+def held_until(order: Entry | Order) -> datetime:
+    """Return when the hold of an order ends that has one."""
+    if isinstance(order, Entry):
+        return from_ms(cast("int", order.held_until_ms))
+    return cast("datetime", order.held_until)
 
 
 def queued_orders_of(user: User, limit: int, before: int | None = None) -> list[Listed]:
     """Return the user's orders that wait in Redis, newest first. Raises stock.Unavailable."""
     return [
-        _listed(order_id, "QUEUED", from_ms(entry.claimed_ms), entry)
+        _listed(order_id, entry.status, from_ms(entry.claimed_ms), entry)
         for order_id, entry in stock.queued_orders(user, MAX_LISTED)
         if before is None or order_id < before
     ][:limit]

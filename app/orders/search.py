@@ -21,7 +21,9 @@ from ..stock.entries import Entry
 from ..times import from_ms
 from .lookup import MAX_LISTED
 
-STATUSES = ("QUEUED", "CONFIRMED", "CANCELLED", "FAILED")
+STATUSES = ("QUEUED", "HELD", "CONFIRMED", "CANCELLED", "RELEASED", "EXPIRED", "FAILED")
+# Of orders that wait in Redis.
+WAITING_STATUSES = ("QUEUED", "HELD")
 PAGE_ORDERS = 50
 # An export's step: few statements, and little memory however long the export.
 EXPORT_ORDERS = 2000
@@ -86,6 +88,8 @@ class Found:
     cancel_reason: str | None = None
     idempotency_key: str | None = None
     reference: str | None = None
+    held_until: datetime | None = None
+    payment: str | None = None
 
     @property
     def total_cents(self) -> int:
@@ -117,6 +121,8 @@ COLUMNS = (
     Order.cancel_reason,
     Order.idempotency_key,
     Order.reference,
+    Order.held_until,
+    Order.payment,
 )
 
 
@@ -134,7 +140,7 @@ def search(wanted: Filter, before: int | None = None, limit: int = PAGE_ORDERS) 
     found: dict[int, Found] = {}
     incomplete = False
     branches = wanted.branches()
-    if wanted.status in (None, "QUEUED"):
+    if wanted.status in (None, *WAITING_STATUSES):
         try:
             for branch in branches:
                 found |= {order.id: order for order in _waiting(branch, before, limit + 1)}
@@ -144,9 +150,10 @@ def search(wanted: Filter, before: int | None = None, limit: int = PAGE_ORDERS) 
         found |= {order.id: order for order in _never_stored(branch, before, limit + 1)}
     for branch in branches:
         found |= {order.id: order for order in _stored(branch, before, limit + 1)}
-    if wanted.status == "QUEUED":
-        # What was stored since Redis was read is no longer queued.
-        for order_id in db.session.scalars(select(Order.id).where(Order.id.in_(found))):
+    if wanted.status in WAITING_STATUSES:
+        # What was stored since Redis was read is no longer queued, or perhaps not held any more.
+        stored = select(Order.id).where(Order.id.in_(found), Order.status != wanted.status)
+        for order_id in db.session.scalars(stored):
             found.pop(order_id)
     orders = [found[order_id] for order_id in sorted(found, reverse=True)[: limit + 1]]
     more = len(orders) > limit
@@ -161,6 +168,8 @@ def _waiting(wanted: Filter, before: int | None, limit: int) -> Iterator[Found]:
         entries = stock.newest_waiting(limit, before)
     for order_id, entry in entries:
         order = from_entry(order_id, entry)
+        if wanted.status not in (None, order.status):
+            continue
         if (before is None or order_id < before) and wanted.admits(order):
             yield order
 
@@ -169,7 +178,7 @@ def from_entry(order_id: int, entry: Entry) -> Found:
     """Return an order of the outbox."""
     return Found(
         id=order_id,
-        status="QUEUED",
+        status=entry.status,
         user=entry.user,
         product_id=entry.product_id,
         quantity=entry.quantity,
@@ -178,6 +187,7 @@ def from_entry(order_id: int, entry: Entry) -> Found:
         claimed_at=from_ms(entry.claimed_ms),
         idempotency_key=entry.idempotency_key,
         reference=entry.reference,
+        held_until=entry.held_until_ms and from_ms(entry.held_until_ms) or None,
     )
 
 

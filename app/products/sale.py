@@ -38,6 +38,7 @@ def in_force(product: Product) -> dict[str, object]:
         "max": product.max_quantity,
         # Opaque to Redis, and carried by each order: the price at the moment of the claim.
         "price": f"{product.price_cents} {product.currency}",
+        "hold": product.hold_seconds,
     }
 
 

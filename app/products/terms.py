@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from ..models import Product
+from ..models import MAX_HOLD_SECONDS, MIN_HOLD_SECONDS, Product
 from ..problems import InvalidRequest
 from ..reading import MAX_ID, MAX_QUANTITY, MAX_STOCK, read_integer, read_text
 from ..times import utc_text
@@ -76,6 +76,10 @@ TERMS: dict[str, tuple[str, Read]] = {
     ),
     "maxQuantity": ("max_quantity", lambda data, name: read_integer(data, name, 1, MAX_QUANTITY)),
     "paused": ("paused", _flag),
+    "holdSeconds": (
+        "hold_seconds",
+        _or_none(lambda data, name: read_integer(data, name, MIN_HOLD_SECONDS, MAX_HOLD_SECONDS)),
+    ),
 }
 REQUIRED_TERMS = ("name", "priceCents", "currency")
 
@@ -127,6 +131,7 @@ def terms_of(product: Product) -> dict[str, Any]:
         "perUserLimit": product.per_user_limit,
         "maxQuantity": product.max_quantity,
         "paused": product.paused,
+        "holdSeconds": product.hold_seconds,
     }
 
 

@@ -83,6 +83,11 @@ class Entry:
     reference: str | None = None
     held_until_ms: int | None = None
 
+    @property
+    def status(self) -> str:
+        """What a list calls it while it waits: its hold, if it has one, began with the claim."""
+        return "QUEUED" if self.held_until_ms is None else "HELD"
+
     @classmethod
     def parse(cls, text: str) -> "Entry":
         """Raises ValueError when the text is not an order."""
@@ -103,12 +108,20 @@ class Entry:
         )
 
 
-# The status in a key's record of an order that is neither cancelled nor given up.
+# The status in a key's record of an order that is neither cancelled nor given up; the end of its
+# hold, if it had one, follows.
 STANDING = "+"
+
+
+def standing(held_until_ms: int | None) -> str:
+    """Return the status, in a key's record, of an order that stands."""
+    return STANDING if held_until_ms is None else f"{STANDING}{held_until_ms}"
 
 
 def key_record(order_id: int, entry: Entry, status: str = STANDING) -> str:
     """Return what Redis keeps under an order's Idempotency-Key, as claim.lua writes it."""
+    if status == STANDING:
+        status = standing(entry.held_until_ms)
     words = (
         order_id,
         entry.unit_price_cents,

@@ -31,7 +31,7 @@ from .place import queued_score
 log = logging.getLogger(__name__)
 
 # A product's terms of sale, in the order of put_product.lua.
-TERMS = ("opens", "closes", "pause", "cap", "max", "price")
+TERMS = ("opens", "closes", "pause", "cap", "max", "price", "hold")
 
 
 class Ended(NamedTuple):
@@ -442,7 +442,7 @@ class Stock:
     def clear_sale(self) -> None:
         """Delete what a rebuild makes anew; rates, samples and counts of refusals stay."""
         accounting = ("version", "free", "moved", "accepted", "claimed", "settled",
-                      "settled_units", "persisted")  # fmt: skip
+                      "settled_units", "persisted", "held")  # fmt: skip
         try:
             self.client.unlink(Keys.generation, Keys.outbox, Keys.queued, Keys.movements)
             self._unlink(Keys.bought_prefix)

@@ -80,8 +80,9 @@ class Claim(NamedTuple):
     """What the claim script decided; see claim.lua for the outcomes.
 
     `text` is a price, such as b"1999 EUR": the order's, where it is accepted or replayed (empty
-    where its record is of 0.1.0), and the one in force where it is price_changed. Of an order_ended
-    it is the order's status, and `detail` its id.
+    where its record is of 0.1.0), and the one in force where it is price_changed. A price may be
+    followed by the end of the order's hold, in ms. Of an order_ended it is the order's status, and
+    `detail` its id; of sold_out and insufficient b"held" where units may come back.
     """
 
     outcome: bytes

@@ -53,6 +53,9 @@ LIMITS = {
     b"limited_network": "network",
 }
 
+# The text of a sold_out or insufficient while orders are held, whose units may come back.
+MAY_RETURN = b"held"
+
 # What each refusal of the claim script is answered with; a function where the detail is told.
 REFUSALS: dict[bytes, tuple[str, bytes | Callable[[int], bytes]]] = {
     b"sold_out": ("409 Conflict", error_body("Stock problem", "sold_out")),
@@ -212,6 +215,8 @@ class PurchaseLane:
         status, body = REFUSALS[outcome]
         if callable(body):
             body = body(claim.detail)
+        if claim.text == MAY_RETURN:
+            body = body[:-1] + b',"mayReturn":true}'
         return status, body, self.limits(claim)
 
     def refuse(self, error: Exception) -> Told:
@@ -269,7 +274,14 @@ def bought_body(claim: Claim) -> bytes:
     """Return what a buyer is told; records of 0.1.0, which a replay may meet, know no price."""
     if not claim.text:
         return b'{"status":"queued","orderId":%d}' % claim.detail
-    cents, _, currency = claim.text.partition(b" ")
+    cents, currency, *held = claim.text.split()
+    if held:
+        return b'{"status":"held","orderId":%d,"heldUntil":"%b","unitPriceCents":%b,"currency":"%b"}' % (
+            claim.detail,
+            utc_text(from_ms(int(held[0]))).encode(),
+            cents,
+            currency,
+        )
     return b'{"status":"queued","orderId":%d,"unitPriceCents":%b,"currency":"%b"}' % (
         claim.detail,
         cents,

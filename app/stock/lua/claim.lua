@@ -15,7 +15,8 @@
 --       MOST_WAITING orders in the outbox
 -- Returns for each claim {outcome, detail, attempts left, ms until one more is allowed, text};
 --       attempts left is -1 where the rate limit was not reached. detail: the order id, the units
---       left, or the opening time in ms. text: the price, or an ended order's status.
+--       left, or the opening time in ms. text: the price (and of an order that is held, until when, in
+--       ms), or an ended order's status. Of sold_out and insufficient: held, where units may return.
 --       undone: this claim met what can't be, the text says what; nothing is left of it.
 --
 -- A script that fails midway is not rolled back, so everything is decided first, in tables, and
@@ -28,7 +29,8 @@
 -- claim of a turn throws away what it finds in its hash.
 --
 -- The record of a key: <order id> <cents> <currency> <status> <product> <quantity>[ <reference>], the
--- status being + as long as the order stands. 0.1.0 wrote <order id> <product> <quantity>.
+-- status being + as long as the order stands, followed by the end of its hold in ms, as it was when it
+-- was claimed. 0.1.0 wrote <order id> <product> <quantity>.
 
 redis.set_repl(redis.REPL_NONE)
 local time = redis.call('TIME')
@@ -79,13 +81,14 @@ end
 
 for _, product in ipairs(products) do
   local figures = redis.pcall('HMGET', product.hash,
-    'free', 'opens', 'closes', 'pause', 'cap', 'max', 'price', 'accepted', 'claimed')
+    'free', 'opens', 'closes', 'pause', 'cap', 'max', 'price', 'accepted', 'claimed', 'hold', 'held')
   product.wrong, product.counts = failed(figures), KEYS[8]
   if not product.wrong and figures[1] then
     product.free, product.max = tonumber(figures[1]), tonumber(figures[6])
     product.opens, product.closes = tonumber(figures[2]), tonumber(figures[3])
     product.cap, product.price = tonumber(figures[5]), figures[7]
     product.accepted, product.claimed = tonumber(figures[8]), tonumber(figures[9])
+    product.hold, product.held = tonumber(figures[10]), tonumber(figures[11]) or 0
     product.cents = product.price and string.match(product.price, '^(%d+) %u+$')
     product.paused = figures[4] == '1' or known[2] and (string.find(known[2], ' * ', 1, true)
       or string.find(known[2], ' ' .. product.id .. ' ', 1, true))
@@ -187,6 +190,9 @@ local function record_of(claim)
     id, price, status, request = string.match(text, '^(%d+) (%S+ %S+) (%S+) (.+)$')
     if not id then error('malformed key', 0) end
     if price == '- -' then price = '' end
+    if #status > 1 and string.sub(status, 1, 1) == '+' then
+      price, status = price .. ' ' .. string.sub(status, 2), '+'
+    end
   elseif known[claim.former] then
     id, request = string.match(known[claim.former], '^(%d+) (.+)$')
     if not id then error('malformed key', 0) end
@@ -273,8 +279,9 @@ local function decide(claim)
     end
     if bought and bought + quantity > product.cap then outcome = 'capped'
     elseif by_address and by_address + quantity > ADDRESS_UNITS then outcome = 'capped_address'
-    elseif product.free <= 0 then outcome = 'sold_out'
-    elseif product.free < quantity then outcome, detail = 'insufficient', product.free
+    elseif product.free < quantity then
+      outcome, detail = product.free <= 0 and 'sold_out' or 'insufficient', math.max(product.free, 0)
+      if product.held > 0 then text = 'held' end
     else
       waiting = waiting or read('XLEN', KEYS[5])
       -- Back-pressure: better a clear refusal than a Redis out of memory. Costs the shopper no attempt.
@@ -309,14 +316,19 @@ local function decide(claim)
   end
   product.free, product.accepted = product.free - quantity, product.accepted + 1
   product.claimed, product.changed = product.claimed + quantity, true
+  local price = product.price
+  if product.hold then
+    product.held, claim.held = product.held + quantity, string.format('%d', now + product.hold * 1000)
+    price = price .. ' ' .. claim.held
+  end
   if cap_name then unit_counts[cap_name] = unit_counts[cap_name] + quantity end
   if address_name then unit_counts[address_name] = unit_counts[address_name] + quantity end
   if record_name then
-    records[record_name] = { claim = claim, request = request, price = product.price, status = '+' }
+    records[record_name] = { claim = claim, request = request, price = price, status = '+' }
   end
   waiting, claim.request = waiting + 1, request
   accepted[#accepted + 1] = claim
-  return { 'accepted', 0, left, reset, product.price }
+  return { 'accepted', 0, left, reset, price }
 end
 
 local answers = {}
@@ -371,6 +383,7 @@ local function give_up(claim, why)
   local product = claim.product
   product.free, product.accepted = product.free + claim.units, product.accepted - 1
   product.claimed = product.claimed - claim.units
+  if claim.held then product.held = product.held - claim.units end
   claim.id = nil
   for i, word in ipairs({ 'undone', 0, -1, 0, why }) do claim.answer[i] = word end
 end
@@ -396,7 +409,8 @@ local function keep(claim)
     end
   end
   if claim.k then
-    local record = string.format('%d %s + %s', claim.id, claim.product.price, claim.request)
+    local record = string.format(
+      '%d %s +%s %s', claim.id, claim.product.price, claim.held or '', claim.request)
     done = redis.pcall('HSET', claim.keys, claim.key_field, record)
     if failed(done) then
       take_back(claim, 2)
@@ -408,8 +422,9 @@ end
 local function put_products()
   for _, product in ipairs(products) do
     if product.changed then
+      local held = product.hold and { 'held', product.held } or {}
       local done = redis.pcall('HSET', product.hash,
-        'free', product.free, 'accepted', product.accepted, 'claimed', product.claimed)
+        'free', product.free, 'accepted', product.accepted, 'claimed', product.claimed, unpack(held))
       if failed(done) then return done.err end
     end
   end
@@ -440,7 +455,9 @@ else
       local claim = kept[i]
       local entry = table.concat(
         { claim.user, claim.product.id, claim.units, claim.product.price, stamp, claim.k or '' }, ' ')
-      if claim.s or claim.r then entry = 'v2 ' .. entry .. ' ' .. (claim.r or '') .. ' ' end
+      if claim.s or claim.r or claim.held then
+        entry = 'v2 ' .. entry .. ' ' .. (claim.r or '') .. ' ' .. (claim.held or '')
+      end
       -- The order's id is also its id in the outbox.
       local added = redis.pcall('XADD', KEYS[5], string.format('%d-0', claim.id), 'order', entry)
       why = failed(added) and added.err
