@@ -24,6 +24,7 @@ from ..extensions import db, stock
 from ..generation import Held, held
 from ..locks import DRAIN_LOCK, REBUILD_LOCK, SALE_LOCK
 from ..models import STANDING_STATUSES, Sale
+from ..orders import bulk, cancelling
 from ..orders.drain import BATCH_ORDERS, Row, store
 from ..problems import Conflict, Unavailable
 from ..products import catalogue, movements, sale, terms
@@ -80,11 +81,12 @@ def reset(actor: Actor) -> int:
     stock.clear()
     db.session.execute(
         text(
-            "TRUNCATE orders, order_intents, dead_letters, batches, stock_movements,"
+            "TRUNCATE orders, order_intents, bulk_cancels, dead_letters, batches, stock_movements,"
             " product_totals, products, sale RESTART IDENTITY"
         )
     )
-    idempotency.forget(catalogue.CREATE)
+    for route in (catalogue.CREATE, cancelling.CANCEL, bulk.START):
+        idempotency.forget(route)
     generation = secrets.token_hex(8)
     db.session.add(Sale(generation=generation, epoch=generation))
     record(actor, "sale.reset", "sale", after=SEED_PRODUCT)
