@@ -6,8 +6,10 @@ keep theirs in Redis, restocks in their movement.)
 
 import hashlib
 import json
+from collections.abc import Collection, Mapping
+from typing import Any
 
-from sqlalchemy import delete, select, text
+from sqlalchemy import delete, select, text, tuple_
 from sqlalchemy.dialects.postgresql import insert
 
 from .extensions import db
@@ -29,15 +31,47 @@ def take(route: str, resource: str, key: str, content: object) -> RequestKey:
     """
     _forget()
     identity = {"route": route, "resource": resource, "key": key}
-    fingerprint = _fingerprint(content)
+    expected = fingerprint(content)
     db.session.execute(
-        insert(RequestKey).values(**identity, fingerprint=fingerprint).on_conflict_do_nothing()
+        insert(RequestKey).values(**identity, fingerprint=expected).on_conflict_do_nothing()
     )
     row = db.session.scalars(select(RequestKey).filter_by(**identity)).one()
-    if row.fingerprint != fingerprint:
+    if row.fingerprint != expected:
         db.session.rollback()
         raise KeyMismatch
     return row
+
+
+def find_all(route: str, keys: Collection[tuple[str, str]]) -> dict[tuple[str, str], RequestKey]:
+    """Return the keys that are taken, by (resource, key); the resources are locked otherwise."""
+    if not keys:
+        return {}
+    found = select(RequestKey).where(
+        RequestKey.route == route, tuple_(RequestKey.resource, RequestKey.key).in_(keys)
+    )
+    return {(row.resource, row.key): row for row in db.session.scalars(found)}
+
+
+def put_all(route: str, done: Mapping[tuple[str, str], tuple[object, dict[str, Any]]]) -> bool:
+    """Take keys together with their acts' answers: by (resource, key) content and answer.
+
+    False when somebody took one meanwhile: then nothing of this transaction may stay.
+    """
+    if not done:
+        return True
+    _forget()
+    rows = [
+        {
+            "route": route,
+            "resource": resource,
+            "key": key,
+            "fingerprint": fingerprint(content),
+            "answer": answer,
+        }
+        for (resource, key), (content, answer) in sorted(done.items(), key=lambda item: item[0])
+    ]
+    taken = insert(RequestKey).on_conflict_do_nothing().returning(RequestKey.key)
+    return len(db.session.scalars(taken, rows).all()) == len(rows)
 
 
 def forget(route: str) -> None:
@@ -45,7 +79,8 @@ def forget(route: str) -> None:
     db.session.execute(delete(RequestKey).where(RequestKey.route == route))
 
 
-def _fingerprint(content: object) -> str:
+def fingerprint(content: object) -> str:
+    """Return by what a request is known again."""
     written = json.dumps(content, sort_keys=True, default=str)
     return hashlib.sha256(written.encode()).hexdigest()
 

@@ -465,6 +465,9 @@ class Sale(Model):
     # Where this generation's ids begin: those between the last one's and these never were.
     first_order_id: Mapped[int] = mapped_column(BigInteger, server_default="1")
     sampled_at: Mapped[datetime | None] = mapped_column(Timestamp)
+    # When ends of holds were looked for last; and before when none is carried out, see expiry.py.
+    swept_at: Mapped[datetime | None] = mapped_column(Timestamp)
+    expiry_from: Mapped[datetime | None] = mapped_column(Timestamp)
 
 
 class Staff(Model):

@@ -16,6 +16,11 @@ def from_ms(milliseconds: int) -> datetime:
     return datetime.fromtimestamp(min(milliseconds, LAST_MS) / 1000, UTC)
 
 
+def to_ms(moment: datetime) -> int:
+    """Return how many whole milliseconds after 1970 the moment is."""
+    return round(moment.timestamp() * 1000)
+
+
 def in_words(seconds: int) -> str:
     """Return a waiting time as people say it, rounded up: "in 1 second", "in 11 minutes"."""
     count, unit = (seconds, "second") if seconds <= 90 else (-(-seconds // 60), "minute")

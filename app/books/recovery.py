@@ -443,11 +443,11 @@ def _put_keys(connection: Connection) -> int:
         SELECT user_id, user_name, idempotency_key,
                concat_ws(' ', id, unit_price_cents, currency,
                          CASE WHEN status = ANY(%(statuses)s)
-                           THEN %(standing)s || coalesce((extract(
-                             epoch FROM coalesce(extended_from, held_until)) * 1000)::bigint::text, '')
-                           ELSE status END,
+                              THEN concat(%(standing)s, (extract(epoch FROM first_end) * 1000)::bigint)
+                              ELSE status END,
                          product_id, quantity, reference)
-        FROM orders WHERE idempotency_key IS NOT NULL
+        FROM orders, coalesce(extended_from, held_until) AS first_end
+        WHERE idempotency_key IS NOT NULL
     """
     values = {"standing": STANDING, "statuses": list(STANDING_STATUSES)}
     for rows in _pages(connection, orders, values):

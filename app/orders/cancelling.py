@@ -61,7 +61,7 @@ def cancel(
         taken = idempotency.take(CANCEL, str(order_id), key, [units, reason])
         if taken.answer is not None:
             db.session.rollback()
-            return Cancelled(**taken.answer, free=_finish(order_id), replayed=True)
+            return Cancelled(**taken.answer, free=finish(order_id), replayed=True)
     try:
         done = _cancel(order_id, reason, actor, units)
         if taken:
@@ -74,7 +74,7 @@ def cancel(
         # It may have been stored since it was looked for.
         intents.apply_to(order_id)
         return done
-    return Cancelled(done.order, done.units, free=_finish(order_id))
+    return Cancelled(done.order, done.units, free=finish(order_id))
 
 
 def _cancel(order_id: int, reason: str | None, actor: Actor, units: int | None) -> Cancelled:
@@ -86,7 +86,7 @@ def _cancel(order_id: int, reason: str | None, actor: Actor, units: int | None) 
         entry = stock.waiting_order(order_id) if sale else None
         if entry is None:
             # It was stored, or refused, since.
-            order = _stored_since(order_id)
+            order = stored_since(order_id)
         else:
             act = "cancel" if entry.held_until_ms is None else "release"
             _whole(act == "cancel", units, entry.quantity)
@@ -106,7 +106,7 @@ def _whole(divisible: bool, units: int | None, quantity: int) -> None:
         raise Conflict("An order that is held can only be released as a whole", "order_held")
 
 
-def _stored_since(order_id: int) -> Order:
+def stored_since(order_id: int) -> Order:
     """Lock an order that waits in Redis no longer.
 
     Raises UnknownOrder, and Conflict where it could not be stored.
@@ -126,7 +126,7 @@ def _stored_since(order_id: int) -> Order:
         ) from None
 
 
-def _finish(order_id: int) -> bool:
+def finish(order_id: int) -> bool:
     """Tell Redis of the units that an order gave back; tell whether it has them all."""
     pending = db.session.scalars(
         select(StockMovement)

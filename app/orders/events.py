@@ -11,3 +11,7 @@ def record(kind: str, orders: Sequence[Order], **more: object) -> None:
     `kind` is order.cancelled (also of a part: then the order still stands), order.released,
     order.expired, order.confirmed; `more` is what this step did.
     """
+
+
+def record_ids(kind: str, ids: Sequence[int], **more: object) -> None:
+    """Do as `record`, for orders by their ids."""

@@ -70,29 +70,59 @@ def accept_return(
     while True:
         before = _all_of(order_id)
         waiting = [intent for intent in before if intent.applied_at is None]
-        if any(intent.act != act for intent in waiting):
+        if any(intent.act not in (act, "extend") for intent in waiting):
             raise Conflict("Something else was asked of this order before", "conflicting_intent")
-        left = quantity - sum(intent.units or 0 for intent in waiting)
+        left = quantity - sum(i.units or 0 for i in waiting if i.act == act)
         if not left:
             ended = RETURNS[act].lower()
             raise Conflict(f"This order is {ended} already", f"already_{ended}")
         wanted = left if units is None else units
         if wanted > left:
             raise states.too_many(left, quantity)
-        statement = insert(OrderIntent).values(
-            epoch=epoch(),
-            order_id=order_id,
-            # Whoever came between has this number; then all is looked at again.
-            number=before[-1].number + 1 if before else 1,
-            act=act,
-            units=wanted,
-            reason=reason,
-            actor=actor.name,
-            address=actor.address,
-        )
-        returning = statement.on_conflict_do_nothing().returning(OrderIntent.number)
-        if db.session.execute(returning).scalar() is not None:
+        if _keep(order_id, before, actor, act=act, units=wanted, reason=reason):
             return wanted
+
+
+def accept_confirm(order_id: int, payment: str | None, actor: Actor) -> None:
+    """Keep in this transaction that a waiting order is paid. Raises Conflict as above."""
+    while True:
+        before = _all_of(order_id)
+        waiting = [intent for intent in before if intent.applied_at is None]
+        if any(intent.act in RETURNS for intent in waiting):
+            raise Conflict("Something else was asked of this order before", "conflicting_intent")
+        if paid := [intent for intent in waiting if intent.act == "confirm"]:
+            if payment not in (None, paid[0].payment):
+                raise Conflict("This order is confirmed with another payment", "already_confirmed")
+            return
+        if _keep(order_id, before, actor, act="confirm", payment=payment):
+            return
+
+
+def accept_extend(order_id: int, seconds: int, actor: Actor) -> None:
+    """Keep in this transaction that a waiting order is held for longer. Conflict as above."""
+    while True:
+        before = _all_of(order_id)
+        waiting = [intent.act for intent in before if intent.applied_at is None]
+        if "extend" in waiting:
+            raise Conflict("This order's hold was extended already", "already_extended")
+        if waiting:
+            raise Conflict("Something else was asked of this order before", "conflicting_intent")
+        if _keep(order_id, before, actor, act="extend", units=seconds):
+            return
+
+
+def _keep(order_id: int, before: list[OrderIntent], actor: Actor, **what: object) -> bool:
+    """Tell whether it was kept; else somebody came between, and all is to be looked at again."""
+    statement = insert(OrderIntent).values(
+        epoch=epoch(),
+        order_id=order_id,
+        number=before[-1].number + 1 if before else 1,
+        actor=actor.name,
+        address=actor.address,
+        **what,
+    )
+    returning = statement.on_conflict_do_nothing().returning(OrderIntent.number)
+    return db.session.execute(returning).scalar() is not None
 
 
 def apply_open() -> int:
@@ -129,6 +159,12 @@ def _carry_out(order: Order, intent: OrderIntent) -> states.Returned | None:
     intent.applied_at = datetime.now(UTC)
     actor = Actor(intent.actor, intent.address)
     try:
+        if intent.act == "confirm":
+            states.confirm(order, intent.payment)
+            return None
+        if intent.act == "extend":
+            states.extend(order, intent.units or 0)
+            return None
         return states.give_back(order, intent.units, RETURNS[intent.act], intent.reason, actor)
     except Conflict as refusal:
         intent.refusal = str(refusal)

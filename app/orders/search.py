@@ -193,7 +193,7 @@ def from_entry(order_id: int, entry: Entry) -> Found:
         claimed_at=from_ms(entry.claimed_ms),
         idempotency_key=entry.idempotency_key,
         reference=entry.reference,
-        held_until=entry.held_until_ms and from_ms(entry.held_until_ms) or None,
+        held_until=(entry.held_until_ms and from_ms(entry.held_until_ms)) or None,
     )
 
 

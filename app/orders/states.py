@@ -11,13 +11,16 @@ once for it.
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import cast
 
 from sqlalchemy import select, text
 
-from ..audit import Actor, record
+from ..audit import SYSTEM, Actor, record
 from ..extensions import db
-from ..models import Order
+from ..models import Order, StockMovement
 from ..problems import Conflict, UnknownOrder
+from ..products.movements import FINISH, Finish
 from . import events
 
 # By the status that giving back the last unit leads to: from which one it does, and how that is
@@ -27,6 +30,9 @@ ENDS = {
     "RELEASED": {"from": "HELD", "event": "order.released", "action": "order.release"},
     "EXPIRED": {"from": "HELD", "event": "order.expired"},
 }
+# A payment that was made in time is confirmed although its confirmation is under way: so long.
+GRACE_SECONDS = 2
+NOT_PAID = "not paid in time"
 
 # The rows are locked by now, so that what is read here is what is changed. A clock of its own: the
 # transaction may have waited for the locks.
@@ -51,6 +57,35 @@ INSERT INTO stock_movements (product_id, kind, units, reason, actor, user_id, us
 SELECT product_id, 'return', units, :reason, :actor, user_id, user_name, id, acts
 FROM changed ORDER BY id
 RETURNING id, order_id, units
+""")
+
+
+CONFIRM = text("""
+UPDATE orders o SET status = 'CONFIRMED', payment = wish.payment, acts = acts + 1
+FROM unnest(CAST(:ids AS bigint[]), CAST(:payments AS text[])) AS wish (id, payment)
+WHERE o.id = wish.id AND o.status = 'HELD'
+RETURNING o.id
+""")
+# By the transaction's own clock, so that it is the movement's time, too. What is confirmed or
+# extended at this moment is locked, and passed by; what will be as soon as it can, waits for that.
+DUE = text(f"""
+SELECT id FROM orders o
+WHERE status = 'HELD' AND held_until <= now() - interval '{GRACE_SECONDS} s'
+  AND NOT EXISTS (SELECT FROM order_intents i WHERE i.order_id = o.id AND i.applied_at IS NULL
+                  AND i.epoch = (SELECT epoch FROM sale))
+ORDER BY held_until, id LIMIT :most FOR UPDATE OF o SKIP LOCKED
+""")  # noqa: S608
+EXPIRE = text("""
+WITH expired AS (
+  UPDATE orders SET status = 'EXPIRED', returned_units = quantity, acts = acts + 1,
+                    cancelled_at = now(), cancelled_by = :actor, cancel_reason = :reason
+  WHERE id = ANY(:ids) AND status = 'HELD'
+  RETURNING id, product_id, quantity
+)
+INSERT INTO stock_movements (product_id, kind, units, reason, actor, order_ids)
+SELECT product_id, 'return', sum(quantity), :reason, :actor, array_agg(id ORDER BY id)
+FROM expired GROUP BY product_id ORDER BY product_id
+RETURNING id, order_ids
 """)
 
 
@@ -130,6 +165,128 @@ def give_back_all(
     returned = [Returned(*row) for row in db.session.execute(GIVE_BACK, values)]
     _tell(ENDS[status]["event"], returned, reason)
     return returned
+
+
+def confirm_all(payments: dict[int, str | None]) -> None:
+    """Confirm these orders, all locked and held, with what paid each."""
+    values = {"ids": list(payments), "payments": list(payments.values())}
+    confirmed = list(db.session.scalars(CONFIRM, values))
+    if len(confirmed) != len(payments):
+        raise RuntimeError(f"of orders {list(payments)} only {confirmed} were held")
+    events.record_ids("order.confirmed", confirmed)
+
+
+def confirm(order: Order, payment: str | None) -> None:
+    """Confirm a locked order. Raises Conflict unless it is held."""
+    if order.status != "HELD":
+        raise Conflict(f"This order is {order.status.lower()}", f"order_{order.status.lower()}")
+    confirm_all({order.id: payment})
+    db.session.refresh(order)
+
+
+def extend(order: Order, seconds: int) -> None:
+    """Hold a locked order for longer, once, and not beyond one whole hold from now.
+
+    Raises Conflict unless it is held, and was not extended before.
+    """
+    if order.status != "HELD":
+        raise Conflict(f"This order is {order.status.lower()}", f"order_{order.status.lower()}")
+    if order.extended_from is not None:
+        raise Conflict("This order's hold was extended already", "already_extended")
+    held_until = cast("datetime", order.held_until)
+    now: datetime = db.session.execute(text("SELECT clock_timestamp()")).scalar_one()
+    most = now + (held_until - order.claimed_at)
+    order.extended_from = held_until
+    order.held_until = max(held_until, min(held_until + timedelta(seconds=seconds), most))
+    order.acts += 1
+    db.session.flush()
+    events.record_ids("order.held", [order.id], extended=True)
+
+
+def expire_due(most: int) -> list[int]:
+    """End up to so many holds whose time is over, by PostgreSQL's clock; return the movements.
+
+    One movement for each product, in this transaction; to be applied after the commit.
+    """
+    due = list(db.session.scalars(DUE, {"most": most}))
+    if not due:
+        return []
+    values = {"ids": due, "actor": SYSTEM.name, "reason": NOT_PAID}
+    expired = db.session.execute(EXPIRE, values).all()
+    events.record_ids("order.expired", sorted(n for _, ids in expired for n in ids))
+    return [movement_id for movement_id, _ in expired]
+
+
+def movement_of(order: Order) -> StockMovement | None:
+    """Return the movement that brought back an ended order's last units."""
+    if order.status == "EXPIRED":
+        together = select(StockMovement).where(
+            StockMovement.created_at == order.cancelled_at,
+            StockMovement.product_id == order.product_id,
+            StockMovement.order_ids.contains([order.id]),
+        )
+        return db.session.scalars(together).one_or_none()
+    own = select(StockMovement).where(
+        StockMovement.order_id == order.id,
+        StockMovement.act == order.acts,
+        StockMovement.kind == "return",
+    )
+    return db.session.scalars(own).one_or_none()
+
+
+def begin_reclaim(order: Order, payment: str | None, actor: Actor) -> StockMovement:
+    """Begin to take an ended order's units anew for a late payment; the order stays as it is.
+
+    The movement is to be applied after the commit; then the order is confirmed, or the movement is
+    no more.
+    """
+    movement = StockMovement(
+        product_id=order.product_id,
+        kind="reclaim",
+        units=-order.quantity,
+        reason="paid late",
+        actor=actor.name,
+        user=order.user,
+        order_id=order.id,
+        act=order.acts + 1,
+    )
+    order.payment = payment
+    db.session.add(movement)
+    db.session.flush()
+    return movement
+
+
+class HoldExpired(Conflict):
+    """A payment came too late, and the units can't be had again; `reason` may say why."""
+
+    def __init__(self, reason: str | None = None) -> None:
+        super().__init__("The hold has ended, and its units are gone", "hold_expired")
+        self.reason = reason
+
+
+def _reclaimed(movement: StockMovement) -> None:
+    order = lock(cast("int", movement.order_id))
+    before = order.status
+    order.status, order.returned_units, order.acts = "CONFIRMED", 0, movement.act
+    order.cancelled_at = order.cancelled_by = order.cancel_reason = None
+    db.session.flush()
+    record(
+        Actor(movement.actor, None),
+        "order.reclaim",
+        f"order {order.id}",
+        before={"status": before},
+        after={"status": order.status, "payment": order.payment, "units": order.quantity},
+    )
+    events.record_ids("order.reclaimed", [order.id], units=order.quantity)
+
+
+def _not_reclaimed(movement: StockMovement, why: str) -> Conflict:
+    order = lock(cast("int", movement.order_id))
+    order.payment = None
+    return HoldExpired("purchase_limit" if why == "capped" else None)
+
+
+FINISH["reclaim"] = Finish(_reclaimed, _not_reclaimed)
 
 
 def _tell(kind: str, returned: list[Returned], reason: str | None) -> None:

@@ -4,9 +4,10 @@ PostgreSQL is told first, Redis second, and a mark in PostgreSQL says that Redis
 crash leaves in between is finished by `finish_pending`, any number of times.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import NamedTuple
 
 from sqlalchemy import select, text
 from sqlalchemy.exc import IntegrityError
@@ -18,9 +19,24 @@ from ..locks import SALE_LOCK
 from ..models import ENDED_STATUSES, DeadLetter, Order, Product, ProductTotals, StockMovement
 from ..problems import Conflict, InvalidRequest, KeyMismatch, UnknownProduct
 from ..reading import MAX_RESTOCK, MAX_STOCK
-from ..stock.entries import STANDING, Entry
-from ..stock.gateway import Ended
+from ..stock.entries import Entry, standing
+from ..stock.gateway import Ended, Expired
+from ..times import to_ms
 from .sale import publish, require_sale
+
+
+class Finish(NamedTuple):
+    """What else changes with a movement, in the transaction that ends it.
+
+    `refused` is told the script's word, and returns the error to raise.
+    """
+
+    applied: Callable[[StockMovement], None]
+    refused: Callable[[StockMovement, str], Conflict]
+
+
+# By the movement's kind; said by the rooms above, whose orders these are.
+FINISH: dict[str, Finish] = {}
 
 
 @dataclass(frozen=True)
@@ -121,27 +137,52 @@ def apply_movement(movement: StockMovement) -> int:
     if movement.applied_at is not None:
         db.session.commit()
         return movement.stock_after or 0
-    identity = (
-        movement_id,
+    outcome, free = _move(generation, movement)
+    if outcome == "unknown":
+        publish(db.session.get_one(Product, movement.product_id))
+        outcome, free = _move(generation, movement)
+    finish = FINISH.get(movement.kind)
+    if outcome in ("short", "capped"):
+        refusal = Conflict(f"Only {free} units are free", "insufficient_stock")
+        if finish:
+            refusal = finish.refused(movement, outcome)
+        target, units = f"product {movement.product_id}", movement.units
+        db.session.delete(movement)
+        record(SYSTEM, "movement.refused", target, before={"units": units}, after={"free": free})
+        db.session.commit()
+        raise refusal
+    movement.applied_at = datetime.now(UTC)
+    movement.stock_after = free
+    if finish:
+        finish.applied(movement)
+    db.session.commit()
+    return free
+
+
+def _move(generation: str, movement: StockMovement) -> tuple[str, int]:
+    if movement.order_ids is not None:
+        orders = _expired(movement.order_ids)
+        return stock.move_expired(generation, movement.id, movement.product_id, orders)
+    return stock.move(
+        generation,
+        movement.id,
         movement.product_id,
         movement.units,
         movement.user,
         _ended_by(movement),
     )
-    outcome, free = stock.move(generation, *identity)
-    if outcome == "unknown":
-        publish(db.session.get_one(Product, movement.product_id))
-        outcome, free = stock.move(generation, *identity)
-    if outcome == "short":
-        target, units = f"product {movement.product_id}", movement.units
-        db.session.delete(movement)
-        record(SYSTEM, "movement.refused", target, before={"units": units}, after={"free": free})
-        db.session.commit()
-        raise Conflict(f"Only {free} units are free", "insufficient_stock")
-    movement.applied_at = datetime.now(UTC)
-    movement.stock_after = free
-    db.session.commit()
-    return free
+
+
+EXPIRED = text("""
+SELECT user_id, user_name, returned_units, idempotency_key,
+       concat_ws(' ', id, unit_price_cents, currency, status, product_id, quantity, reference)
+FROM orders WHERE id = ANY(:ids) ORDER BY product_id, user_id, user_name
+""")
+
+
+def _expired(order_ids: list[int]) -> list[Expired]:
+    rows = db.session.execute(EXPIRED, {"ids": order_ids})
+    return [Expired(name if number is None else number, *rest) for number, name, *rest in rows]
 
 
 def _ended_by(movement: StockMovement, order: Order | None = None) -> Ended | None:
@@ -154,7 +195,9 @@ def _ended_by(movement: StockMovement, order: Order | None = None) -> Ended | No
         if order is None or order.idempotency_key is None:
             return None
         if movement.kind == "reclaim":
-            return Ended(order.idempotency_key, order.id, STANDING)
+            held_until = order.extended_from or order.held_until
+            status = standing(to_ms(held_until) if held_until else None)
+            return Ended(order.idempotency_key, order.id, status)
         # One that gave back a part still stands: its key's record is as it was.
         ended = order.status in ENDED_STATUSES
         return Ended(order.idempotency_key, order.id, order.status) if ended else None

@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import json
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -34,8 +35,17 @@ log = logging.getLogger(__name__)
 TERMS = ("opens", "closes", "pause", "cap", "max", "price", "hold")
 
 
+class Expired(NamedTuple):
+    """An order that expired together with others; `record` is what its key says, if it has one."""
+
+    user: User
+    units: int
+    key: str | None
+    record: str
+
+
 class Ended(NamedTuple):
-    """An order that came with an Idempotency-Key, and its status now; STANDING if it holds."""
+    """An order that came with an Idempotency-Key, and its status now; standing() if it holds."""
 
     key: str
     order_id: int
@@ -164,7 +174,10 @@ class Stock:
         user: User | None = None,
         ended: Ended | None = None,
     ) -> tuple[str, int]:
-        """Apply a stock movement at most once: (applied | repeated | short | unknown, free stock).
+        """Apply a stock movement at most once: (what became of it, free stock).
+
+        That is applied | repeated | short (too few are free) | capped (the user has bought too
+        many) | unknown (there is no such product).
 
         With `user` the units also go back to what this user may still buy, and a replay of the
         purchase with the key of the order that `ended` tells what has become of it. Raises
@@ -200,6 +213,38 @@ class Stock:
         if any(outcome == "unprepared" for outcome, _ in moved):
             raise Unprepared("the sale is not in Redis")
         return [(outcome, free) for outcome, free in moved]
+
+    def move_expired(
+        self,
+        generation: str | None,
+        movement_id: int,
+        product_id: int,
+        orders: Iterable[Expired],
+    ) -> tuple[str, int]:
+        """Apply the movement of orders that expired together, as `move` does of one."""
+        bought: dict[str, list[str | int]] = defaultdict(list)
+        records: dict[str, list[str | int]] = defaultdict(list)
+        units = 0
+        for order in orders:
+            bucket, field = Keys.bought(product_id, order.user)
+            bought[bucket] += field, order.units
+            units += order.units
+            if order.key is not None:
+                bucket, field = Keys.idempotency(order.user, order.key)
+                records[bucket] += field, order.record
+        args: list[str | int] = [movement_id, units, generation or "", len(bought)]
+        for pairs in (*bought.values(), *records.values()):
+            args += len(pairs) // 2, *pairs
+        keys = [Keys.generation, Keys.movements, Keys.product(product_id), *bought, *records]
+        outcome, free = self._run("move_expired", keys, args)
+        if outcome == "unprepared":
+            raise Unprepared("the sale is not in Redis")
+        return outcome, free
+
+    def put_held(self, generation: str, units: dict[int, int]) -> None:
+        """Note how many units of each product are held by stored orders."""
+        keys = [Keys.generation, *map(Keys.product, units)]
+        self._run("put_held", keys, [generation, *units.values()])
 
     def queued_orders(self, user: User, most: int) -> list[tuple[int, Entry]]:
         """Return the user's orders that wait to be persisted, newest first."""

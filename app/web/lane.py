@@ -276,11 +276,14 @@ def bought_body(claim: Claim) -> bytes:
         return b'{"status":"queued","orderId":%d}' % claim.detail
     cents, currency, *held = claim.text.split()
     if held:
-        return b'{"status":"held","orderId":%d,"heldUntil":"%b","unitPriceCents":%b,"currency":"%b"}' % (
-            claim.detail,
-            utc_text(from_ms(int(held[0]))).encode(),
-            cents,
-            currency,
+        return (
+            b'{"status":"held","orderId":%d,"heldUntil":"%b","unitPriceCents":%b,"currency":"%b"}'
+            % (
+                claim.detail,
+                utc_text(from_ms(int(held[0]))).encode(),
+                cents,
+                currency,
+            )
         )
     return b'{"status":"queued","orderId":%d,"unitPriceCents":%b,"currency":"%b"}' % (
         claim.detail,

@@ -16,6 +16,8 @@ COLUMNS = [
     "products ADD COLUMN IF NOT EXISTS hold_seconds integer",
     "orders ADD COLUMN IF NOT EXISTS extended_from timestamptz",
     "stock_movements ADD COLUMN IF NOT EXISTS order_ids bigint[]",
+    "sale ADD COLUMN IF NOT EXISTS swept_at timestamptz,"
+    " ADD COLUMN IF NOT EXISTS expiry_from timestamptz",
 ]
 CHECKS = [
     ("products", "ck_products_hold_seconds", "hold_seconds BETWEEN 30 AND 86400"),
@@ -52,6 +54,8 @@ def downgrade():
         "ALTER TABLE order_intents DROP CONSTRAINT ck_order_intents_act,"
         " ADD CONSTRAINT ck_order_intents_act CHECK (act IN ('cancel', 'confirm', 'release'))"
     )
+    op.drop_column("sale", "expiry_from")
+    op.drop_column("sale", "swept_at")
     op.drop_column("stock_movements", "order_ids")
     op.drop_column("orders", "extended_from")
     op.drop_column("products", "hold_seconds")

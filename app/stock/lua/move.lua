@@ -5,7 +5,7 @@
 -- ARGV  1 movement id  2 units, negative to take away             3 the sale that it belongs to
 --       4 field of the user in KEYS[4]   5 field of the key in KEYS[5]   6 order id   7 its status, + for
 --       one that stands again
--- Returns {outcome, free stock}: applied | repeated | short | unknown | unprepared.
+-- Returns {outcome, free stock}: applied | repeated | short | capped | unknown | unprepared.
 
 if redis.call('GET', KEYS[1]) ~= ARGV[3] then return { 'unprepared', 0 } end
 local free = tonumber(redis.call('HGET', KEYS[3], 'free'))
@@ -13,6 +13,12 @@ if not free then return { 'unknown', 0 } end
 if redis.call('GETBIT', KEYS[2], ARGV[1]) == 1 then return { 'repeated', free } end
 local units = tonumber(ARGV[2])
 if units < 0 and free + units < 0 then return { 'short', free } end
+-- Who takes units again, by paying late, does so under the product's cap.
+if units < 0 and KEYS[4] then
+  local cap = tonumber(redis.call('HGET', KEYS[3], 'cap') or '')
+  local bought = tonumber(redis.call('HGET', KEYS[4], ARGV[4]) or 0)
+  if cap and bought - units > cap then return { 'capped', free } end
+end
 
 redis.call('SETBIT', KEYS[2], ARGV[1], 1)
 redis.call('HINCRBY', KEYS[3], 'free', units)

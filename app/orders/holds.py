@@ -1,0 +1,357 @@
+"""Orders that are held until they are paid for: confirmed, released, extended, paid too late.
+
+PostgreSQL decides what becomes of a hold, by the order's state under its row's lock. An order that
+still waits in Redis is decided as soon as it is stored: see intents.py.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from sqlalchemy import select
+
+from .. import idempotency
+from ..audit import Actor, record
+from ..extensions import db, stock
+from ..models import Order, OrderIntent, RequestKey, StockMovement
+from ..problems import Conflict, KeyMismatch, Unavailable, UnknownOrder
+from ..products.movements import apply_movement
+from ..stock.entries import Entry
+from . import cancelling, intents, search, states
+from .listing import describe
+from .states import HoldExpired
+
+CONFIRM = "POST /orders/confirm"
+RELEASE = "POST /orders/release"
+EXTEND = "POST /orders/extend"
+MAX_PAYMENT = 128
+
+
+class Confirm(NamedTuple):
+    """That an order is paid; `payment` is the shop's or its provider's name for the payment."""
+
+    order_id: int
+    actor: Actor
+    payment: str | None = None
+    key: str | None = None
+    # Why a person did it; noted in the audit then.
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Done:
+    """The order as it is after the act, see describe.
+
+    `waits`: the act is done as soon as the order is stored. `reclaimed`: the hold had ended, and
+    its units were taken anew.
+    """
+
+    order: dict[str, Any]
+    waits: bool = False
+    reclaimed: bool = False
+    replayed: bool = False
+
+    @property
+    def answer(self) -> dict[str, Any]:
+        """What a repeated request is told."""
+        return {"order": self.order, "waits": self.waits, "reclaimed": self.reclaimed}
+
+
+def confirm(wish: Confirm) -> Done:
+    """Confirm an order, once for each Idempotency-Key.
+
+    Raises UnknownOrder, KeyMismatch, HoldExpired where it is too late and the units are gone,
+    Conflict with a code that names another state, and Unavailable: the same key then tells what
+    has become of it.
+    """
+    (outcome,) = confirm_all([wish])
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+def confirm_all(wishes: Sequence[Confirm]) -> list[Done | Exception]:
+    """Confirm orders, each as if it came alone; those that are held in one transaction.
+
+    What `confirm` would raise stands in the list. Raises SQLAlchemyError where nobody can tell.
+    """
+    outcomes: dict[int, Done | Exception] = {}
+    left = dict(enumerate(wishes))
+    while left:
+        # Of several wishes for one order each sees what the one before has done.
+        firsts = {wish.order_id: number for number, wish in reversed(left.items())}
+        turn = {number: left.pop(number) for number in sorted(firsts.values())}
+        outcomes |= _confirm_stored(turn)
+        for number, wish in turn.items():
+            if number not in outcomes:
+                try:
+                    outcomes[number] = _confirm_alone(wish)
+                except (Conflict, UnknownOrder, KeyMismatch, Unavailable) as error:
+                    db.session.rollback()
+                    outcomes[number] = error
+    return [outcomes[number] for number in range(len(wishes))]
+
+
+def _confirm_stored(turn: dict[int, Confirm]) -> dict[int, Done | Exception]:
+    """Decide in one transaction whatever the orders' rows alone can decide; return that."""
+    ids = [wish.order_id for wish in turn.values()]
+    rows = select(*search.COLUMNS).where(Order.id.in_(ids)).order_by(Order.id).with_for_update()
+    orders = {row[0]: search.from_row(row) for row in db.session.execute(rows)}
+    asked = select(OrderIntent.order_id).where(
+        OrderIntent.order_id.in_(ids), OrderIntent.applied_at.is_(None)
+    )
+    open_intents = set(db.session.scalars(asked))
+    taken_keys = [(str(wish.order_id), wish.key) for wish in turn.values() if wish.key]
+    known = idempotency.find_all(CONFIRM, taken_keys)
+    outcomes: dict[int, Done | Exception] = {}
+    payments: dict[int, str | None] = {}
+    for number, wish in turn.items():
+        order = orders.get(wish.order_id)
+        try:
+            if wish.key and (taken := known.get((str(wish.order_id), wish.key))):
+                if taken.fingerprint != idempotency.fingerprint([wish.payment]):
+                    raise KeyMismatch
+                if taken.answer is not None:
+                    outcomes[number] = _replayed(taken.answer)
+            elif order is None or order.id in open_intents:
+                continue
+            elif order.status == "HELD":
+                payments[order.id] = wish.payment
+                paid = replace(order, status="CONFIRMED", payment=wish.payment)
+                outcomes[number] = Done(describe(paid))
+                _note(wish)
+            elif order.status in ("CONFIRMED", "CANCELLED"):
+                _check_confirmed(order, wish.payment)
+                outcomes[number] = Done(describe(order))
+        except (Conflict, KeyMismatch) as refusal:
+            outcomes[number] = refusal
+    if payments:
+        states.confirm_all(payments)
+    keys = {
+        (str(wish.order_id), wish.key): ([wish.payment], done.answer)
+        for number, wish in turn.items()
+        if wish.key and isinstance(done := outcomes.get(number), Done) and not done.replayed
+    }
+    if not idempotency.put_all(CONFIRM, keys):
+        # Taken by one for which the order was not stored yet.
+        db.session.rollback()
+        return {}
+    db.session.commit()
+    return outcomes
+
+
+def _note(wish: Confirm) -> None:
+    if wish.reason:
+        after = {"status": "CONFIRMED", "payment": wish.payment, "reason": wish.reason}
+        record(wish.actor, "order.confirm", f"order {wish.order_id}", after=after)
+
+
+def _replayed(answer: dict[str, Any]) -> Done:
+    if "refused" in answer:
+        raise HoldExpired(answer["refused"])
+    return Done(**answer, replayed=True)
+
+
+def _check_confirmed(order: search.Found | Order, payment: str | None) -> None:
+    """Raise Conflict unless the order is confirmed already, and by the same payment."""
+    if order.held_until is None:
+        raise Conflict("This order was never held", "not_held")
+    if order.status != "CONFIRMED":
+        raise Conflict(f"This order is {order.status.lower()}", f"order_{order.status.lower()}")
+    if payment not in (None, order.payment):
+        raise Conflict("This order is confirmed with another payment", "already_confirmed")
+
+
+def _confirm_alone(wish: Confirm) -> Done:
+    """Confirm an order that is not stored yet, or whose hold has ended."""
+    while True:
+        taken = _take(CONFIRM, wish.order_id, wish.key, [wish.payment])
+        if taken and taken.answer is not None:
+            answer = taken.answer
+            db.session.rollback()
+            return _replayed(answer)
+        found = _find(wish.order_id)
+        if isinstance(found, Entry):
+            _check_held(found)
+            intents.accept_confirm(wish.order_id, wish.payment, wish.actor)
+            done = Done(_waiting(wish.order_id, found) | {"confirming": True}, waits=True)
+            _commit(taken, done)
+            if not intents.apply_to(wish.order_id):
+                return done
+            # It was stored since it was looked for; perhaps its hold had even ended.
+            if taken:
+                taken.answer = None
+                db.session.commit()
+        elif intents.of_order(found.id):
+            db.session.rollback()
+            intents.apply_to(wish.order_id)
+        elif found.status == "HELD":
+            states.confirm(found, wish.payment)
+            _note(wish)
+            return _commit(taken, Done(_described(found)))
+        elif found.status in ("CONFIRMED", "CANCELLED"):
+            _check_confirmed(found, wish.payment)
+            return _commit(taken, Done(_described(found), reclaimed=_was_reclaimed(found)))
+        else:
+            pending = _pending(found)
+            if pending is None:
+                pending = states.begin_reclaim(found, wish.payment, wish.actor)
+            elif pending.kind != "reclaim":
+                # What it gave back goes to Redis before it is taken again.
+                db.session.rollback()
+                apply_movement(pending)
+                continue
+            elif wish.payment not in (None, found.payment):
+                raise Conflict("This order is paid for by another payment", "already_confirmed")
+            db.session.commit()
+            return _reclaim(wish.order_id, pending, taken)
+
+
+def _reclaim(order_id: int, movement: StockMovement, taken: RequestKey | None) -> Done:
+    try:
+        apply_movement(movement)
+    except Conflict as refusal:
+        reason = refusal.reason if isinstance(refusal, HoldExpired) else None
+        if taken:
+            # The shop gives the money back: asked again, it must not be told otherwise.
+            taken.answer = {"refused": reason}
+            db.session.commit()
+        raise HoldExpired(reason) from None
+    order = db.session.get_one(Order, order_id, populate_existing=True)
+    return _commit(taken, Done(_described(order), reclaimed=True))
+
+
+def _pending(order: Order) -> StockMovement | None:
+    """Return what Redis is still to be told of an ended order: its return, or its reclaim."""
+    reclaim = select(StockMovement).where(
+        StockMovement.order_id == order.id,
+        StockMovement.kind == "reclaim",
+        StockMovement.applied_at.is_(None),
+    )
+    found = db.session.scalars(reclaim).one_or_none() or states.movement_of(order)
+    return found if found and found.applied_at is None else None
+
+
+def _was_reclaimed(order: Order) -> bool:
+    reclaim = select(StockMovement.id).where(
+        StockMovement.order_id == order.id,
+        StockMovement.kind == "reclaim",
+        StockMovement.act == order.acts,
+    )
+    return db.session.scalar(reclaim) is not None
+
+
+def release(order_id: int, reason: str | None, actor: Actor, key: str | None = None) -> Done:
+    """Give a hold up; its units go on sale again exactly once. Errors as of `confirm`.
+
+    A hold that was given up, or has ended, is left as it is.
+    """
+
+    def act(found: Order | Entry) -> Done:
+        if isinstance(found, Entry):
+            _check_held(found)
+            intents.accept_return(order_id, "release", None, found.quantity, reason, actor)
+            order = _waiting(order_id, found)
+            units = intents.units_given_back(order_id)
+            return Done(order | {"cancelling": units}, waits=True)
+        if found.held_until is None:
+            raise Conflict("This order was never held", "not_held")
+        if found.status not in ("RELEASED", "EXPIRED"):
+            states.give_back(found, None, "RELEASED", reason, actor)
+        return Done(_described(found))
+
+    done = _once(RELEASE, order_id, key, [reason], act)
+    if not done.waits:
+        cancelling.finish(order_id)
+    return done
+
+
+def extend(
+    order_id: int, seconds: int, actor: Actor, key: str | None = None, reason: str | None = None
+) -> Done:
+    """Hold an order for longer, once. Errors as of `confirm`."""
+
+    def act(found: Order | Entry) -> Done:
+        if isinstance(found, Entry):
+            _check_held(found)
+            intents.accept_extend(order_id, seconds, actor)
+            return Done(_waiting(order_id, found) | {"extending": seconds}, waits=True)
+        if found.held_until is None:
+            raise Conflict("This order was never held", "not_held")
+        before = found.held_until
+        states.extend(found, seconds)
+        record(
+            actor,
+            "order.extend",
+            f"order {order_id}",
+            before={"heldUntil": before.isoformat()},
+            after={"heldUntil": found.held_until.isoformat(), "reason": reason},
+        )
+        return Done(_described(found))
+
+    return _once(EXTEND, order_id, key, [seconds], act)
+
+
+def _once(
+    route: str,
+    order_id: int,
+    key: str | None,
+    content: list[object],
+    act: Callable[[Order | Entry], Done],
+) -> Done:
+    """Do an act of one order, once for each Idempotency-Key."""
+    while True:
+        taken = _take(route, order_id, key, content)
+        if taken and taken.answer is not None:
+            answer = taken.answer
+            db.session.rollback()
+            return _replayed(answer)
+        try:
+            found = _find(order_id)
+            if isinstance(found, Order) and intents.of_order(order_id):
+                db.session.rollback()
+                intents.apply_to(order_id)
+                continue
+            done = _commit(taken, act(found))
+        except BaseException:
+            db.session.rollback()
+            raise
+        if done.waits:
+            # It may have been stored since it was looked for.
+            intents.apply_to(order_id)
+        return done
+
+
+def _take(route: str, order_id: int, key: str | None, content: list[object]) -> RequestKey | None:
+    return idempotency.take(route, str(order_id), key, content) if key else None
+
+
+def _commit(taken: RequestKey | None, done: Done) -> Done:
+    if taken:
+        taken.answer = done.answer
+    db.session.commit()
+    return done
+
+
+def _find(order_id: int) -> Order | Entry:
+    """Return the order's row, locked, or what waits in Redis. Raises UnknownOrder, Conflict."""
+    try:
+        return states.lock(order_id)
+    except UnknownOrder:
+        entry = stock.waiting_order(order_id) if intents.epoch() else None
+        return cancelling.stored_since(order_id) if entry is None else entry
+
+
+def _check_held(entry: Entry) -> None:
+    if entry.held_until_ms is None:
+        raise Conflict("This order was never held", "not_held")
+
+
+def _waiting(order_id: int, entry: Entry) -> dict[str, Any]:
+    return describe(search.from_entry(order_id, entry))
+
+
+def _described(order: Order) -> dict[str, Any]:
+    db.session.flush()
+    row = db.session.execute(select(*search.COLUMNS).where(Order.id == order.id)).one()
+    return describe(search.from_row(row))
