@@ -24,7 +24,7 @@ from ..extensions import db, stock
 from ..generation import Held, held
 from ..locks import DRAIN_LOCK, REBUILD_LOCK, SALE_LOCK
 from ..models import STANDING_STATUSES, Sale
-from ..orders import bulk, cancelling
+from ..orders import bulk, cancelling, holds
 from ..orders.drain import BATCH_ORDERS, Row, store
 from ..problems import Conflict, Unavailable
 from ..products import catalogue, movements, sale, terms
@@ -85,7 +85,7 @@ def reset(actor: Actor) -> int:
             " product_totals, products, sale RESTART IDENTITY"
         )
     )
-    for route in (catalogue.CREATE, cancelling.CANCEL, bulk.START):
+    for route in (catalogue.CREATE, cancelling.CANCEL, bulk.START, *holds.ROUTES):
         idempotency.forget(route)
     generation = secrets.token_hex(8)
     db.session.add(Sale(generation=generation, epoch=generation))
@@ -443,7 +443,8 @@ def _put_keys(connection: Connection) -> int:
         SELECT user_id, user_name, idempotency_key,
                concat_ws(' ', id, unit_price_cents, currency,
                          CASE WHEN status = ANY(%(statuses)s)
-                              THEN concat(%(standing)s, (extract(epoch FROM first_end) * 1000)::bigint)
+                              THEN concat(%(standing)s,
+                                          (extract(epoch FROM first_end) * 1000)::bigint)
                               ELSE status END,
                          product_id, quantity, reference)
         FROM orders, coalesce(extended_from, held_until) AS first_end

@@ -73,7 +73,7 @@ def expire(most: int) -> int:
 def tell_held(generation: str) -> None:
     """Note in Redis, for sold-out answers, how many units of each product are held."""
     stored = dict(
-        db.session.execute(select(ProductTotals.product_id, ProductTotals.held_units)).tuples()
+        db.session.execute(select(ProductTotals.product_id, ProductTotals.held_units)).all()
     )
     db.session.rollback()
     products = stock.view(list(stored)).products

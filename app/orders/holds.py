@@ -24,6 +24,7 @@ from .states import HoldExpired
 CONFIRM = "POST /orders/confirm"
 RELEASE = "POST /orders/release"
 EXTEND = "POST /orders/extend"
+ROUTES = (CONFIRM, RELEASE, EXTEND)
 MAX_PAYMENT = 128
 
 
@@ -103,6 +104,7 @@ def _confirm_stored(turn: dict[int, Confirm]) -> dict[int, Done | Exception]:
     open_intents = set(db.session.scalars(asked))
     taken_keys = [(str(wish.order_id), wish.key) for wish in turn.values() if wish.key]
     known = idempotency.find_all(CONFIRM, taken_keys)
+    reclaimed = _reclaimed([order.id for order in orders.values() if order.status == "CONFIRMED"])
     outcomes: dict[int, Done | Exception] = {}
     payments: dict[int, str | None] = {}
     for number, wish in turn.items():
@@ -122,7 +124,7 @@ def _confirm_stored(turn: dict[int, Confirm]) -> dict[int, Done | Exception]:
                 _note(wish)
             elif order.status in ("CONFIRMED", "CANCELLED"):
                 _check_confirmed(order, wish.payment)
-                outcomes[number] = Done(describe(order))
+                outcomes[number] = Done(describe(order), reclaimed=order.id in reclaimed)
         except (Conflict, KeyMismatch) as refusal:
             outcomes[number] = refusal
     if payments:
@@ -191,7 +193,8 @@ def _confirm_alone(wish: Confirm) -> Done:
             return _commit(taken, Done(_described(found)))
         elif found.status in ("CONFIRMED", "CANCELLED"):
             _check_confirmed(found, wish.payment)
-            return _commit(taken, Done(_described(found), reclaimed=_was_reclaimed(found)))
+            again = found.id in _reclaimed([found.id])
+            return _commit(taken, Done(_described(found), reclaimed=again))
         else:
             pending = _pending(found)
             if pending is None:
@@ -232,13 +235,14 @@ def _pending(order: Order) -> StockMovement | None:
     return found if found and found.applied_at is None else None
 
 
-def _was_reclaimed(order: Order) -> bool:
-    reclaim = select(StockMovement.id).where(
-        StockMovement.order_id == order.id,
-        StockMovement.kind == "reclaim",
-        StockMovement.act == order.acts,
+def _reclaimed(confirmed: Sequence[int]) -> set[int]:
+    """Return which of these orders, all confirmed, were so too late."""
+    if not confirmed:
+        return set()
+    reclaims = select(StockMovement.order_id).where(
+        StockMovement.order_id.in_(confirmed), StockMovement.kind == "reclaim"
     )
-    return db.session.scalar(reclaim) is not None
+    return {order_id for order_id in db.session.scalars(reclaims) if order_id is not None}
 
 
 def release(order_id: int, reason: str | None, actor: Actor, key: str | None = None) -> Done:

@@ -1,13 +1,16 @@
 """The JSON routes by which the shop's own programs read orders and give them back."""
 
+import re
 from datetime import datetime
 from typing import Any
 
-from flask import Blueprint, Response, g, jsonify, request, url_for
+from flask import Blueprint, Response, current_app, g, jsonify, request, url_for
 from flask.typing import ResponseReturnValue
 
 from ..extensions import csrf
-from ..orders import bulk, cancelling, listing, search
+from ..models import MAX_HOLD_SECONDS
+from ..orders import bulk, cancelling, holds, listing, search
+from ..orders.states import HoldExpired
 from ..problems import InvalidRequest, UnknownOrder
 from ..products import terms
 from ..reading import (
@@ -29,6 +32,10 @@ csrf.exempt(bp)
 
 FILTERS = ("userId", "reference", "productId", "status", "limit", "cursor")
 CANCEL = ("quantity", "reason")
+CONFIRM = ("payment",)
+RELEASE = ("reason",)
+EXTEND = ("seconds",)
+PAYMENT = re.compile(rf"[\x21-\x7e]{{1,{holds.MAX_PAYMENT}}}").fullmatch
 BULK = (
     "productId", "userId", "reference", "claimedFrom", "claimedUntil", "reason", "orders",
     "throughOrderId", "dryRun",
@@ -92,6 +99,65 @@ def cancel_order(order_id: int) -> ResponseReturnValue:
     reason = read_reason(data)
     done = cancelling.cancel(read_id(order_id), reason, g.actor, units, idempotency_key())
     response = jsonify(done.order)
+    response.status_code = 202 if done.waits else 200
+    return replayed(response, done.replayed)
+
+
+@bp.post("/orders/<int:order_id>/confirm")
+@token_with("orders:write")
+def confirm_order(order_id: int) -> ResponseReturnValue:
+    """Say that an order is paid; one that still waits is confirmed as soon as it is stored."""
+    payment = read_confirm(read_json_if_any())
+    wish = holds.Confirm(read_id(order_id), g.actor, payment, idempotency_key())
+    try:
+        return told(holds.confirm(wish))
+    except HoldExpired as late:
+        current_app.extensions["lane"].meter.count("hold_expired")
+        more = {"reason": late.reason} if late.reason else {}
+        return api_error(409, str(late), late.code, **more)
+
+
+def read_confirm(data: dict[str, Any]) -> str | None:
+    """Return the payment that a confirmation names. Raises InvalidRequest."""
+    check_known(data, CONFIRM)
+    payment = data.get("payment")
+    if payment is not None and (not isinstance(payment, str) or not PAYMENT(payment)):
+        raise InvalidRequest(
+            f"payment must be 1 to {holds.MAX_PAYMENT} visible ASCII characters", "payment"
+        )
+    return payment
+
+
+@bp.post("/orders/<int:order_id>/release")
+@token_with("orders:write")
+def release_order(order_id: int) -> ResponseReturnValue:
+    """Give a hold up; its units are on sale again at once."""
+    data = read_json_if_any()
+    check_known(data, RELEASE)
+    reason = None if data.get("reason") is None else read_reason(data)
+    return told(holds.release(read_id(order_id), reason, g.actor, idempotency_key()))
+
+
+@bp.post("/orders/<int:order_id>/extend")
+@token_with("orders:write")
+def extend_order(order_id: int) -> ResponseReturnValue:
+    """Hold an order for longer, once."""
+    data = read_json()
+    check_known(data, EXTEND)
+    seconds = read_integer(data, "seconds", 1, MAX_HOLD_SECONDS)
+    return told(holds.extend(read_id(order_id), seconds, g.actor, idempotency_key()))
+
+
+def read_json_if_any() -> dict[str, Any]:
+    """Return the JSON object of the request, an empty one where there is no body."""
+    if not request.content_length and "Transfer-Encoding" not in request.headers:
+        return {}
+    return read_json()
+
+
+def told(done: holds.Done) -> Response:
+    more = {"reclaimed": True} if done.reclaimed else {}
+    response = jsonify(done.order | more)
     response.status_code = 202 if done.waits else 200
     return replayed(response, done.replayed)
 
