@@ -122,18 +122,19 @@ def test_bad_input(post, body, status):
 
 
 @pytest.mark.usefixtures("sold")
-def test_stopped_between_two_batches(app, post, client, admin_headers):
+def test_stopped_between_two_batches(app, client, admin_headers):
     bulk_id = begin(app)
     with app.app_context():
         assert bulk.step()
     for _ in range(2):
-        stopped = post(f"/{bulk_id}/stop")
+        stopped = client.delete(f"/orders/bulk-cancels/{bulk_id}", headers=admin_headers)
         assert (stopped.status_code, stopped.json["status"]) == (200, "stopped")
         assert stopped.json["cancelledOrders"] == 10
     work(app)
     assert proved(app) == 50 + 20
-    assert post("/999/stop").status_code == 404
-    assert client.get("/orders/bulk-cancels/999", headers=admin_headers).status_code == 404
+    for method in ("GET", "DELETE"):
+        path = "/orders/bulk-cancels/999"
+        assert client.open(path, method=method, headers=admin_headers).status_code == 404
 
 
 @pytest.mark.usefixtures("sold")
