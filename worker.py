@@ -26,7 +26,7 @@ from app.extensions import stock
 from app.problems import Unavailable
 from app.watch.telemetry import Meter
 from app.worker.jobs import orders_queue
-from app.worker.relay import Canceller, Relay, Sampler, Sweeper, run_forever
+from app.worker.relay import Canceller, Expirer, Relay, Sampler, Sweeper, run_forever
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +92,7 @@ def main() -> None:
             Sampler(name).run_once,
             Sweeper().run_once,
             Canceller().run_once,
+            Expirer().run_once,
         )
     ]
     for thread in threads:

@@ -14,7 +14,7 @@ from .. import idempotency
 from ..audit import Actor, record
 from ..extensions import db, stock
 from ..models import Order, OrderIntent, RequestKey, StockMovement
-from ..problems import Conflict, KeyMismatch, Unavailable, UnknownOrder
+from ..problems import Conflict, KeyMismatch, UnknownOrder
 from ..products.movements import apply_movement
 from ..stock.entries import Entry
 from . import cancelling, intents, search, states
@@ -65,36 +65,29 @@ def confirm(wish: Confirm) -> Done:
     Conflict with a code that names another state, and Unavailable: the same key then tells what
     has become of it.
     """
-    (outcome,) = confirm_all([wish])
+    try:
+        outcome = confirm_stored([wish])[0] or _confirm_alone(wish)
+    except BaseException:
+        db.session.rollback()
+        raise
     if isinstance(outcome, Exception):
         raise outcome
     return outcome
 
 
-def confirm_all(wishes: Sequence[Confirm]) -> list[Done | Exception]:
-    """Confirm orders, each as if it came alone; those that are held in one transaction.
+def confirm_stored(wishes: Sequence[Confirm]) -> list[Done | Exception | None]:
+    """Decide in one transaction whatever the orders' rows alone can decide.
 
-    What `confirm` would raise stands in the list. Raises SQLAlchemyError where nobody can tell.
+    The list has what `confirm` would return or raise, or None: then `confirm` has to be asked.
+    Raises SQLAlchemyError where nobody can tell.
     """
-    outcomes: dict[int, Done | Exception] = {}
-    left = dict(enumerate(wishes))
-    while left:
-        # Of several wishes for one order each sees what the one before has done.
-        firsts = {wish.order_id: number for number, wish in reversed(left.items())}
-        turn = {number: left.pop(number) for number in sorted(firsts.values())}
-        outcomes |= _confirm_stored(turn)
-        for number, wish in turn.items():
-            if number not in outcomes:
-                try:
-                    outcomes[number] = _confirm_alone(wish)
-                except (Conflict, UnknownOrder, KeyMismatch, Unavailable) as error:
-                    db.session.rollback()
-                    outcomes[number] = error
-    return [outcomes[number] for number in range(len(wishes))]
+    # Of several for one order the later ones have to see what the first one does.
+    firsts = {wish.order_id: number for number, wish in reversed(list(enumerate(wishes)))}
+    outcomes = _confirm_stored({number: wishes[number] for number in sorted(firsts.values())})
+    return [outcomes.get(number) for number in range(len(wishes))]
 
 
 def _confirm_stored(turn: dict[int, Confirm]) -> dict[int, Done | Exception]:
-    """Decide in one transaction whatever the orders' rows alone can decide; return that."""
     ids = [wish.order_id for wish in turn.values()]
     rows = select(*search.COLUMNS).where(Order.id.in_(ids)).order_by(Order.id).with_for_update()
     orders = {row[0]: search.from_row(row) for row in db.session.execute(rows)}

@@ -32,6 +32,7 @@ csrf.exempt(bp)
 
 FILTERS = ("userId", "reference", "productId", "status", "limit", "cursor")
 CANCEL = ("quantity", "reason")
+SCOPE = "orders:write"
 CONFIRM = ("payment",)
 RELEASE = ("reason",)
 EXTEND = ("seconds",)
@@ -155,10 +156,16 @@ def read_json_if_any() -> dict[str, Any]:
     return read_json()
 
 
-def told(done: holds.Done) -> Response:
+def outcome_of(done: holds.Done) -> tuple[int, dict[str, Any]]:
+    """Return status and body."""
     more = {"reclaimed": True} if done.reclaimed else {}
-    response = jsonify(done.order | more)
-    response.status_code = 202 if done.waits else 200
+    return 202 if done.waits else 200, done.order | more
+
+
+def told(done: holds.Done) -> Response:
+    status, body = outcome_of(done)
+    response = jsonify(body)
+    response.status_code = status
     return replayed(response, done.replayed)
 
 

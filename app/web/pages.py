@@ -28,6 +28,7 @@ from .. import logs
 from ..addresses import client_of
 from . import polls
 from .answer import FAILED, OVERLOADED, Answer
+from .confirms import Confirms
 from .files import COMPRESSIBLE, LEAST_COMPRESSED, Files, accepts_gzip
 from .probe import PATH as PROBE
 from .probe import Probe
@@ -132,6 +133,7 @@ class Pages:
         # How many pages their threads ever took up: the watchdog tells busy from stuck by it.
         self.taken = 0
         self.probe = Probe()
+        self.confirms = Confirms(app)
         # Only for what it does to a request's address: the same rule on all ways in.
         self.trust_proxies: Callable[[dict[str, Any]], object] | None = None
         if isinstance(app.wsgi_app, ProxyFix):
@@ -159,6 +161,8 @@ class Pages:
         known = request.environ.copy()
         if self.trust_proxies:
             self.trust_proxies(known)
+        if told := await self.confirms.answer(request, client_of(known["REMOTE_ADDR"])):
+            return told
         if not await self.turns.take(client_of(known["REMOTE_ADDR"])):
             return OVERLOADED
         if request.gone:

@@ -21,6 +21,7 @@ from ..database import waiting_at_most
 from ..extensions import db, stock
 from ..orders import bulk, intents
 from ..orders.drain import drain_batch
+from ..orders.expiry import Expiry
 from ..problems import Unavailable
 from ..products import brake, movements, sale
 from ..stock.gateway import View
@@ -35,6 +36,7 @@ PACE_SECONDS = 0.2
 # How long one look at an empty outbox may last; an order that comes in ends it at once.
 WATCH_MS = 500
 SWEEP_SECONDS = 1.0
+EXPIRE_SECONDS = 0.5
 # The same order is the first in the outbox for so long only when nobody drains.
 STUCK_SECONDS = 3.0
 # All that a step of the relay or the sweeper may wait for PostgreSQL; past it nobody answers.
@@ -101,6 +103,17 @@ class Canceller:
     def run_once(self, stopped: threading.Event) -> None:
         if not bulk.step():
             stopped.wait(SWEEP_SECONDS)
+
+
+class Expirer:
+    """Ends the holds that nobody paid for, so that their units are on sale again."""
+
+    def __init__(self) -> None:
+        self._expiry = Expiry()
+
+    def run_once(self, stopped: threading.Event) -> None:
+        if not self._expiry.step():
+            stopped.wait(EXPIRE_SECONDS)
 
 
 class Sweeper:

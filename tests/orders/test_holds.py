@@ -48,7 +48,8 @@ def late(app):
         with app.app_context():
             db.session.execute(
                 text(
-                    "UPDATE orders SET held_until = now() - interval '10 s' WHERE status = 'HELD'"
+                    "UPDATE orders SET extended_from = held_until,"
+                    " held_until = now() - interval '10 s' WHERE status = 'HELD'"
                     " AND (id = ANY(:ids) OR :all)"
                 ),
                 {"ids": list(ids), "all": not ids},
