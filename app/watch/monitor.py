@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+from sqlalchemy import func, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from ..database import is_unavailable
 from ..extensions import db, stock
 from ..generation import Held, held, on_record
-from ..models import Product, ProductTotals
+from ..models import Order, Product, ProductTotals
 from ..problems import Unavailable, UnknownProduct
 from ..stock.brakes import Brakes
 from . import health, samples, shelf
@@ -37,9 +38,15 @@ class Item:
     product: Product
     state: str
     sold: int
+    # Of orders that are held until they are paid for, as far as they are stored.
     held: int
     held_orders: int
+    # Of orders that could not be stored, and wait for a decision.
+    failed: int
+    failed_orders: int
     orders: int
+    # Of the holds that have ended so many per cent were paid; None where none has.
+    conversion: float | None = None
     queued: int | None = None
     free: int | None = None
     # Seconds until it opens or closes, None where nothing is near.
@@ -59,7 +66,7 @@ class Item:
     def figures(self) -> tuple[object, ...]:
         """Everything that a row shows beside the product's terms, times in whole seconds."""
         return (
-            self.state, self.sold, self.held, self.queued, self.free, self.balanced,
+            self.state, self.sold, self.held, self.failed, self.queued, self.free, self.balanced,
             self.difference, self.opens_in and int(self.opens_in),
             self.closes_in and int(self.closes_in), self.own_brake, self.changeable,
         )  # fmt: skip
@@ -69,7 +76,13 @@ class Item:
         """The units as parts of a bar: name, start and width in per cent; none if not all known."""
         if self.queued is None or self.free is None:
             return []
-        parts = {"sold": self.sold, "queued": self.queued, "held": self.held, "free": self.free}
+        parts = {
+            "sold": self.sold,
+            "held": self.held,
+            "queued": self.queued,
+            "failed": self.failed,
+            "free": self.free,
+        }
         total = sum(parts.values()) or 1
         start, bar = 0.0, []
         for name, units in parts.items():
@@ -107,7 +120,10 @@ class Board:
     rates: dict[str, float | None]
     ledger: Ledger
     weak: list[str]
-    dead_orders: int
+    failed_orders: int
+    held_orders: int
+    # When the next hold ends, if it is not paid before.
+    next_end: datetime | None
     # The chart's newest seconds, as columns.
     samples: samples.Columns
 
@@ -204,9 +220,12 @@ def _item(product: Product, totals: ProductTotals, live: "_Live") -> Item:
         product=product,
         state=state_of(product, free, now, live.brakes.bind(product.id)),
         sold=totals.confirmed_units,
-        held=totals.dead_units,
-        held_orders=totals.dead_orders,
+        held=totals.held_units,
+        held_orders=totals.held_orders,
+        failed=totals.dead_units,
+        failed_orders=totals.dead_orders,
         orders=totals.confirmed_orders,
+        conversion=_conversion(product, totals),
         queued=max(0, figures["claimed"] - figures["settled_units"]) if figures else None,
         free=free,
         opens_in=_seconds_until(product.opens_at, now),
@@ -217,6 +236,14 @@ def _item(product: Product, totals: ProductTotals, live: "_Live") -> Item:
         balanced=proof.get("ok"),
         difference=proof.get("difference", 0),
     )
+
+
+def _conversion(product: Product, totals: ProductTotals) -> float | None:
+    given_up = totals.released_orders + totals.expired_orders
+    ended = totals.confirmed_orders + given_up
+    if not ended or not (product.hold_seconds or given_up):
+        return None
+    return totals.confirmed_orders * 100 / ended
 
 
 def _seconds_until(moment: datetime | None, now: datetime) -> float | None:
@@ -298,9 +325,22 @@ def board() -> Board:
         rates=rates,
         ledger=live.ledger,
         weak=_durability.weak() if not live.error else [],
-        dead_orders=sum(item.held_orders for item in found),
+        failed_orders=sum(item.failed_orders for item in found),
+        held_orders=sum(item.held_orders for item in found),
+        next_end=_next_end() if any(item.held for item in found) else None,
         samples=samples.columns(live.samples, live.now.timestamp()),
     )
+
+
+def _next_end() -> datetime | None:
+    try:
+        first = select(func.min(Order.held_until)).where(Order.status == "HELD")
+        return db.session.scalar(first)
+    except SQLAlchemyError as error:
+        if not is_unavailable(error):
+            raise
+        db.session.rollback()
+        return None
 
 
 class _Durability:
