@@ -21,6 +21,15 @@ KEPT_DAYS = 30
 FORGOTTEN_AT_ONCE = 100
 
 
+PUT_ALL = text("""
+INSERT INTO request_keys (route, resource, key, fingerprint, answer)
+SELECT :route, resource, key, fingerprint, CAST(answer AS json)
+FROM unnest(CAST(:resources AS text[]), CAST(:keys AS text[]), CAST(:fingerprints AS text[]),
+            CAST(:answers AS text[])) AS new (resource, key, fingerprint, answer)
+ON CONFLICT DO NOTHING RETURNING 1
+""")
+
+
 def take(route: str, resource: str, key: str, content: object) -> RequestKey:
     """Take a key in this transaction, for the act that it ends with.
 
@@ -60,18 +69,15 @@ def put_all(route: str, done: Mapping[tuple[str, str], tuple[object, dict[str, A
     if not done:
         return True
     _forget()
-    rows = [
-        {
-            "route": route,
-            "resource": resource,
-            "key": key,
-            "fingerprint": fingerprint(content),
-            "answer": answer,
-        }
-        for (resource, key), (content, answer) in sorted(done.items(), key=lambda item: item[0])
-    ]
-    taken = insert(RequestKey).on_conflict_do_nothing().returning(RequestKey.key)
-    return len(db.session.scalars(taken, rows).all()) == len(rows)
+    keys = sorted(done)
+    values = {
+        "route": route,
+        "resources": [resource for resource, _ in keys],
+        "keys": [key for _, key in keys],
+        "fingerprints": [fingerprint(done[key][0]) for key in keys],
+        "answers": [json.dumps(done[key][1]) for key in keys],
+    }
+    return len(db.session.execute(PUT_ALL, values).all()) == len(keys)
 
 
 def forget(route: str) -> None:

@@ -1,8 +1,8 @@
-"""What holds cost: confirmations a second, and how soon the units of holds that end are back on sale.
+"""What holds cost: confirmations a second, and how soon the units of ended holds are back on sale.
 
     python stress/bench_holds.py [--seconds 4] [--holds 100000] [--port 8790]
 
-Starts a system of its own. Needs wrk. Prints one line for each figure; exits 1 where a unit is lost.
+Starts a system of its own. Needs wrk. Prints a line for each figure; exits 1 where a unit is lost.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def end(system: Ours, cursor, users: Users, holds: int) -> None:
     until(lambda: system.metrics(other)["queue_depth"] == 0, 180, "the drain")
     # As if each had been claimed at another moment of one second.
     cursor.execute(
-        "UPDATE orders SET held_until = clock_timestamp() + interval '8 s' + random() * interval '1 s'"
+        "UPDATE orders SET held_until = clock_timestamp() + (8 + random()) * interval '1 s'"
         " WHERE product_id = %s RETURNING held_until",
         (product,),
     )

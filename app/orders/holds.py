@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from sqlalchemy import select
+from sqlalchemy import select, text
 
 from .. import idempotency
 from ..audit import Actor, record
 from ..extensions import db, stock
-from ..models import Order, OrderIntent, RequestKey, StockMovement
+from ..models import Order, RequestKey, StockMovement
 from ..problems import Conflict, KeyMismatch, UnknownOrder
 from ..products.movements import apply_movement
 from ..stock.entries import Entry
@@ -26,6 +26,14 @@ RELEASE = "POST /orders/release"
 EXTEND = "POST /orders/extend"
 ROUTES = (CONFIRM, RELEASE, EXTEND)
 MAX_PAYMENT = 128
+
+
+# The orders, locked, and of each whether something was accepted that is still to be done.
+LOCKED = text(f"""
+SELECT {", ".join(column.key for column in search.COLUMNS)},
+       EXISTS (SELECT FROM order_intents i WHERE i.order_id = o.id AND i.applied_at IS NULL)
+FROM orders o WHERE id = ANY(:ids) ORDER BY id FOR UPDATE
+""")  # noqa: S608
 
 
 class Confirm(NamedTuple):
@@ -89,44 +97,49 @@ def confirm_stored(wishes: Sequence[Confirm]) -> list[Done | Exception | None]:
 
 def _confirm_stored(turn: dict[int, Confirm]) -> dict[int, Done | Exception]:
     ids = [wish.order_id for wish in turn.values()]
-    rows = select(*search.COLUMNS).where(Order.id.in_(ids)).order_by(Order.id).with_for_update()
-    orders = {row[0]: search.from_row(row) for row in db.session.execute(rows)}
-    asked = select(OrderIntent.order_id).where(
-        OrderIntent.order_id.in_(ids), OrderIntent.applied_at.is_(None)
+    rows = db.session.execute(LOCKED, {"ids": ids}).all()
+    asked = {row[0]: row[-1] for row in rows}
+    orders = {row[0]: search.from_row(row[:-1]) for row in rows}
+    # An order that is held was confirmed under no key yet.
+    known = idempotency.find_all(
+        CONFIRM,
+        [
+            (str(wish.order_id), wish.key)
+            for wish in turn.values()
+            if wish.key and (order := orders.get(wish.order_id)) and order.status != "HELD"
+        ],
     )
-    open_intents = set(db.session.scalars(asked))
-    taken_keys = [(str(wish.order_id), wish.key) for wish in turn.values() if wish.key]
-    known = idempotency.find_all(CONFIRM, taken_keys)
     reclaimed = _reclaimed([order.id for order in orders.values() if order.status == "CONFIRMED"])
     outcomes: dict[int, Done | Exception] = {}
     payments: dict[int, str | None] = {}
+    keys: dict[tuple[str, str], tuple[object, dict[str, Any]]] = {}
     for number, wish in turn.items():
         order = orders.get(wish.order_id)
+        taken = known.get((str(wish.order_id), wish.key or ""))
+        if order is None or asked[order.id] or (taken and taken.answer is None):
+            continue
         try:
-            if wish.key and (taken := known.get((str(wish.order_id), wish.key))):
+            if taken:
                 if taken.fingerprint != idempotency.fingerprint([wish.payment]):
                     raise KeyMismatch
-                if taken.answer is not None:
-                    outcomes[number] = _replayed(taken.answer)
-            elif order is None or order.id in open_intents:
+                outcomes[number] = _replayed(taken.answer or {})
                 continue
-            elif order.status == "HELD":
+            if order.status == "HELD":
                 payments[order.id] = wish.payment
-                paid = replace(order, status="CONFIRMED", payment=wish.payment)
-                outcomes[number] = Done(describe(paid))
+                order = replace(order, status="CONFIRMED", payment=wish.payment)
                 _note(wish)
             elif order.status in ("CONFIRMED", "CANCELLED"):
                 _check_confirmed(order, wish.payment)
-                outcomes[number] = Done(describe(order), reclaimed=order.id in reclaimed)
+            else:
+                continue
         except (Conflict, KeyMismatch) as refusal:
             outcomes[number] = refusal
+            continue
+        done = outcomes[number] = Done(describe(order), reclaimed=order.id in reclaimed)
+        if wish.key:
+            keys[str(order.id), wish.key] = [wish.payment], done.answer
     if payments:
         states.confirm_all(payments)
-    keys = {
-        (str(wish.order_id), wish.key): ([wish.payment], done.answer)
-        for number, wish in turn.items()
-        if wish.key and isinstance(done := outcomes.get(number), Done) and not done.replayed
-    }
     if not idempotency.put_all(CONFIRM, keys):
         # Taken by one for which the order was not stored yet.
         db.session.rollback()
