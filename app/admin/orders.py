@@ -1,5 +1,7 @@
 """The support desk: find an order, read its story, cancel it, take a list away."""
 
+import re
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
@@ -18,18 +20,19 @@ from flask.typing import ResponseReturnValue
 
 from .. import auth
 from ..extensions import limiter
-from ..models import ENDED_STATUSES
-from ..orders import cancelling, intents, search, sheet
+from ..models import ENDED_STATUSES, MAX_HOLD_SECONDS
+from ..orders import cancelling, holds, intents, search, sheet
 from ..problems import Conflict, InvalidRequest, KeyMismatch, Unavailable, UnknownOrder
 from ..products import catalogue
-from ..reading import MAX_ID, MAX_QUANTITY, VALID_KEY, read_digits
-from . import forms, jobs
+from ..reading import MAX_ID, MAX_QUANTITY, MAX_REASON, VALID_KEY, read_digits, read_text
+from . import forms, jobs, numbers
 
 bp = Blueprint("orders", __name__, url_prefix="/admin/orders")
 CHANGE_LIMIT = "120/minute"
 limiter.limit(CHANGE_LIMIT, methods=["POST"])(bp)
 
 EXPORT_LIMIT = "10/minute"
+PAYMENT = re.compile(rf"[\x21-\x7e]{{1,{holds.MAX_PAYMENT}}}").fullmatch
 
 
 def read_filter() -> tuple[search.Filter, dict[str, str]]:
@@ -119,9 +122,13 @@ def live(order_id: int) -> ResponseReturnValue:
 
 
 def show_story(
-    order_id: int, template: str = "admin/order.html", errors: dict[str, str] | None = None
+    order_id: int,
+    template: str = "admin/order.html",
+    errors: dict[str, str] | None = None,
+    typed: dict[str, Any] | None = None,
 ) -> str:
     story = search.story(order_id)
+    held_until = story.order.held_until
     return render_template(
         template,
         story=story,
@@ -129,7 +136,64 @@ def show_story(
         cancelling=(intents.units_given_back(order_id) if story.order.status == "QUEUED" else 0),
         job_is_known=story.batch is not None and jobs.is_known(story.batch.job_id),
         errors=errors or {},
+        seconds_left=(held_until - datetime.now(UTC)).total_seconds() if held_until else 0,
+        extended=story.extended,
+        **typed or {},
     )
+
+
+@bp.post("/<id:order_id>/confirm")
+def confirm(order_id: int) -> ResponseReturnValue:
+    """Say that a held order is paid; one whose hold has ended gets its units anew, if it can."""
+
+    def act(reason: str, key: str | None) -> str:
+        payment = request.form.get("payment", "").strip() or None
+        if payment and not PAYMENT(payment):
+            raise InvalidRequest("A payment is 1 to 128 visible ASCII characters", "payment")
+        wish = holds.Confirm(order_id, auth.staff_actor(), payment, key, reason)
+        done = holds.confirm(wish)
+        if done.waits:
+            return "Accepted: it is confirmed as soon as it is stored."
+        return "Confirmed, with units taken anew." if done.reclaimed else "Confirmed."
+
+    return act_of_hold(order_id, "confirm_reason", "paid", act)
+
+
+@bp.post("/<id:order_id>/extend")
+def extend(order_id: int) -> ResponseReturnValue:
+    """Hold an order for longer, once."""
+
+    def act(reason: str, key: str | None) -> str:
+        seconds = numbers.whole(
+            request.form.get("seconds", ""), "seconds", "The time", 1, MAX_HOLD_SECONDS
+        )
+        done = holds.extend(order_id, seconds, auth.staff_actor(), key, reason)
+        return "Accepted: it is extended as soon as it is stored." if done.waits else "Extended."
+
+    return act_of_hold(order_id, "extend_reason", "longer", act)
+
+
+def act_of_hold(
+    order_id: int, reason_field: str, form: str, act: Callable[[str, str | None], str]
+) -> ResponseReturnValue:
+    """Do an act that a form of the order's page asks for; `form` is what its fields are from."""
+    page = url_for("orders.show", order_id=order_id)
+    key = request.form.get("key")
+    try:
+        reason = read_text(request.form, reason_field, MAX_REASON, "The reason")
+        if key and not VALID_KEY(key):
+            raise InvalidRequest(forms.USED_UP, reason_field)
+        told = act(reason, key)
+    except InvalidRequest as error:
+        errors = {error.field or reason_field: str(error)}
+        return show_story(order_id, errors=errors, typed={form: request.form}), 422
+    except KeyMismatch:
+        errors = {reason_field: forms.USED_UP}
+        return show_story(order_id, errors=errors, typed={form: request.form}), 422
+    except Conflict as error:
+        flash(str(error) + ".", "error")
+        return redirect(page)
+    return forms.done(told, page)
 
 
 @bp.post("/<id:order_id>/cancel")

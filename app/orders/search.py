@@ -11,7 +11,7 @@ from datetime import datetime
 from itertools import islice
 from typing import Any, cast
 
-from sqlalchemy import Select, select
+from sqlalchemy import ColumnElement, Select, and_, false, select
 
 from ..extensions import db, stock
 from ..models import Batch, DeadLetter, Order, StockMovement
@@ -313,7 +313,20 @@ class Story:
     batch: Batch | None = None
     # Units given back, and taken again, in the order in which that was done.
     movements: Sequence[StockMovement] = ()
+    # Whether its hold was extended, which is possible once.
+    extended: bool = False
     letter: DeadLetter | None = None
+
+
+def _expired_with(order: Found) -> ColumnElement[bool]:
+    """Return the condition for the movement of all orders that expired with this one."""
+    if order.held_until is None:
+        return false()
+    return and_(
+        StockMovement.created_at >= order.held_until,
+        StockMovement.product_id == order.product_id,
+        StockMovement.order_ids.contains([order.id]),
+    )
 
 
 def story(order_id: int) -> Story:
@@ -327,7 +340,7 @@ def story(order_id: int) -> Story:
     except Unavailable as error:
         unavailable = error
     row = db.session.execute(
-        select(*COLUMNS, Order.batch_id).where(Order.id == order_id)
+        select(*COLUMNS, Order.batch_id, Order.extended_from).where(Order.id == order_id)
     ).one_or_none()
     letter = db.session.scalar(
         select(DeadLetter)
@@ -336,14 +349,15 @@ def story(order_id: int) -> Story:
         .limit(1)
     )
     if row is not None:
-        order = from_row(row[:-1])
+        order = from_row(row[:-2])
         return Story(
             order,
+            extended=row.extended_from is not None,
             batch=db.session.get(Batch, row.batch_id) if row.batch_id else None,
             movements=db.session.scalars(
                 select(StockMovement)
-                .where(StockMovement.order_id == order_id)
-                .order_by(StockMovement.act)
+                .where((StockMovement.order_id == order_id) | _expired_with(order))
+                .order_by(StockMovement.id)
             ).all(),
         )
     if letter is not None:

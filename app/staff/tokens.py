@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 # What a token may be for, and what each is called on pages.
 SCOPES = {
     "orders:read": "Read orders, and follow what happens to them",
-    "orders:write": "Cancel orders",
+    "orders:write": "Confirm, release and cancel orders",
     "products:write": "Create, change and restock products, and stop the sale",
 }
 # Everything, later scopes included. Tokens of 0.1.0 are of this kind.

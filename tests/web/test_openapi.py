@@ -95,7 +95,9 @@ def test_every_error_code_of_the_program_is_documented():
         found = re.findall(r'(?:Conflict|__init__)\(\s*f?"[^"]*",\s*"([a-z_]+)"', path.read_text())
         codes |= set(found)
     codes |= {
-        f"{word}_{status.lower()}" for word in ("already", "order") for status in ENDED_STATUSES
+        f"{word}_{status.lower()}"
+        for word in ("already", "order")
+        for status in (*ENDED_STATUSES, "CONFIRMED")
     }
     assert set(ERRORS) <= codes
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from ...models import MAX_HOLD_SECONDS, MIN_HOLD_SECONDS
 from ...orders.search import STATUSES as ORDER_STATUSES
 from ...reading import MAX_ID, MAX_QUANTITY, MAX_RESTOCK, MAX_STOCK
 
@@ -75,6 +76,12 @@ TERMS = {
     },
     "maxQuantity": integer(1, MAX_QUANTITY, "units in one purchase"),
     "paused": {"type": "boolean"},
+    "holdSeconds": {
+        "type": ["integer", "null"],
+        "minimum": MIN_HOLD_SECONDS,
+        "maximum": MAX_HOLD_SECONDS,
+        "description": "an order is held so long for its payment; null: it is sold at once",
+    },
 }
 
 SCHEMAS = {
@@ -95,6 +102,15 @@ SCHEMAS = {
             "orderStatus": {
                 "enum": ["CANCELLED", "RELEASED", "EXPIRED", "FAILED"],
                 "description": "with `order_ended`: what became of it",
+            },
+            "mayReturn": {
+                "type": "boolean",
+                "description": "with `sold_out` and `insufficient_stock`: orders are held, whose "
+                "units may come back; up to 2 s old",
+            },
+            "reason": {
+                "enum": ["purchase_limit"],
+                "description": "with `hold_expired`: the user has bought too many since",
             },
             "limit": {
                 "type": "string",
@@ -140,8 +156,13 @@ SCHEMAS = {
     ),
     "Purchased": json_object(
         {
-            "status": {"const": "queued"},
+            "status": {"enum": ["queued", "held"]},
             "orderId": ID,
+            "heldUntil": {
+                "type": "string",
+                "format": "date-time",
+                "description": "with `held`: confirmed until then it is sold",
+            },
             "unitPriceCents": PRICE
             | {"description": "absent in replays of orders that version 0.1.0 took"},
             "currency": CURRENCY,
@@ -154,7 +175,13 @@ SCHEMAS = {
             "status": {
                 "enum": list(ORDER_STATUSES),
                 "description": "`QUEUED` until stored; `FAILED` while a person has to decide, "
-                "`CANCELLED` once that person gave it up",
+                "`CANCELLED` once that person gave it up; `HELD` from the claim on until it is "
+                "paid for",
+            },
+            "heldUntil": {
+                "type": "string",
+                "format": "date-time",
+                "description": "with `HELD`: until when",
             },
             "quantity": integer(1, MAX_QUANTITY),
             "productId": ID,
@@ -285,6 +312,7 @@ PRODUCT = {
     "perUserLimit": 2,
     "maxQuantity": 10,
     "paused": False,
+    "holdSeconds": None,
     "stockRemaining": 100,
     "braked": False,
 }
@@ -334,6 +362,12 @@ ERRORS: dict[str, tuple[str, dict[str, Any]]] = {
     "already_released": ("This order is released already", {}),
     "too_many_units": ("2 of this order's 3 units are left", {}),
     "order_failed": ("This order could not be stored; somebody decides on it", {}),
+    "not_held": ("This order was never held", {}),
+    "already_confirmed": ("This order is confirmed with another payment", {}),
+    "already_extended": ("This order's hold was extended already", {}),
+    "hold_expired": ("The hold has ended, and its units are gone", {"reason": "purchase_limit"}),
+    "order_confirmed": ("This order is confirmed", {}),
+    "order_cancelled": ("This order is cancelled", {}),
     "order_held": ("An order that is held can only be released as a whole", {}),
     "order_released": ("This order is released", {}),
     "order_expired": ("This order is expired", {}),

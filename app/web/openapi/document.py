@@ -9,7 +9,7 @@ from typing import Any
 
 from ...config import VERSION
 from ...orders.lookup import MAX_LISTED
-from . import orders
+from . import holds, orders
 from .components import (
     CREATION_KEY,
     HEADERS,
@@ -53,6 +53,13 @@ RATE_NOTE = (
 )
 
 BOUGHT = {"status": "queued", "orderId": 17, "unitPriceCents": 99_999, "currency": "USD"}
+HELD = {
+    "status": "held",
+    "orderId": 17,
+    "heldUntil": "2026-11-27T09:10:00.042Z",
+    "unitPriceCents": 99_999,
+    "currency": "USD",
+}
 UNVERIFIED = {"status": "ok", "unverified": True}
 SHUT = {"status": "unavailable", "reason": "unreachable"}
 
@@ -83,7 +90,7 @@ def _paths() -> dict[str, Any]:
     }
     purchased = ok(
         "Bought. A replay has the same body",
-        json_content(ref("schemas", "Purchased"), bought=BOUGHT),
+        json_content(ref("schemas", "Purchased"), bought=BOUGHT, held=HELD),
         (*LIMIT_HEADERS, "Idempotent-Replayed"),
     )
     purchased["links"] = {
@@ -316,6 +323,7 @@ def _paths() -> dict[str, Any]:
             )
         },
         **orders.paths(),
+        **holds.paths(),
         "/healthz": {
             "get": operation(
                 "Operation",
@@ -419,7 +427,7 @@ def document() -> dict[str, Any]:
         "tags": [{"name": name} for name in ("Buying", "Orders", "Products", "Operation")],
         "paths": _paths(),
         "components": {
-            "schemas": SHOPPERS_SCHEMAS | orders.SCHEMAS,
+            "schemas": SHOPPERS_SCHEMAS | orders.SCHEMAS | holds.SCHEMAS,
             "headers": {
                 name: {
                     "description": meaning,

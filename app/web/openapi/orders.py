@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ...models import MAX_HOLD_SECONDS
 from ...orders.listing import MOST_ORDERS, PAGE_ORDERS
 from ...orders.search import STATUSES
 from ...reading import MAX_ID, MAX_QUANTITY, MAX_REASON
@@ -70,6 +71,17 @@ SCHEMAS = {
             "endReason": OR_NONE | {"description": "why"},
             "heldUntil": TIME | {"description": "of an order that is held, or was"},
             "payment": OR_NONE | {"description": "what paid for an order that was held"},
+            "confirming": {
+                "type": "boolean",
+                "description": "it is paid, and confirmed as soon as it is stored",
+            },
+            "extending": integer(
+                1, MAX_HOLD_SECONDS, "seconds that are added as soon as it is stored"
+            ),
+            "reclaimed": {
+                "type": "boolean",
+                "description": "it was paid after its hold had ended, and got its units anew",
+            },
             "cancelling": integer(
                 1, MAX_QUANTITY, "units that are given back as soon as the order is stored"
             ),
