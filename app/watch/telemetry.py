@@ -194,6 +194,10 @@ def _of_redis() -> Iterator[Metric]:
     yield _durations(counted)
     yield _batches(counted)
     yield _restarts(counted)
+    lost = int(counted.get("hold_expired", 0))
+    yield CounterMetricFamily(
+        "flashsale_holds_lost", "Payments that came too late for their units.", value=lost
+    )
     yield _gauge("flashsale_workers", "Worker processes seen lately.", news.workers)
     weak = health.weak_durability()
     yield _gauge("flashsale_redis_durable", "Whether Redis keeps every promise.", not weak)
@@ -314,9 +318,27 @@ def _of_processes(
     yield from (*families.values(), cpu)
 
 
+# One row for each product, and one entry of an index.
+HOLDS = """
+SELECT (SELECT coalesce(sum(held_units), 0) FROM product_totals)::bigint,
+       greatest(0, extract(epoch FROM clock_timestamp()
+                - (SELECT min(held_until) FROM orders WHERE status = 'HELD')))::float,
+       extract(epoch FROM clock_timestamp())
+"""
+
+
 def _of_postgres() -> Iterator[Metric]:
     # A partial index holds the open ones only, so this costs the same after any number of orders.
     letters = "SELECT count(*) FROM dead_letters WHERE resolution IS NULL"
     yield _gauge(
         "flashsale_dead_letters", "Orders that wait for a person.", db.session.scalar(text(letters))
     )
+    units, overdue, now = db.session.execute(text(HOLDS)).one()
+    yield _gauge("flashsale_held_units", "Units of stored orders that wait for payment.", units)
+    yield _gauge("flashsale_hold_end_age_seconds", "How long the next end is overdue.", overdue)
+    with contextlib.suppress(Unavailable):
+        yield _gauge(
+            "flashsale_clock_difference_seconds",
+            "By how much the clocks of Redis and PostgreSQL differ.",
+            abs(stock.board.now() - float(now)),
+        )

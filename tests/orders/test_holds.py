@@ -1,15 +1,17 @@
 """Holds: reserve now, pay within minutes; no unit is lost, or promised twice."""
 
+import threading
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from crowd import at_once
 from sqlalchemy import text
 
 from app.audit import CLI
 from app.books import ledger, recovery
 from app.extensions import db, stock
 from app.models import Order
-from app.orders import deadletters, holds, intents
+from app.orders import deadletters, holds, intents, states
 from app.orders.drain import drain_batch
 from app.orders.expiry import Expiry, expire
 from app.products import movements
@@ -346,7 +348,7 @@ def test_units_on_their_way_back_count_once_in_a_rebuild(buy, drain, held, app, 
     with app.app_context():
         db.session.execute(text("UPDATE orders SET held_until = now() - interval '10 s'"))
         db.session.commit()
-        movement_ids = holds.states.expire_due(10)
+        movement_ids = states.expire_due(10)
         db.session.commit()
         assert len(movement_ids) == 1
         recovery.rebuild(CLI)
@@ -375,3 +377,68 @@ def test_many_ends_of_many_products_at_once(client, admin_headers, app, late, bu
             )
             == 2
         )
+
+
+def race(app, rounds: int, orders: int) -> list[int]:
+    """Confirm orders while their holds end; return those that were told otherwise than they are."""
+    confirmed: set[int] = set()
+    with app.app_context():
+        db.session.execute(
+            text(
+                "INSERT INTO orders (id, user_id, product_id, quantity, unit_price_cents, currency,"
+                " claimed_at, status, held_until) SELECT n, n, 1, 1, 5, 'EUR', now(), 'HELD',"
+                " now() - interval '1 h' FROM generate_series(1, :n) n"
+            ),
+            {"n": rounds * orders},
+        )
+        db.session.commit()
+    begin = threading.Barrier(2)
+
+    def pay():
+        with app.app_context():
+            for start in range(1, rounds * orders, orders):
+                begin.wait()
+                ids = range(start, start + orders)
+                told = holds.confirm_stored([holds.Confirm(n, CLI, f"pay-{n}") for n in ids])
+                confirmed.update(n for n, done in zip(ids, told, strict=True) if done)
+
+    def end():
+        with app.app_context():
+            for _ in range(rounds):
+                begin.wait()
+                movement_ids = states.expire_due(orders)
+                db.session.commit()
+                assert len(movement_ids) <= 1
+
+    at_once(lambda act: act(), (pay, end))
+    with app.app_context():
+        stored = db.session.execute(text("SELECT id, status FROM orders ORDER BY id")).all()
+        db.session.rollback()
+    assert {status for _, status in stored} <= {"HELD", "CONFIRMED", "EXPIRED"}
+    return [n for n, status in stored if (status == "CONFIRMED") != (n in confirmed)]
+
+
+def test_payment_and_end_never_both_win(app):
+    """Each of 4,000 orders is paid for while its hold ends; the two meet at the same rows."""
+    with app.app_context():
+        movements.restock(1, 4000, None, CLI)
+    assert race(app, rounds=200, orders=20) == []
+    with app.app_context():
+        count = "SELECT count(*) FILTER (WHERE status = 'EXPIRED'), count(*) FROM orders"
+        expired, every = db.session.execute(text(count)).one()
+        assert 0 < expired < every
+        movements.finish_pending()
+        recovery.rebuild(CLI)
+    prove(app)
+
+
+def test_an_end_that_does_not_compare_is_found(app, monkeypatch):
+    """The planted bug: what was read as held is ended, whatever it is by now."""
+    due = states.DUE.text.replace("FOR UPDATE OF o SKIP LOCKED", "")
+    end = states.EXPIRE.text.replace("AND status = 'HELD'", "")
+    end = end.replace("returned_units = quantity", "returned_units = quantity, payment = NULL")
+    monkeypatch.setattr(states, "DUE", text(due))
+    monkeypatch.setattr(states, "EXPIRE", text(end))
+    with app.app_context():
+        movements.restock(1, 4000, None, CLI)
+    assert race(app, rounds=200, orders=20)
