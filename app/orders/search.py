@@ -18,8 +18,7 @@ from ..models import Batch, DeadLetter, Order, StockMovement
 from ..problems import Unavailable, UnknownOrder
 from ..reading import REFERENCE, VALID_KEY, User, canonical
 from ..stock.entries import Entry
-from ..times import from_ms
-from .lookup import MAX_LISTED
+from .lookup import MAX_LISTED, columns_of
 
 STATUSES = ("QUEUED", "CONFIRMED", "CANCELLED", "FAILED")
 PAGE_ORDERS = 50
@@ -167,18 +166,25 @@ def _waiting(wanted: Filter, before: int | None, limit: int) -> Iterator[Found]:
 
 def from_entry(order_id: int, entry: Entry) -> Found:
     """Return an order of the outbox."""
-    return Found(
-        id=order_id,
-        status="QUEUED",
-        user=entry.user,
-        product_id=entry.product_id,
-        quantity=entry.quantity,
-        unit_price_cents=entry.unit_price_cents,
-        currency=entry.currency,
-        claimed_at=from_ms(entry.claimed_ms),
-        idempotency_key=entry.idempotency_key,
-        reference=entry.reference,
-    )
+    return Found(id=order_id, status="QUEUED", user=entry.user, **columns_of(entry))
+
+
+def _narrowed(
+    query: Select[Any, *tuple[Any, ...]],
+    table: type[Order] | type[DeadLetter],
+    wanted: Filter,
+    before: int | None,
+) -> Select[Any, *tuple[Any, ...]]:
+    """Add what both tables are asked for in the same words."""
+    if before is not None:
+        query = query.where((Order.id if table is Order else DeadLetter.order_id) < before)
+    if wanted.user is not None:
+        query = query.where(table.is_of(wanted.user))
+    if wanted.product_id is not None:
+        query = query.where(table.product_id == wanted.product_id)
+    if wanted.reference is not None:
+        query = query.where(table.reference == wanted.reference)
+    return query
 
 
 def _never_stored(wanted: Filter, before: int | None, limit: int) -> Iterator[Found]:
@@ -193,16 +199,9 @@ def _never_stored(wanted: Filter, before: int | None, limit: int) -> Iterator[Fo
             query = query.where(DeadLetter.not_replayed())
         case _:
             return
-    if before is not None:
-        query = query.where(DeadLetter.order_id < before)
-    if wanted.user is not None:
-        query = query.where(DeadLetter.is_of(wanted.user))
-    if wanted.product_id is not None:
-        query = query.where(DeadLetter.product_id == wanted.product_id)
+    query = _narrowed(query, DeadLetter, wanted, before)
     if wanted.key is not None:
         query = query.where(DeadLetter.payload.contains(wanted.key, autoescape=True))
-    if wanted.reference is not None:
-        query = query.where(DeadLetter.reference == wanted.reference)
     if wanted.until is not None and (last := _id_at(wanted.until)) is not None:
         query = query.where(DeadLetter.order_id < last + ID_MARGIN)
     # Its time of claim stands in the payload alone, so the limit can't be the statement's.
@@ -240,18 +239,11 @@ def stored_query(
     if wanted.status in ("QUEUED", "FAILED"):
         return None
     query = select(*COLUMNS).order_by(Order.id.desc()).limit(limit)
-    if before is not None:
-        query = query.where(Order.id < before)
-    if wanted.user is not None:
-        query = query.where(Order.is_of(wanted.user))
-    if wanted.product_id is not None:
-        query = query.where(Order.product_id == wanted.product_id)
+    query = _narrowed(query, Order, wanted, before)
     if wanted.status is not None:
         query = query.where(Order.status == wanted.status)
     if wanted.key is not None:
         query = query.where(Order.idempotency_key == wanted.key)
-    if wanted.reference is not None:
-        query = query.where(Order.reference == wanted.reference)
     if wanted.since is not None:
         first = _id_at(wanted.since)
         if first is None:

@@ -183,9 +183,13 @@ class Noticeboard:
         with _asking():
             return bool(self.raw_client.set(Keys.drain_lease, b"1", nx=True, px=milliseconds))
 
-    def end_drain_lease(self) -> None:
+    def end_drain_lease(self, after_ms: int = 0) -> None:
+        """End it, at once or after so long; one that ends earlier is left alone."""
         with _asking():
-            self.raw_client.delete(Keys.drain_lease)
+            if after_ms:
+                self.raw_client.pexpire(Keys.drain_lease, after_ms, lt=True)
+            else:
+                self.raw_client.delete(Keys.drain_lease)
 
     def setting(self, name: str) -> str | None:
         """Return one of Redis's own settings; None where it does not tell them."""
