@@ -19,8 +19,9 @@ WORKER_SEEN_SECONDS = 5
 WORKER_FORGOTTEN_SECONDS = 600
 # Two readings of one clock by way of a script and a command; what is further ahead is a mistake.
 AHEAD_SECONDS = 1.0
-# The dashboard's chart: one sample a second, 15 minutes.
+# The dashboard's chart: one sample a second, 15 minutes; and one a minute, a day.
 HISTORY_SAMPLES = 900
+HISTORY_MINUTES = 24 * 60
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ class Noticeboard:
     def sample(self, figures: dict[str, Any]) -> bool:
         """Keep this second's figures; False when somebody else has."""
         text = json.dumps(figures, separators=(",", ":"))
-        return bool(self._run("sample", [Keys.history], [text, HISTORY_SAMPLES]))
+        keys = [Keys.history, Keys.history_by_minute]
+        return bool(self._run("sample", keys, [text, HISTORY_SAMPLES, HISTORY_MINUTES]))
 
     def news(self, samples: int) -> News:
         """Return what is on the board, with the newest `samples`."""

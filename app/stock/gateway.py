@@ -395,10 +395,16 @@ class Stock:
                 entries.append((int(stream_id.partition("-")[0]), entry))
         return entries
 
-    def history(self, since: int, most: int = HISTORY_SAMPLES) -> list[tuple[int, dict]]:
-        """Return the newest `most` samples from the second `since` on, oldest first."""
+    def history(
+        self, since: int, most: int = HISTORY_SAMPLES, by_minute: bool = False
+    ) -> list[tuple[int, dict]]:
+        """Return the newest `most` samples from the second `since` on, oldest first.
+
+        They are a second apart, or with `by_minute` a minute.
+        """
+        key = Keys.history_by_minute if by_minute else Keys.history
         try:
-            found = self.client.xrevrange(Keys.history, min=f"{since}-0", count=most)
+            found = self.client.xrevrange(key, min=f"{since}-0", count=most)
         except redis.RedisError as error:
             raise Unavailable(str(error)) from error
         return [

@@ -7,7 +7,7 @@ script call and one pipeline.
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, ClassVar
 
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -108,8 +108,9 @@ class Board:
     ledger: Ledger
     weak: list[str]
     dead_orders: int
-    # The chart's newest seconds, as columns.
+    # The chart's newest seconds, as columns; and how far back it can look.
     samples: samples.Columns
+    spans: ClassVar = samples.SPANS
 
     @property
     def sold(self) -> int:
@@ -119,6 +120,11 @@ class Board:
     def free(self) -> int | None:
         known = not self.redis_error and not self.sale_error
         return sum(item.free or 0 for item in self.items) if known else None
+
+    @property
+    def charted(self) -> list[Product]:
+        """The products that the chart can show by themselves, the newest first."""
+        return [item.product for item in self.items[: -samples.MOST_PRODUCTS - 1 : -1]]
 
     @property
     def is_stuck(self) -> bool:

@@ -83,7 +83,7 @@ class Sampler:
         started = time.monotonic()
         stock.board.alive(self._worker)
         view = stock.view(stock.product_ids())
-        stock.board.sample(samples.totals(view))
+        stock.board.sample(samples.sample(view))
         self._keep_counts(view)
         stopped.wait(max(0.0, started + SWEEP_SECONDS - time.monotonic()))
 
