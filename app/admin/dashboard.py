@@ -1,4 +1,4 @@
-"""The sale at a glance: products, rates, queue, health, and the last 15 minutes."""
+"""The sale at a glance: products, rates, queue, health, and charts."""
 
 import re
 
