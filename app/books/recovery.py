@@ -73,17 +73,20 @@ def reset(actor: Actor) -> int:
     Staff, tokens and the audit stay. Ids start from 1 again. Raises stock.Unavailable before
     anything is deleted when Redis can't be reached.
     """
+    # Whoever holds a lock below may wait for a table that this transaction has read.
+    db.session.rollback()
     # A drain under way finishes first, and so does a movement; the next ones find nothing.
     db.session.execute(text(f"SELECT pg_advisory_xact_lock({REBUILD_LOCK})"))
     db.session.execute(text(f"SELECT pg_advisory_xact_lock({DRAIN_LOCK})"))
     db.session.execute(text(f"SELECT pg_advisory_xact_lock({SALE_LOCK})"))
-    stock.clear()
     db.session.execute(
         text(
             "TRUNCATE orders, dead_letters, batches, stock_movements, product_totals, products,"
             " sale RESTART IDENTITY"
         )
     )
+    # What PostgreSQL refuses is refused by now, and what Redis refuses is rolled back.
+    stock.clear()
     idempotency.forget(catalogue.CREATE)
     generation = secrets.token_hex(8)
     db.session.add(Sale(generation=generation))

@@ -22,6 +22,7 @@ from waiting import patience, wait_until
 from app.config import ROOT
 from app.products import catalogue
 from app.run.embedded import PostgresServer, RedisServer
+from app.stock.board import WORKER_SEEN_SECONDS
 
 # A dead dependency may cost a client so much, and not more.
 LONGEST_SECONDS = 2.0
@@ -247,6 +248,40 @@ def test_without_a_server(healthy, server, how):
 
 
 @pytest.mark.drill
+@pytest.mark.parametrize("server", ["redis", "postgres"])
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+def test_ready_again_with_its_server(healthy, server, how):
+    """Away for so long that the worker counts as gone, or that orders wait for too long."""
+    rig = healthy
+    rig.signal(server, signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+    if how == "killed":
+        rig.server(server).process.wait()
+    if server == "postgres":
+        assert [rig.buy(user) for user in range(600, 650)] == [200] * 50
+
+    def checks():
+        return json.loads(rig.call("GET", "/readyz")[2])["checks"]
+
+    away_at = time.monotonic()
+    if server == "postgres":
+        wait_until(lambda: not checks()["queue"]["ok"], 30, "the orders to wait for long")
+    wait_until(lambda: time.monotonic() - away_at > WORKER_SEEN_SECONDS + 1)
+    assert not checks()[server]["ok"]
+    if how == "stopped":
+        rig.signal(server, signal.SIGCONT)
+    else:
+        rig.server(server).start()
+    back_at, seen = time.monotonic(), {}
+    while (answer := rig.call("GET", "/readyz"))[0] != 200:
+        lacking = {n: c["state"] for n, c in json.loads(answer[2])["checks"].items() if not c["ok"]}
+        seen[round(time.monotonic() - back_at, 2)] = lacking
+        assert time.monotonic() - back_at < patience(30), seen
+    took = time.monotonic() - back_at
+    print(f"{server} {how}: ready after {took:.2f} s")
+    assert took < patience(BACK_WITHIN_SECONDS), seen
+
+
+@pytest.mark.drill
 def test_a_slow_redis_and_a_slow_postgres_still_serve(healthy):
     """50 ms for every answer of a server: slower, and nothing else."""
     rig = healthy
@@ -286,7 +321,9 @@ def test_the_worker_gone_is_seen_and_costs_no_sale(healthy):
         (order,) = json.loads(rig.call("GET", "/purchase/orders/500")[2])
         assert order["status"] == "QUEUED"
     finally:
-        os.kill(int(worker), signal.SIGCONT)
+        # Unless it has been replaced meanwhile.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(worker), signal.SIGCONT)
     wait_until(
         lambda: json.loads(rig.call("GET", "/purchase/orders/500")[2])[0]["status"] == "CONFIRMED",
         5,
