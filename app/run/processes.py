@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from app.run.leash import leashed
 from app.run.pulse import Pulse, Trouble
@@ -95,7 +95,7 @@ class Watched(Program):
     """A program that shows by a pipe of its own whether it works (pulse.py)."""
 
     # Each trouble's name among the causes of restarts that are counted.
-    causes: Mapping[Trouble, str] = {}
+    causes: ClassVar[Mapping[Trouble, str]] = {}
     pulse: Pulse | None = None
     given_up = False
     # What was wrong with the process before this one; the next one is told.
@@ -152,7 +152,7 @@ class Command(Program):
 class Worker(Command, Watched):
     """A worker process, which says whether its threads get on (app/worker/alive.py)."""
 
-    causes = {Trouble.SILENT: "standstill", Trouble.STUCK: "thread"}
+    causes: ClassVar = {Trouble.SILENT: "standstill", Trouble.STUCK: "thread"}
 
     def launch(self) -> None:
         self._spawn_watched(self.argv, self.cwd, env=self.environ)

@@ -9,7 +9,7 @@ import os
 from contextlib import suppress
 from enum import Enum, auto
 
-# What a process says: that it can work; that it runs, but its threads, or one of them, don't get on.
+# What a process says: that it can work; that it runs, but a thread of it, or all, don't get on.
 ALIVE, STUCK = b".", b"!"
 BEAT_SECONDS = 1.0
 # So many looks in vain, a second apart, and a process counts as hung. The longest gap of a busy one

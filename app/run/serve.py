@@ -8,7 +8,6 @@ threads no longer answer is replaced (pulse.py).
 """
 
 import logging
-import os
 import resource
 import socket
 import sys
@@ -17,7 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from signal import SIGHUP
-from typing import Any
+from typing import Any, ClassVar
 
 from app import telling
 from app.config import Settings, SettingsError, load_settings, with_secrets
@@ -52,7 +51,7 @@ class WebProcess(Watched):
     """One process at one listening socket."""
 
     name = "web process"
-    causes = {Trouble.SILENT: "event_loop", Trouble.STUCK: "page_threads"}
+    causes: ClassVar = {Trouble.SILENT: "event_loop", Trouble.STUCK: "page_threads"}
 
     def __init__(
         self, listener: socket.socket, neighbour: socket.socket, replaces: str = ""

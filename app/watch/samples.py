@@ -37,7 +37,7 @@ RATES = {
 }  # fmt: skip
 COLUMNS = ("accepted", "refused", "waiting", "free")
 _REFUSALS = sum((RATES[name] for name in ("sold_out", "limited", "refused")), ())
-# A sample has the sums, and these products by themselves: the newest, as many as the dashboard shows.
+# Beside the sums a sample has the newest products by themselves, as many as the dashboard shows.
 MOST_PRODUCTS = 60
 
 
@@ -178,4 +178,3 @@ def columns(
             add(newest + 1, None, None, None, None)
         add(int(now) - 2, None, None, None, None)
     return found
-

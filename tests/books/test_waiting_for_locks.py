@@ -1,4 +1,4 @@
-"""Who waits for a lock of the sale holds no table meanwhile: a reset has the lock, and needs them."""
+"""Who waits for a lock of the sale holds no table meanwhile: a reset has it, and needs them."""
 
 import threading
 from contextlib import contextmanager

@@ -64,8 +64,8 @@ class Run:
         (tree / "wsgi.py").write_text(WSGI)
         (tree / "app").symlink_to(ROOT / "app")
         # Copies: Python looks for modules where a script really lies.
-        for name in ("web.py", "worker.py"):
-            shutil.copy(ROOT / name, tree)
+        for program in ("web.py", "worker.py"):
+            shutil.copy(ROOT / program, tree)
         (tree / "wsgi.py").write_text(WSGI)
         self.hang = tmp_path / "hang"
         settings = {"DATA_DIR": self.data_dir, "PORT": self.port, "WEB_WORKERS": 1, "HOST": ""}
