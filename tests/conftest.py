@@ -8,7 +8,7 @@ import pytest
 import redis
 from documented import DocumentedClient
 from people import API_TOKEN, PASSWORD, sign_in_once
-from system import Server, start_system, stop_system
+from system import UNLIMITED, Server, start_system, stop_system
 
 from app import create_app
 from app.audit import CLI
@@ -151,6 +151,14 @@ def buy(client):
         return client.post("/purchase", json=body, headers=headers)
 
     return post
+
+
+@pytest.fixture(scope="module")
+def system(tmp_path_factory) -> Iterator[Server]:
+    """A running system for one module: two web processes, and no limit of attempts."""
+    started = start_system(tmp_path_factory.mktemp("run"), **UNLIMITED, WEB_WORKERS="2")
+    yield started
+    stop_system(started)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import psycopg2
 import pytest
 import redis
 from sqlalchemy import text
-from system import start_system, stop_system
+from system import UNLIMITED, start_system, stop_system
 from waiting import patience, wait_until
 
 from app.books import ledger
@@ -216,12 +216,7 @@ def test_loops_outlive_every_failure(app, caplog):
 @pytest.mark.drill
 def test_workers_killed_and_stopped_in_a_running_system(tmp_path_factory):
     """Each time the orders are stored within seconds of a healthy worker being there."""
-    system = start_system(
-        tmp_path_factory.mktemp("drain"),
-        PURCHASE_USER_LIMIT="off",
-        PURCHASE_ADDRESS_LIMIT="off",
-        WEB_WORKERS="1",
-    )
+    system = start_system(tmp_path_factory.mktemp("drain"), **UNLIMITED, WEB_WORKERS="1")
     try:
         import http.client
         import json

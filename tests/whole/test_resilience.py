@@ -16,7 +16,7 @@ import psycopg2
 import pytest
 import redis
 from sqlalchemy.exc import DatabaseError, OperationalError, PendingRollbackError
-from system import Server, start_system, stop_system
+from system import UNLIMITED, Server, start_system, stop_system
 from waiting import patience, wait_until
 
 from app.config import ROOT
@@ -74,8 +74,7 @@ def rig(tmp_path_factory):
         REDIS_URL=servers[0].url,
         DATABASE_URL=servers[1].url,
         SECRET_KEY="secret-key-of-the-tests",
-        PURCHASE_USER_LIMIT="off",
-        PURCHASE_ADDRESS_LIMIT="off",
+        **UNLIMITED,
         WEB_WORKERS="2",
     )
     rig = Rig(system, *servers, system.sign_in())
