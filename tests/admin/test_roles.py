@@ -33,7 +33,7 @@ class Offers(HTMLParser):
             self.sent.add(given["formaction"])
 
 
-@pytest.mark.parametrize(("role", "least"), [("admin", 25), ("support", 6)])
+@pytest.mark.parametrize(("role", "least"), [("admin", 20), ("support", 6)])
 def test_nothing_is_offered_that_is_refused(request, buy, drain, role, least):
     buy(1)
     drain()
@@ -45,9 +45,10 @@ def test_nothing_is_offered_that_is_refused(request, buy, drain, role, least):
         seen.add(urlsplit(path).path)
         answer = browser.get(path, follow_redirects=True)
         assert answer.status_code == 200, path
+        text = answer.text  # an export's, too, which else would never end
         if not answer.mimetype.startswith("text/html") or path.startswith("/admin/rq"):
             continue
-        offers = Offers(answer.text)
+        offers = Offers(text)
         for address in offers.seen:
             target = urldefrag(urljoin(path, address)).url
             # One filter of a page stands for all.
