@@ -20,6 +20,9 @@ from .breaker import Breaker
 
 # With one second for Redis this keeps the slowest refusal below two seconds.
 REQUEST_WAIT_SECONDS = 0.9
+# Of a server that has just let somebody wait in vain: requests have gathered meanwhile, and whoever
+# tries has waited for a thread.
+TRY_WAIT_SECONDS = 0.4
 # A session opened while PostgreSQL was read-only may stay so when the server is well again: it is
 # used for so long, then renewed.
 READ_ONLY_SECONDS = 1.0
@@ -182,7 +185,7 @@ def _wait_in_request(connection: extensions.connection) -> None:
     if not _breaker.admits():
         raise Unanswered("PostgreSQL did not answer a moment ago")
     try:
-        _wait_for(connection, REQUEST_WAIT_SECONDS)
+        _wait_for(connection, TRY_WAIT_SECONDS if _breaker.is_tried() else REQUEST_WAIT_SECONDS)
     except Unanswered:
         _breaker.waited_in_vain()
         raise

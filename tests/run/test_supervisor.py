@@ -182,6 +182,7 @@ def test_a_killed_run_takes_all_with_it_and_can_be_repeated_at_once(run):
     assert again.processes() == []
 
 
+@pytest.mark.drill
 def test_a_second_ctrl_c_hurries(run):
     it = run()
     it.says("Ready")
@@ -204,6 +205,7 @@ def test_a_failed_preparation_ends_the_start(run):
     assert it.processes() == []
 
 
+@pytest.mark.drill
 @pytest.mark.parametrize(
     ("cause", "words"),
     [("standstill", "it stands still"), ("thread", "one of its threads stands still")],

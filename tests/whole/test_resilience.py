@@ -232,6 +232,7 @@ def test_without_a_server(healthy, server, how):
         for status, headers, _ in seen:
             assert status != 503 or name == "ready" or "retry-after" in headers, name
     slowest = {name: round(max(took for _, _, took in seen), 2) for name, seen in answers.items()}
+    print(f"{server} {how}: slowest {max(slowest.values())} s of {sum(map(len, answers.values()))}")
     assert max(slowest.values()) < patience(LONGEST_SECONDS), slowest
     if how == "stopped":
         rig.signal(server, signal.SIGCONT)
