@@ -3,6 +3,7 @@
 A server that can no longer do its work (read-only, full, ending) is a lost connection.
 """
 
+import math
 import select
 import threading
 import time
@@ -134,17 +135,22 @@ def raw_connection(engine: Engine) -> Iterator[PoolProxiedConnection]:
 
 
 class Session(flask_sqlalchemy.session.Session):
-    """A session whose end never fails: what a lost connection can't roll back, PostgreSQL does."""
+    """A session whose end never fails: what a lost connection can't roll back, PostgreSQL does.
+
+    Nor does it wait for long. It may come when Flask's request is over, and the shopper still waits.
+    """
 
     def rollback(self) -> None:
         try:
-            super().rollback()
+            with waiting_at_most(REQUEST_WAIT_SECONDS):
+                super().rollback()
         except DBAPIError:
             self.invalidate()
 
     def close(self) -> None:
         try:
-            super().close()
+            with waiting_at_most(REQUEST_WAIT_SECONDS):
+                super().close()
         except DBAPIError:
             self.invalidate()
 
@@ -168,17 +174,21 @@ _thread = threading.local()
 
 @contextmanager
 def waiting_at_most(seconds: float) -> Iterator[None]:
-    """Bound what this thread waits for PostgreSQL inside the context, all waits together."""
-    _thread.deadline = time.monotonic() + seconds
+    """Bound what this thread waits for PostgreSQL inside the context, all waits together.
+
+    Of several, one inside the other, the one that ends first holds.
+    """
+    outer = getattr(_thread, "deadline", math.inf)
+    _thread.deadline = min(outer, time.monotonic() + seconds)
     try:
         yield
     finally:
-        del _thread.deadline
+        _thread.deadline = outer
 
 
 def _wait(connection: extensions.connection) -> None:
-    now = time.monotonic()
-    _wait_for(connection, getattr(_thread, "deadline", now + OTHER_WAIT_SECONDS) - now)
+    left = getattr(_thread, "deadline", math.inf) - time.monotonic()
+    _wait_for(connection, min(left, OTHER_WAIT_SECONDS))
 
 
 def _wait_in_request(connection: extensions.connection) -> None:
