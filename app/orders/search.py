@@ -11,7 +11,7 @@ from datetime import datetime
 from itertools import islice
 from typing import Any, cast
 
-from sqlalchemy import Select, select
+from sqlalchemy import ColumnElement, Select, select
 
 from ..extensions import db, stock
 from ..models import Batch, DeadLetter, Order, StockMovement
@@ -169,22 +169,18 @@ def from_entry(order_id: int, entry: Entry) -> Found:
     return Found(id=order_id, status="QUEUED", user=entry.user, **columns_of(entry))
 
 
-def _narrowed(
-    query: Select[Any, *tuple[Any, ...]],
-    table: type[Order] | type[DeadLetter],
-    wanted: Filter,
-    before: int | None,
-) -> Select[Any, *tuple[Any, ...]]:
-    """Add what both tables are asked for in the same words."""
+def _conditions(
+    table: type[Order] | type[DeadLetter], wanted: Filter, before: int | None
+) -> Iterator[ColumnElement[bool]]:
+    """Yield what both tables are asked for in the same words."""
     if before is not None:
-        query = query.where((Order.id if table is Order else DeadLetter.order_id) < before)
+        yield (Order.id if table is Order else DeadLetter.order_id) < before
     if wanted.user is not None:
-        query = query.where(table.is_of(wanted.user))
+        yield table.is_of(wanted.user)
     if wanted.product_id is not None:
-        query = query.where(table.product_id == wanted.product_id)
+        yield table.product_id == wanted.product_id
     if wanted.reference is not None:
-        query = query.where(table.reference == wanted.reference)
-    return query
+        yield table.reference == wanted.reference
 
 
 def _never_stored(wanted: Filter, before: int | None, limit: int) -> Iterator[Found]:
@@ -199,7 +195,7 @@ def _never_stored(wanted: Filter, before: int | None, limit: int) -> Iterator[Fo
             query = query.where(DeadLetter.not_replayed())
         case _:
             return
-    query = _narrowed(query, DeadLetter, wanted, before)
+    query = query.where(*_conditions(DeadLetter, wanted, before))
     if wanted.key is not None:
         query = query.where(DeadLetter.payload.contains(wanted.key, autoescape=True))
     if wanted.until is not None and (last := _id_at(wanted.until)) is not None:
@@ -238,8 +234,8 @@ def stored_query(
     """Return the statement that finds stored orders; None when there can be none."""
     if wanted.status in ("QUEUED", "FAILED"):
         return None
-    query = select(*COLUMNS).order_by(Order.id.desc()).limit(limit)
-    query = _narrowed(query, Order, wanted, before)
+    query = select(*COLUMNS).where(*_conditions(Order, wanted, before))
+    query = query.order_by(Order.id.desc()).limit(limit)
     if wanted.status is not None:
         query = query.where(Order.status == wanted.status)
     if wanted.key is not None:

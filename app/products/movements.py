@@ -109,7 +109,7 @@ def apply_movement(movement: StockMovement) -> int:
     the second waits for the first. Raises stock.Unavailable; raises Conflict, and removes the
     movement, when a correction would take more than is free.
     """
-    (movement_id,) = inspect(movement).identity
+    (movement_id,) = inspect(movement).identity or ()
     # What this transaction has read it holds against a reset, which holds the lock that is asked
     # for now: each would wait for the other.
     db.session.rollback()

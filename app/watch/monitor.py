@@ -7,7 +7,7 @@ script call and one pipeline.
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, ClassVar
+from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -18,6 +18,7 @@ from ..models import Product, ProductTotals
 from ..problems import Unavailable, UnknownProduct
 from ..stock.brakes import Brakes
 from . import health, samples, shelf
+from .samples import Span
 
 # A product's states in the order in which the claim checks them. What the next purchase would meet
 # can't be told without Redis, unless the terms refuse it.
@@ -108,9 +109,8 @@ class Board:
     ledger: Ledger
     weak: list[str]
     dead_orders: int
-    # The chart's newest seconds, as columns; and how far back it can look.
+    # The chart's newest seconds, as columns.
     samples: samples.Columns
-    spans: ClassVar = samples.SPANS
 
     @property
     def sold(self) -> int:
@@ -120,6 +120,11 @@ class Board:
     def free(self) -> int | None:
         known = not self.redis_error and not self.sale_error
         return sum(item.free or 0 for item in self.items) if known else None
+
+    @property
+    def spans(self) -> dict[str, Span]:
+        """How far back the chart can look."""
+        return samples.SPANS
 
     @property
     def charted(self) -> list[Product]:
