@@ -137,7 +137,7 @@ def raw_connection(engine: Engine) -> Iterator[PoolProxiedConnection]:
 class Session(flask_sqlalchemy.session.Session):
     """A session whose end never fails: what a lost connection can't roll back, PostgreSQL does.
 
-    Nor does it wait for long. It may come when Flask's request is over, and the shopper still waits.
+    Nor does it wait for long. Flask's request may be over by then, and its client still waits.
     """
 
     def rollback(self) -> None:

@@ -135,7 +135,7 @@ def locked_redis(tmp_path):
     server.start()
     client = redis.Redis.from_url(server.url)
     client.config_set("requirepass", "pass word")
-    yield server, server.url.replace("unix://", "unix://:pass%20word@") + "?db=3"
+    yield server.url.replace("unix://", "unix://:pass%20word@") + "?db=3"
     server.stop()
 
 
@@ -147,7 +147,7 @@ def stock_at(url, settings) -> Stock:
 
 @pytest.mark.parametrize("road", ["loop", "thread"])
 def test_a_password_and_a_database(locked_redis, settings, road):
-    server, url = locked_redis
+    url = locked_redis
     own = stock_at(url, settings)
     own.open("test", 1)
     terms = {"opens": None, "closes": None, "pause": 0, "cap": None, "max": 10, "price": "1 USD"}
