@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import flask_migrate
+import psycopg2
 import pytest
 import redis
 from documented import DocumentedClient
@@ -125,6 +126,20 @@ def _signed_in(app, role: str):
     browser = app.test_client()
     sign_in_once(app, browser, role)
     return browser
+
+
+@pytest.fixture
+def connect(settings):
+    """Open a session beside the app's own."""
+    opened = []
+
+    def one():
+        opened.append(psycopg2.connect(settings.database_url.replace("+psycopg2", "")))
+        return opened[-1].cursor()
+
+    yield one
+    for connection in opened:
+        connection.close()
 
 
 @pytest.fixture

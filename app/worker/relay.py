@@ -54,6 +54,7 @@ class Relay:
     def run_once(self, stopped: threading.Event) -> None:
         head = stock.board.first_waiting(WATCH_MS)
         if head is None:
+            self._behind = False
             return
         if head != self._head:
             self._head, self._head_since = head, time.monotonic()

@@ -3,7 +3,6 @@
 import threading
 from contextlib import contextmanager
 
-import psycopg2
 import pytest
 from sqlalchemy.exc import OperationalError
 from waiting import wait_until
@@ -16,20 +15,6 @@ from app.models import StockMovement
 from app.products import movements
 
 TABLES = "orders, dead_letters, batches, stock_movements, product_totals, products, sale"
-
-
-@pytest.fixture
-def connect(settings):
-    """Open a session beside the app's own."""
-    opened = []
-
-    def one():
-        opened.append(psycopg2.connect(settings.database_url.replace("+psycopg2", "")))
-        return opened[-1].cursor()
-
-    yield one
-    for connection in opened:
-        connection.close()
 
 
 @contextmanager

@@ -146,6 +146,10 @@ def test_a_backlog_that_no_job_stores_is_stored_at_one_go(make_app):
         stopped = threading.Event()
         step = relay.Relay()
         wait_until(lambda: step.run_once(stopped) or stored(), relay.STUCK_SECONDS + 2)
+        # Each batch is a turn of its own, by which its worker shows that it gets on.
+        assert stored() == BATCH_ORDERS
+        for _ in range(2):
+            step.run_once(stopped)
         assert stored() == 2 * BATCH_ORDERS + 1
 
 
