@@ -161,7 +161,9 @@
       const place = document.getElementById(`chart-${chart.id}`);
       if (columns.second.length < 2) {
         place.innerHTML = '<p class="chart-none"></p>';
-        place.firstChild.textContent = document.getElementById("charts").dataset.none;
+        const { none, noneOfMinutes } = document.getElementById("charts").dataset;
+        place.firstChild.textContent = shown.minutes ? noneOfMinutes : none;
+        legend(chart);
       } else if (chart.plot) {
         chart.plot.setData(dataOf(chart));
         legend(chart);
