@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import flask_sqlalchemy.session
 import psycopg2
@@ -116,14 +117,15 @@ def _renew_read_only(
 
 
 @contextmanager
-def raw_connection(engine: Engine) -> Iterator[PoolProxiedConnection]:
+def raw_connection(engine: Engine) -> Iterator[extensions.connection]:
     """Lend a connection past SQLAlchemy, for psycopg2's own cursors; not committed is rolled back.
 
     Its errors are psycopg2's. After one of a lost server no connection of the pool is used again.
     """
     connection = engine.raw_connection()
     try:
-        yield connection
+        # The pool's proxy has all that psycopg2's own has.
+        yield cast("extensions.connection", connection)
     except psycopg2.Error as error:
         driver: extensions.connection = connection.dbapi_connection  # type: ignore[assignment]  # psycopg2's
         if sqlstate(error).startswith(LOST) or driver.closed:
