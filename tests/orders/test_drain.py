@@ -240,7 +240,7 @@ def test_workers_killed_and_stopped_in_a_running_system(tmp_path_factory):
         def worker():
             for child in psutil.Process(system.process.pid).children():
                 with contextlib.suppress(psutil.Error):
-                    if child.cmdline()[-1:] == ["worker.py"]:
+                    if child.cmdline()[1:2] == ["worker.py"]:
                         return child
             return None
 
