@@ -133,7 +133,8 @@
     const choice = document.getElementById("zone");
     if (!choice) return;
     const zones = [OWN_ZONE, "UTC", ...(Intl.supportedValuesOf?.("timeZone") ?? [])];
-    for (const each of new Set([zone, ...zones])) choice.add(new Option(each === OWN_ZONE ? `${each} · here` : each, each));
+    for (const each of new Set([zone, ...zones]))
+      choice.add(new Option(each === OWN_ZONE ? `${each} · here` : each, each));
     choice.value = zone;
     choice.hidden = false;
     choice.addEventListener("change", () => {

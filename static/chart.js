@@ -54,9 +54,7 @@
   const range = (_, _low, high) => [0, Math.max(high * 1.12, 4)];
 
   // The time axis: steps in seconds, and seconds in the labels only where the minutes would repeat.
-  const STEPS = [
-    1, 2, 5, 10, 15, 30, 60, 120, 180, 300, 600, 900, 1800, 3600, 7200, 10800, 21600,
-  ];
+  const STEPS = [1, 2, 5, 10, 15, 30, 60, 120, 180, 300, 600, 900, 1800, 3600, 7200, 10800, 21600];
   const clock = (step) => {
     const second = step < 60 ? "2-digit" : undefined;
     const format = new Intl.DateTimeFormat(undefined, {
