@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import cast
 
-from sqlalchemy import insert, select
+from sqlalchemy import insert, select, text
 from sqlalchemy.exc import DBAPIError
 
 from ..audit import Actor, record
 from ..database import is_unavailable
 from ..extensions import db, stock
+from ..generation import on_record
+from ..locks import SALE_LOCK
 from ..models import DeadLetter, Order, Product, StockMovement, user_columns
 from ..problems import Conflict, Unavailable
 from ..products.movements import apply_movement
@@ -155,17 +157,20 @@ def _mark(letter: DeadLetter, resolution: str, reason: str, actor: Actor) -> Non
 def replay(ids: list[int], reason: str, actor: Actor) -> list[Resolved]:
     """Try to store the orders after all; each succeeds or fails by itself.
 
-    An order whose id was taken by another one gets a new id. Raises stock.Unavailable when a new id
-    is needed and Redis can't be reached; then nothing is changed.
+    An order whose id was taken by another one gets a new id. Raises stock.Unavailable when Redis
+    can't be reached and has to know: it gives new ids, and tells an Idempotency-Key's order. Then
+    nothing is changed.
     """
-    moved: list[tuple[Entry, int, int]] = []
+    # A rebuild waits for it, or has begun and Redis refuses: it reads the keys before or after.
+    db.session.execute(text(f"SELECT pg_advisory_xact_lock_shared({SALE_LOCK})"))
+    generation = on_record()
 
     def resolve(letter: DeadLetter) -> Resolved:
         if obstacle := _obstacle(letter):
             return Resolved(letter.id, False, obstacle)
         entry = Entry.parse(letter.payload)
         # What has no obstacle was read as an order, with an id.
-        order_id = former = cast("int", letter.order_id)
+        order_id = cast("int", letter.order_id)
         if db.session.get(Order, order_id) is not None:
             order_id = stock.new_order_id()
         try:
@@ -183,6 +188,11 @@ def replay(ids: list[int], reason: str, actor: Actor) -> list[Resolved]:
                         reference=entry.reference,
                     )
                 )
+                # Before the commit: killed in between, a stored order must not be told as failed.
+                if not stock.stand(generation, letter.stream_id, entry, order_id):
+                    raise Conflict("A worker is still at it; try again in a second", "waiting")
+        except Conflict as error:
+            return Resolved(letter.id, False, f"{error}.")
         except (DBAPIError, ValueError, OverflowError) as error:
             if is_unavailable(error):
                 raise
@@ -191,7 +201,6 @@ def replay(ids: list[int], reason: str, actor: Actor) -> list[Resolved]:
         _mark(letter, "replayed", reason, actor)
         if order_id != letter.order_id:
             letter.replayed_as = order_id
-            moved.append((entry, former, order_id))
         record(
             actor,
             "dead-letter.replay",
@@ -203,10 +212,6 @@ def replay(ids: list[int], reason: str, actor: Actor) -> list[Resolved]:
 
     results = _resolve_each(ids, resolve)
     db.session.commit()
-    for entry, former, order_id in moved:
-        # A replay of the purchase is to name the order that really exists.
-        if entry.idempotency_key:
-            stock.rename_order(entry, former, order_id)
     return results
 
 
