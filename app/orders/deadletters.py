@@ -6,6 +6,7 @@ returns its units, by a movement, exactly once.
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import cast
@@ -81,8 +82,22 @@ def effect_of(ids: list[int]) -> list[Effect]:
         select(DeadLetter)
         .where(DeadLetter.id.in_(ids), DeadLetter.resolution.is_(None))
         .order_by(DeadLetter.id)
-    )
+    ).all()
+    for letter in letters:
+        _read_again(letter)
     return [Effect(letter, _returnable(letter), _obstacle(letter)) for letter in letters]
+
+
+def _read_again(letter: DeadLetter) -> None:
+    """Fill in what an older worker could not read: 0.1.0 knew no texts for users, no references."""
+    if letter.order_id is None:
+        with suppress(ValueError):
+            entry = Entry.parse(letter.payload)
+            letter.order_id = int(letter.stream_id.partition("-")[0])
+            for name, value in user_columns(entry.user).items():
+                setattr(letter, name, value)
+            letter.product_id, letter.quantity = entry.product_id, entry.quantity
+            letter.reference = entry.reference
 
 
 def _returnable(letter: DeadLetter) -> int:
@@ -143,6 +158,7 @@ def _resolve_each(ids: list[int], resolve: Callable[[DeadLetter], Resolved]) -> 
         elif letter.resolution:
             results.append(Resolved(letter_id, False, f"It was {letter.resolution} already."))
         else:
+            _read_again(letter)
             results.append(resolve(letter))
     return results
 
