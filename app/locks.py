@@ -14,6 +14,6 @@ REBUILD_LOCK = 7_316_004
 REPAIR_LOCK = 7_316_005
 # One drainer at a time; held too by whoever needs that no order is stored meanwhile.
 DRAIN_LOCK = 7_316_001
-# Held shared while a movement is carried out, alone while the sale in Redis is replaced: a movement
-# applied to the old sale is never marked as applied to the new one.
+# Held shared while a movement is carried out or a dead letter replayed, alone while the sale in
+# Redis is replaced: what was applied to the old sale is never marked as applied to the new one.
 SALE_LOCK = 7_316_003

@@ -27,7 +27,7 @@ from ..models import Sale
 from ..orders.drain import BATCH_ORDERS, Row, store
 from ..problems import Conflict, Unavailable
 from ..products import catalogue, movements, sale, terms
-from ..stock.entries import STANDING, Entry, key_record
+from ..stock.entries import FAILED, STANDING, Entry, key_record
 from ..stock.place import place
 from . import ledger
 
@@ -426,7 +426,7 @@ def _put_keys(connection: Connection) -> int:
             (
                 e.user,
                 e.idempotency_key,
-                key_record(order_id, e, _GIVEN_UP if given_up else STANDING),
+                key_record(order_id, e, _GIVEN_UP if given_up else FAILED),
             )
             for e, order_id, given_up in parsed
             if e.idempotency_key

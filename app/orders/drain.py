@@ -16,7 +16,7 @@ from psycopg2.extensions import cursor as Cursor
 from ..database import raw_connection
 from ..extensions import db, stock
 from ..locks import DRAIN_LOCK
-from ..stock.entries import Columns, split
+from ..stock.entries import Columns, Entry, split
 
 log = logging.getLogger(__name__)
 
@@ -240,4 +240,9 @@ def _settle(generation: str | None, rows: list[Row], dead: set[str]) -> None:
         [row.stream_id for row in rows],
         [row.order_id for row in rows],
         figures,
+        [
+            (row.order_id, Entry.parse(row.payload))
+            for row in rows
+            if row.parts and row.stream_id in dead
+        ],
     )

@@ -24,6 +24,10 @@ STATUSES = ("QUEUED", "CONFIRMED", "CANCELLED", "FAILED")
 PAGE_ORDERS = 50
 # An export's step: few statements, and little memory however long the export.
 EXPORT_ORDERS = 2000
+# So many waiting orders are looked at for a filter, a step at a time, some 0.1 s in all: what waits
+# more than that deep is found once it is stored.
+MOST_WAITING = 10_000
+WAITING_ORDERS = 1000
 # Ids are given in the order of the claims, so a time is an id. This many more are looked at on
 # either side, and judged by their own time, in case the clock was set back a little.
 ID_MARGIN = 2000
@@ -93,11 +97,15 @@ class Found:
 
 @dataclass(frozen=True)
 class Page:
-    """`before` continues the list; it is None on the last page. `incomplete`: Redis was away."""
+    """`before` continues the list; it is None on the last page.
+
+    `incomplete`: Redis was away. `unseen`: there are older waiting orders that were not looked at.
+    """
 
     orders: list[Found]
     before: int | None = None
     incomplete: bool = False
+    unseen: bool = False
 
 
 COLUMNS = (
@@ -131,12 +139,14 @@ def search(wanted: Filter, before: int | None = None, limit: int = PAGE_ORDERS) 
     Redis is read first: an order leaves it only after it was stored, so none is missed between.
     """
     found: dict[int, Found] = {}
-    incomplete = False
+    incomplete = unseen = False
     branches = wanted.branches()
     if wanted.status in (None, "QUEUED"):
         try:
             for branch in branches:
-                found |= {order.id: order for order in _waiting(branch, before, limit + 1)}
+                waiting, more = _waiting(branch, before, limit + 1)
+                found |= {order.id: order for order in waiting}
+                unseen |= more
         except Unavailable:
             incomplete = True
     for branch in branches:
@@ -150,18 +160,27 @@ def search(wanted: Filter, before: int | None = None, limit: int = PAGE_ORDERS) 
     orders = [found[order_id] for order_id in sorted(found, reverse=True)[: limit + 1]]
     more = len(orders) > limit
     orders = orders[:limit]
-    return Page(orders, orders[-1].id if more else None, incomplete)
+    return Page(orders, orders[-1].id if more else None, incomplete, unseen)
 
 
-def _waiting(wanted: Filter, before: int | None, limit: int) -> Iterator[Found]:
+def _waiting(wanted: Filter, before: int | None, limit: int) -> tuple[list[Found], bool]:
+    """Return the newest of what waits in Redis, and whether more than was looked at waits there."""
     if wanted.user is not None:
         entries = stock.queued_orders(wanted.user, MAX_LISTED)
-    else:
-        entries = stock.newest_waiting(limit, before)
-    for order_id, entry in entries:
-        order = from_entry(order_id, entry)
-        if (before is None or order_id < before) and wanted.admits(order):
-            yield order
+        orders = (from_entry(*entry) for entry in entries if before is None or entry[0] < before)
+        return [order for order in orders if wanted.admits(order)], False
+    found: list[Found] = []
+    step, looked_at = limit, 0
+    while entries := stock.newest_waiting(step, before):
+        orders = (from_entry(*entry) for entry in entries)
+        found += [order for order in orders if wanted.admits(order)]
+        looked_at += len(entries)
+        if len(found) >= limit:
+            return found, False
+        if looked_at >= MOST_WAITING:
+            return found, True
+        step, before = WAITING_ORDERS, entries[-1][0]
+    return found, False
 
 
 def from_entry(order_id: int, entry: Entry) -> Found:

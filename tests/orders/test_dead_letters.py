@@ -9,10 +9,11 @@ from occupied import occupy
 from sqlalchemy import select, text
 
 from app.audit import CLI
-from app.books import ledger
+from app.books import ledger, recovery
 from app.extensions import db, stock
 from app.models import DeadLetter, Order, StockMovement
 from app.orders import deadletters, search
+from app.orders import drain as drain_module
 from app.orders.drain import drain_batch
 from app.problems import Unavailable
 from app.products import catalogue, movements, terms
@@ -371,3 +372,34 @@ def test_the_search_finds_them_as_they_stand(app, buy, drain, more, open_one, gi
             assert search.search(wanted, before=1).orders == []
             deadletters.abandon([letter.id], "r", CLI)
             db.session.expire_all()
+
+
+@pytest.mark.parametrize("decision", ["replay", "abandon"])
+def test_what_an_older_worker_could_not_read_is_read_again(app, buy, drain, decision, monkeypatch):
+    """0.1.0 knew no texts for users: their orders became letters without a number or a product."""
+    assert buy("auth0|7", quantity=2, key="k", reference="cart-7").status_code == 200
+    with app.app_context():
+        with monkeypatch.context() as older:
+            older.setattr(drain_module, "split", lambda text: None)
+            drain_batch("test", "test")
+        (letter,) = deadletters.list_letters()
+        assert (letter.order_id, letter.product_id, letter.quantity) == (None, None, None)
+        (effect,) = deadletters.effect_of([letter.id])
+        assert (effect.returned_units, effect.obstacle) == (2, None)
+        db.session.rollback()
+        decide = {"replay": deadletters.replay, "abandon": deadletters.abandon}[decision]
+        (done,) = decide([letter.id], "test", CLI)
+        assert done.done
+        assert (letter.order_id, letter.user, letter.reference) == (1, "auth0|7", "cart-7")
+        assert free() == (98 if decision == "replay" else 100)
+        orders = db.session.scalars(select(Order)).all()
+        assert [(order.id, order.user) for order in orders] == (
+            [(1, "auth0|7")] if decision == "replay" else []
+        )
+    again = buy("auth0|7", quantity=2, key="k", reference="cart-7")
+    assert again.status_code == (200 if decision == "replay" else 409)
+    with app.app_context():
+        # What that worker took out of the outbox it did not count.
+        recovery.rebuild(CLI)
+        assert ledger.check(rows=True).ok
+        assert free() == (98 if decision == "replay" else 100)
