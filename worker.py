@@ -30,7 +30,7 @@ from app.problems import Unavailable
 from app.watch.telemetry import Meter
 from app.worker.alive import Heartbeat
 from app.worker.jobs import orders_queue
-from app.worker.relay import Relay, Sampler, Sweeper, run_forever
+from app.worker.relay import Canceller, Relay, Sampler, Sweeper, run_forever
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +108,12 @@ def main(pipe: str | None = None, replaces: str = "") -> None:
             name=step.__qualname__,
             daemon=True,
         )
-        for step in (Relay().run_once, Sampler(name).run_once, Sweeper().run_once)
+        for step in (
+            Relay().run_once,
+            Sampler(name).run_once,
+            Sweeper().run_once,
+            Canceller().run_once,
+        )
     ]
     turned = heartbeat.thread("RQ")
     for thread in threads:

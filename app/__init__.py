@@ -51,7 +51,7 @@ def _serve_requests(app: Flask, settings: Settings) -> None:
 
     from . import admin, logs
     from .extensions import csrf, limiter, login, stock
-    from .web import api, errors, front, headers
+    from .web import api, errors, front, headers, orders
     from .web.identity import Shoppers
     from .web.lane import PurchaseLane
     from .web.polls import Polls
@@ -68,6 +68,7 @@ def _serve_requests(app: Flask, settings: Settings) -> None:
     errors.init_app(app)
 
     app.register_blueprint(api.bp)
+    app.register_blueprint(orders.bp)
     app.register_blueprint(front.bp)
     admin.init_app(app)
 

@@ -24,6 +24,7 @@ from ..problems import Conflict, Unavailable
 from ..products.movements import apply_movement
 from ..reading import User
 from ..stock.entries import Entry
+from . import intents
 from .lookup import MAX_LISTED, columns_of
 
 log = logging.getLogger(__name__)
@@ -232,6 +233,8 @@ def abandon(ids: list[int], reason: str, actor: Actor) -> list[Resolved]:
     def resolve(letter: DeadLetter) -> Resolved:
         units = _returnable(letter)
         _mark(letter, "abandoned", reason, actor)
+        if letter.order_id:
+            intents.give_up(letter.order_id, "the order was abandoned")
         record(
             actor,
             "dead-letter.abandon",

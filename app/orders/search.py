@@ -20,7 +20,7 @@ from ..reading import REFERENCE, VALID_KEY, User, canonical
 from ..stock.entries import Entry
 from .lookup import MAX_LISTED, columns_of
 
-STATUSES = ("QUEUED", "CONFIRMED", "CANCELLED", "FAILED")
+STATUSES = ("QUEUED", "HELD", "CONFIRMED", "CANCELLED", "RELEASED", "EXPIRED", "FAILED")
 PAGE_ORDERS = 50
 # An export's step: few statements, and little memory however long the export.
 EXPORT_ORDERS = 2000
@@ -89,6 +89,13 @@ class Found:
     cancel_reason: str | None = None
     idempotency_key: str | None = None
     reference: str | None = None
+    returned_units: int = 0
+    held_until: datetime | None = None
+    payment: str | None = None
+
+    @property
+    def standing_units(self) -> int:
+        return self.quantity - self.returned_units
 
     @property
     def total_cents(self) -> int:
@@ -124,6 +131,9 @@ COLUMNS = (
     Order.cancel_reason,
     Order.idempotency_key,
     Order.reference,
+    Order.returned_units,
+    Order.held_until,
+    Order.payment,
 )
 
 
@@ -237,6 +247,7 @@ def from_letter(letter: DeadLetter) -> Found:
         cancelled_at=letter.resolved_at,
         cancelled_by=letter.resolved_by,
         cancel_reason=letter.resolve_reason,
+        returned_units=order.quantity,
     )
 
 
@@ -301,7 +312,8 @@ class Story:
 
     order: Found
     batch: Batch | None = None
-    returned: StockMovement | None = None
+    # Units given back, and taken again, in the order in which that was done.
+    movements: Sequence[StockMovement] = ()
     letter: DeadLetter | None = None
 
 
@@ -329,16 +341,18 @@ def story(order_id: int) -> Story:
         return Story(
             order,
             batch=db.session.get(Batch, row.batch_id) if row.batch_id else None,
-            returned=db.session.scalar(
-                select(StockMovement).where(StockMovement.order_id == order_id)
-            ),
+            movements=db.session.scalars(
+                select(StockMovement)
+                .where(StockMovement.order_id == order_id)
+                .order_by(StockMovement.act)
+            ).all(),
         )
     if letter is not None:
         return Story(
             from_letter(letter),
-            returned=db.session.scalar(
+            movements=db.session.scalars(
                 select(StockMovement).where(StockMovement.dead_letter_id == letter.id)
-            ),
+            ).all(),
             letter=letter,
         )
     if entry is not None:

@@ -11,6 +11,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from ..database import is_unavailable, waiting_at_most
 from ..extensions import db, stock
+from ..orders import intents
 from ..orders.drain import drain_batch
 from ..problems import Unavailable
 from ..watch import telemetry
@@ -59,6 +60,10 @@ def persist_orders() -> str:
     try:
         with waiting_at_most(DRAIN_WAIT_SECONDS):
             drained = drain_batch(job.id if job else "by hand", (job and job.worker_name) or "")
+            if drained.persisted:
+                # What fails here is done by the sweeper.
+                with suppress(SQLAlchemyError):
+                    intents.apply_open()
     except (Unavailable, SQLAlchemyError, psycopg2.Error) as error:
         reason = str(error).strip().partition("\n")[0]
         known = isinstance(error, Unavailable) or is_unavailable(error)
