@@ -1,7 +1,8 @@
 """PostgreSQL's advisory locks: every one there is, and the order in which they are taken.
 
 Whoever needs several takes them from the top down, so that no two wait for each other; tables are
-locked after them. What only tries a lock, and goes away where it is held, may do so at any point.
+locked after them, and to read one is to lock it against a reset: first in a transaction stands the
+lock. What only tries a lock, and goes away where it is held, may do so at any point.
 Nothing else here may use the numbers.
 """
 

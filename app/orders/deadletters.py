@@ -24,8 +24,8 @@ from ..problems import Conflict, Unavailable
 from ..products.movements import apply_movement
 from ..reading import User
 from ..stock.entries import Entry
-from ..times import from_ms
-from .lookup import MAX_LISTED
+from . import intents
+from .lookup import MAX_LISTED, columns_of
 
 log = logging.getLogger(__name__)
 
@@ -193,15 +193,7 @@ def replay(ids: list[int], reason: str, actor: Actor) -> list[Resolved]:
             with db.session.begin_nested():
                 db.session.execute(
                     insert(Order).values(
-                        id=order_id,
-                        **user_columns(entry.user),
-                        product_id=entry.product_id,
-                        quantity=entry.quantity,
-                        unit_price_cents=entry.unit_price_cents,
-                        currency=entry.currency,
-                        claimed_at=from_ms(entry.claimed_ms),
-                        idempotency_key=entry.idempotency_key,
-                        reference=entry.reference,
+                        id=order_id, **user_columns(entry.user), **columns_of(entry)
                     )
                 )
                 # Before the commit: killed in between, a stored order must not be told as failed.
@@ -241,6 +233,8 @@ def abandon(ids: list[int], reason: str, actor: Actor) -> list[Resolved]:
     def resolve(letter: DeadLetter) -> Resolved:
         units = _returnable(letter)
         _mark(letter, "abandoned", reason, actor)
+        if letter.order_id:
+            intents.give_up(letter.order_id, "the order was abandoned")
         record(
             actor,
             "dead-letter.abandon",

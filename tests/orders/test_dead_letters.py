@@ -2,6 +2,7 @@
 
 import re
 import threading
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from occupied import occupy
@@ -328,6 +329,49 @@ def test_the_commands(letter, runner):
     assert free() == 97
     again = runner.invoke(args=["dead-letters", "replay", str(letter.id), "--reason", "test"])
     assert again.exit_code == 1
+
+
+def long_ago() -> datetime:
+    return datetime.now(UTC) - timedelta(hours=1)
+
+
+@pytest.mark.parametrize(
+    ("more", "open_one", "given_up"),
+    [
+        ({}, "FAILED", "CANCELLED"),
+        ({"status": "FAILED"}, "FAILED", None),
+        ({"status": "CANCELLED"}, None, "CANCELLED"),
+        ({"status": "CONFIRMED"}, None, None),
+        ({"status": "QUEUED"}, None, None),
+        ({"product_id": 1}, "FAILED", "CANCELLED"),
+        ({"product_id": 2}, None, None),
+        ({"key": "mine"}, "FAILED", "CANCELLED"),
+        ({"key": "min"}, None, None),  # a part of it
+        ({"reference": "cart-7"}, "FAILED", "CANCELLED"),
+        ({"reference": "cart"}, None, None),
+        ({"since": True}, "FAILED", "CANCELLED"),
+        ({"until": True}, None, None),
+    ],
+)
+def test_the_search_finds_them_as_they_stand(app, buy, drain, more, open_one, given_up):
+    for name in ("since", "until"):
+        if name in more:
+            more = more | {name: long_ago()}
+    with app.app_context():
+        occupy(1)
+        buy(2, key="mine", reference="cart-7")
+        drain()
+        (letter,) = deadletters.list_letters()
+        wanted = search.Filter(user=2, **more)
+        for status in (open_one, given_up):
+            found = search.search(wanted).orders
+            assert [(order.id, order.status) for order in found] == (
+                [(1, status)] if status else []
+            )
+            # The next page begins below it.
+            assert search.search(wanted, before=1).orders == []
+            deadletters.abandon([letter.id], "r", CLI)
+            db.session.expire_all()
 
 
 @pytest.mark.parametrize("decision", ["replay", "abandon"])
