@@ -108,9 +108,10 @@ class Entry:
         )
 
 
-# The status in a key's record of an order that is neither cancelled nor given up; the end of its
-# hold, if it had one, follows.
+# The status in a key's record of an order that is neither cancelled nor given up (the end of its
+# hold, if it had one, follows); and of one that could not be stored, while nobody has decided.
 STANDING = "+"
+FAILED = "FAILED"
 
 
 def standing(held_until_ms: int | None) -> str:
@@ -132,3 +133,8 @@ def key_record(order_id: int, entry: Entry, status: str = STANDING) -> str:
         entry.reference,
     )
     return " ".join(str(word) for word in words if word is not None)
+
+
+def former_key_record(order_id: int, entry: Entry) -> str:
+    """Return what 0.1.0 kept under it."""
+    return f"{order_id} {entry.product_id} {entry.quantity}"
