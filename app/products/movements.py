@@ -222,14 +222,19 @@ FROM unnest(CAST(:ids AS bigint[]), CAST(:free AS bigint[])) AS done (id, free) 
 def apply_together(movement_ids: Sequence[int]) -> set[int]:
     """Carry out recorded returns as `apply_movement` does each, with one round trip for all.
 
-    Returns those that Redis has now; the others it does not know the product of, and they are left
-    to `apply_movement`. Raises stock.Unavailable.
+    Returns those that Redis has now; the others (it does not know the product of, or they are of
+    many orders) are left to `apply_movement`. Raises stock.Unavailable.
     """
     db.session.execute(text(f"SELECT pg_advisory_xact_lock_shared({SALE_LOCK})"))
     generation = on_record()
     found = db.session.scalars(
         select(StockMovement)
-        .where(StockMovement.id.in_(movement_ids), StockMovement.applied_at.is_(None))
+        .where(
+            StockMovement.id.in_(movement_ids),
+            StockMovement.applied_at.is_(None),
+            # One of many orders has a script of its own.
+            StockMovement.order_ids.is_(None),
+        )
         .order_by(StockMovement.id)
         .with_for_update()
         .execution_options(populate_existing=True)

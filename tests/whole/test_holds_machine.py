@@ -121,6 +121,8 @@ class Sale(RuleBasedStateMachine):
         return STOCK - self.taken()
 
     def tell_all(self):
+        # Returns go first.
+        self.untold.sort(key=lambda entry: entry[0] == "reclaim")
         while self.untold:
             kind, ids = self.untold.pop(0)
             if kind == "reclaim" and self.fits(ids[0]):
