@@ -5,6 +5,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 from crowd import at_once
+from people import send
 from sqlalchemy import text
 
 from app.audit import CLI
@@ -377,6 +378,31 @@ def test_many_ends_of_many_products_at_once(client, admin_headers, app, late, bu
             )
             == 2
         )
+
+
+def test_support_confirms_and_extends_with_a_reason(support, buy, drain, held, late, app):
+    held(units=1)
+    buy(1)
+    drain()
+    page = support.get("/admin/orders/1").get_data(as_text=True)
+    assert "Held until" in page
+    assert "Extend the hold" in page
+    blank = send(support, "/admin/orders/1/confirm", confirm_reason=" ")
+    assert blank.status_code == 422
+    assert (
+        send(support, "/admin/orders/1/extend", seconds="x", extend_reason="y").status_code == 422
+    )
+    send(support, "/admin/orders/1/extend", seconds="60", extend_reason="on the phone")
+    assert "Extend the hold" not in support.get("/admin/orders/1").get_data(as_text=True)
+    late()
+    page = support.get("/admin/orders/1").get_data(as_text=True)
+    assert "Expired by system" in page
+    assert "1 unit back in stock" in page
+    send(support, "/admin/orders/1/confirm", payment="cash", confirm_reason="came to the desk")
+    page = support.get("/admin/orders/1").get_data(as_text=True)
+    assert "Claimed anew" in page
+    assert "cash" in page
+    prove(app)
 
 
 def race(app, rounds: int, orders: int) -> list[int]:

@@ -66,6 +66,14 @@ def test_who_comes_again_in_the_same_minutes_costs_one_command_less(app, buy):
     assert commands_of(lambda: buy(1))["hmget"] == 2
 
 
+def test_a_hold_costs_no_command_more(app, buy, client, admin_headers):
+    buy(1)
+    sold = commands_of(lambda: buy(2))
+    client.patch("/products/1", json={"holdSeconds": 60}, headers=admin_headers)
+    assert buy(3).json["status"] == "held"
+    assert commands_of(lambda: buy(4)) == sold
+
+
 def test_a_key_costs_two_commands_more_and_a_replay_seven_in_all(app, buy):
     buy(1)
     keyed = commands_of(lambda: buy(2, key="k"))

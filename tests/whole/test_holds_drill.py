@@ -66,7 +66,9 @@ class Crowd:
 
 @pytest.mark.drill
 def test_a_third_never_pays(tmp_path):
-    server = start_system(tmp_path, PURCHASE_ADDRESS_LIMIT="off", PURCHASE_USER_LIMIT="off")
+    server = start_system(
+        tmp_path, PURCHASE_ADDRESS_LIMIT="off", PURCHASE_USER_LIMIT="off", LOOKUP_LIMIT="off"
+    )
     connection = psycopg2.connect(PostgresServer(tmp_path).url.replace("+psycopg2", ""))
     connection.autocommit = True
     try:
