@@ -80,8 +80,8 @@ def reset(actor: Actor) -> int:
     stock.clear()
     db.session.execute(
         text(
-            "TRUNCATE orders, dead_letters, batches, stock_movements, product_totals, products,"
-            " sale RESTART IDENTITY"
+            "TRUNCATE orders, dead_letters, batches, stock_movements, product_totals, product_names,"
+            " products, sale RESTART IDENTITY"
         )
     )
     idempotency.forget(catalogue.CREATE)
@@ -233,7 +233,7 @@ def rebuild(actor: Actor, replace: bool = False) -> Rebuilt:
         loss=loss,
         generation=generation,
         products=len(products),
-        free_units=sum(free for _, free in catalogue.products_with_stock()),
+        free_units=sum(p["free"] for p in stock.view(stock.product_ids()).products.values()),
         orders=sum(total.confirmed_orders + total.cancelled_orders for total in totals),
         dead_letters=sum(total.dead_orders for total in totals),
         idempotency_keys=keys,
