@@ -328,7 +328,9 @@ def import_products(file: BinaryIO, dry_run: bool, yes: bool) -> None:
             "nothing was imported" + (f"; {more:,} more lines are wrong" if more else "")
         )
     for new, line in zip(plan.products, plan.lines, strict=True):
-        price = f"{new.terms['currency']} {decimal(new.terms['price_cents'], new.terms['currency'])}"
+        price = (
+            f"{new.terms['currency']} {decimal(new.terms['price_cents'], new.terms['currency'])}"
+        )
         click.echo(f"line {line}: {new.terms['name']}  {price}  {new.units:,} units")
     products = f"{len(plan.products):,} product{'s' * (len(plan.products) != 1)}"
     if dry_run:

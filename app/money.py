@@ -11,15 +11,14 @@ from .problems import InvalidRequest
 
 # What rows of before show that name no currency of the standard.
 USUAL_DIGITS = 2
-WORDS = "a currency of ISO 4217 that has a minor unit, like EUR"
+WORDS = "a code of ISO 4217 that has a minor unit, like EUR"
 
 
 @cache
 def digits_of(code: str) -> int | None:
     """Return the digits of a currency's minor unit; None where it has none, or is none."""
-    entry = raw_table.get(code)
-    digits = entry["CcyMnrUnts"] if entry else None
-    return int(digits) if digits and digits.isdigit() else None
+    digits = raw_table.get(code, {}).get("CcyMnrUnts")
+    return int(digits) if isinstance(digits, str) and digits.isdigit() else None
 
 
 def read_currency(value: object, called: str = "currency") -> str:

@@ -66,7 +66,9 @@ def amount(text: str, field: str, called: str, currency: str) -> int:
     number, fraction = _digits(found["whole"]), found["fraction"] or ""
     if len(fraction) > digits:
         most = f"{digits} digits" if digits else "no digits"
-        raise InvalidRequest(f"{called} must be {like}: {currency} has {most} after the point", field)
+        raise InvalidRequest(
+            f"{called} must be {like}: {currency} has {most} after the point", field
+        )
     if not found["point"] and _one_group(found, ",." if digits else "."):
         other = f" or {number / 1000:.{digits}f}" if digits else f" or {number:,}"
         raise InvalidRequest(
@@ -74,9 +76,11 @@ def amount(text: str, field: str, called: str, currency: str) -> int:
             f"so type {decimal(number * 10**digits, currency)}{other}",
             field,
         )
-    value = number * 10**digits + int(fraction.ljust(digits, "0") or 0)
+    value: int = number * 10**digits + int(fraction.ljust(digits, "0") or 0)
     if value > MAX_AMOUNT:
-        raise InvalidRequest(f"{called} must be at most {decimal(MAX_AMOUNT, currency, ',')}", field)
+        raise InvalidRequest(
+            f"{called} must be at most {decimal(MAX_AMOUNT, currency, ',')}", field
+        )
     return value
 
 

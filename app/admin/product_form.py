@@ -18,10 +18,15 @@ from ..products import terms
 from ..reading import MAX_ID, MAX_QUANTITY, MAX_STOCK, read_digits, read_text
 from . import forms
 
+
+def _currency(form: Mapping[str, str]) -> str:
+    return read_currency(form.get("currency", "").strip().upper(), "The currency")
+
+
 # Each field with its label, the column that it sets, and how it is read.
 FIELDS: dict[str, tuple[str, str, Callable[[Mapping[str, str]], object]]] = {
     "name": ("Name", "name", lambda form: read_text(form, "name", terms.MAX_NAME, "The name")),
-    "currency": ("Currency", "currency", lambda form: _currency(form)),
+    "currency": ("Currency", "currency", _currency),
     "price": (
         "Price",
         "price_cents",
@@ -55,7 +60,7 @@ FIELDS: dict[str, tuple[str, str, Callable[[Mapping[str, str]], object]]] = {
     "visibility": (
         "Who sees it",
         "visibility",
-        lambda form: terms.visibility(form.get("visibility", ""), "Who sees it"),
+        lambda form: terms.visibility(form.get("visibility", "listed"), "Who sees it"),
     ),
 }
 TIMES = ("opens", "closes")
@@ -68,10 +73,6 @@ VISIBILITIES = {
     "hidden": "Hidden: on no list, and who knows its number can buy it",
     "draft": "Draft: only you see it, and nobody can buy it",
 }
-
-
-def _currency(form: Mapping[str, str]) -> str:
-    return read_currency(form.get("currency", "").strip().upper(), "The currency")
 
 
 def shown(product: Product) -> dict[str, str]:

@@ -80,8 +80,8 @@ def reset(actor: Actor) -> int:
     stock.clear()
     db.session.execute(
         text(
-            "TRUNCATE orders, dead_letters, batches, stock_movements, product_totals, product_names,"
-            " products, sale RESTART IDENTITY"
+            "TRUNCATE orders, dead_letters, batches, stock_movements, product_totals,"
+            " product_names, products, sale RESTART IDENTITY"
         )
     )
     idempotency.forget(catalogue.CREATE)

@@ -7,9 +7,9 @@ row nobody can tell for sure: somebody says it, product by product, and nothing 
 
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
-from sqlalchemy import ColumnElement, Row, select, update
+from sqlalchemy import CursorResult, Row, select, update
 
 from ..audit import Actor, record
 from ..extensions import db, stock
@@ -126,12 +126,7 @@ def rewrite(product_id: int, actor: Actor) -> int:
     if price is None or not _all_orders_whole(product):
         _refuse("There is an amount that is no whole number of minor units, if it is in hundredths")
     _require_rest(product)
-    rewritten = db.session.execute(
-        update(Order)
-        .where(Order.product_id == product_id)
-        .values(unit_price_cents=_in_minor_units(product.currency))
-        .execution_options(synchronize_session=False)
-    ).rowcount
+    rewritten = _rewrite_orders(product)
     _put_keys(product_id)
     _settle(product, actor, price, rewritten)
     product.price_cents = price
@@ -171,12 +166,20 @@ def _require_rest(product: Product) -> None:
         _refuse("It has open dead letters: decide about them first")
 
 
-def _in_minor_units(currency: str) -> ColumnElement[int]:
-    """Return the expression that turns an order's price from hundredths to minor units."""
-    digits = digits_of(currency) or 0
+def _rewrite_orders(product: Product) -> int:
+    """Turn the prices of the product's orders from hundredths to minor units; return how many."""
+    digits, price = digits_of(product.currency) or 0, Order.unit_price_cents
     if digits < USUAL_DIGITS:
-        return Order.unit_price_cents // 10 ** (USUAL_DIGITS - digits)
-    return Order.unit_price_cents * 10 ** (digits - USUAL_DIGITS)
+        price = price // 10 ** (USUAL_DIGITS - digits)
+    else:
+        price = price * 10 ** (digits - USUAL_DIGITS)
+    done = db.session.execute(
+        update(Order)
+        .where(Order.product_id == product.id)
+        .values(unit_price_cents=price)
+        .execution_options(synchronize_session=False)
+    )
+    return cast("CursorResult[Any]", done).rowcount
 
 
 def _all_orders_whole(product: Product) -> bool:
@@ -224,7 +227,7 @@ def _put_keys(product_id: int) -> None:
         last = page[-1].id
 
 
-def _record_of_key(product_id: int, row: Row[Any]) -> str:
+def _record_of_key(product_id: int, row: Row[*tuple[Any, ...]]) -> str:
     status = STANDING if row.status == "CONFIRMED" else row.status
     words = (row.id, row.unit_price_cents, row.currency, status, product_id, row.quantity)
     return " ".join(map(str, words)) + (f" {row.reference}" if row.reference is not None else "")

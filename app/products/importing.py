@@ -171,10 +171,10 @@ def _csv_items(text: str) -> Iterator[Item]:
     columns: list[str] = []
     line = 1
     try:
-        for cells in rows:
+        for row in rows:
             # Of a row with a line end inside of a cell: where it begins.
             first, line = line, rows.line_num + 1
-            cells = [cell.strip() for cell in cells]
+            cells = [cell.strip() for cell in row]
             if not any(cells):
                 continue
             if not columns:
@@ -256,7 +256,9 @@ def _product(columns: list[str], cells: list[str]) -> dict[str, Any]:
 
 
 def _judged(digest: str, items: Iterator[Item]) -> Plan:
-    plan_products, lines, faults = [], [], []
+    products: list[terms.NewProduct] = []
+    lines: list[int] = []
+    faults: list[Fault] = []
     faulty = 0
     skus: dict[str, int] = {}
 
@@ -285,12 +287,11 @@ def _judged(digest: str, items: Iterator[Item]) -> Plan:
             continue
         if sku is not None:
             skus[sku] = line
-        plan_products.append(new)
+        products.append(new)
         lines.append(line)
-    for product_id, sku in db.session.execute(
-        select(Product.id, Product.sku).where(Product.sku.in_(list(skus)))
-    ):
-        fault(skus[sku], f"sku {sku} is product {product_id}'s")
-    if not plan_products and not faulty:
+    taken = db.session.execute(select(Product.id, Product.sku).where(Product.sku.in_(list(skus))))
+    for product_id, sku in taken:
+        fault(skus[str(sku)], f"sku {sku} is product {product_id}'s")
+    if not products and not faulty:
         raise _Unreadable(1, "There is no product in the file")
-    return Plan(digest, plan_products, lines, sorted(faults), faulty)
+    return Plan(digest, products, lines, sorted(faults), faulty)

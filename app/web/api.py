@@ -142,8 +142,8 @@ def list_products() -> ResponseReturnValue:
     found = catalogue.listed(g.actor is not None, limit, after)
     response = jsonify([terms.describe(*pair) for pair in found.products])
     if found.after is not None:
-        more = {"limit": limit} if limit else {}
-        target = url_for("api.list_products", **more, after=found.after)
+        # Without a value, `limit` is left out.
+        target = url_for("api.list_products", limit=limit, after=found.after)
         response.headers["Link"] = f'<{target}>; rel="next"'
     return response
 

@@ -11,9 +11,7 @@ from .answer import Answer
 # So long a browser may act on a preflight: an origin that is taken away is out after it.
 MAX_AGE_SECONDS = 600
 REQUEST_HEADERS = "Authorization, Content-Type, Idempotency-Key, X-Request-Id"
-EXPOSED = (
-    "ETag, Idempotent-Replayed, Link, RateLimit, RateLimit-Policy, Retry-After, X-Request-Id"
-)
+EXPOSED = "ETag, Idempotent-Replayed, Link, RateLimit, RateLimit-Policy, Retry-After, X-Request-Id"
 BUY, READ = ("POST",), ("GET", "HEAD")
 ROUTES = [
     (re.compile(rb"/purchase").fullmatch, BUY),

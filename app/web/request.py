@@ -7,8 +7,8 @@ class Request:
     """What was asked, how much of it has come, and what is known about its answer."""
 
     __slots__ = (
-        "allowed", "body", "environ", "expects_continue", "gone", "headers", "keep_alive", "method", "most",
-        "purchase", "refusal", "server", "size", "url", "version", "whole",
+        "allowed", "body", "environ", "expects_continue", "gone", "headers", "keep_alive", "method",
+        "most", "purchase", "refusal", "server", "size", "url", "version", "whole",
     )  # fmt: skip
 
     def __init__(self, environ: dict[str, str]) -> None:

@@ -388,8 +388,8 @@ STATUSES = {
     404: ("There is no such product", ["unknown_product", "not_found"], ()),
     408: ("The body did not come within 10 s", ["request_timeout"], ()),
     409: (
-        "The product no longer has a version that `If-Match` names, and `product` is what it is now; "
-        "another product has the sku; or there are orders in the currency that it has",
+        "The product no longer has a version that `If-Match` names, and `product` is what it is "
+        "now; another product has the sku; or there are orders in the currency that it has",
         ["stale_version", "sku_taken", "currency_fixed"],
         ("ETag",),
     ),

@@ -281,7 +281,7 @@ def _paths() -> dict[str, Any]:
                     "200": ok("The product", product, (*LIMIT_HEADERS, "ETag")),
                     **failures(401, 404, 429, 503),
                 },
-                description="Drafts, hidden and archived products are found with an API token only.",
+                description="Drafts, hidden and archived products are found with an API token.",
                 security=OPEN_OR_ADMIN,
                 parameters=[PRODUCT_ID, REQUEST_ID],
             ),
