@@ -331,7 +331,7 @@ def import_products(file: BinaryIO, dry_run: bool, yes: bool) -> None:
         price = (
             f"{new.terms['currency']} {decimal(new.terms['price_cents'], new.terms['currency'])}"
         )
-        click.echo(f"line {line}: {new.terms['name']}  {price}  {new.units:,} units")
+        click.echo(f"line {line}: {new.terms['name']}  {price}  stock {new.units:,}")
     products = f"{len(plan.products):,} product{'s' * (len(plan.products) != 1)}"
     if dry_run:
         click.echo(f"{products} would be created.")

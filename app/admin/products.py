@@ -199,14 +199,18 @@ def import_many() -> ResponseReturnValue:
         content = request.form.get("text", "").encode("utf-8", "replace")
     if not content.strip():
         return show_import(missing=True), 422
-    plan = importing.read(content)
-    if plan.faults:
-        return show_import(plan), 422
-    if request.form.get("confirmed") != "yes":
-        return show_import(plan, importing.decode(content))
-    key = request.form.get("key") or None
+    plan, key = importing.read(content), request.form.get("key") or None
+    confirmed = request.form.get("confirmed") == "yes"
     if key and not VALID_KEY(key):
         raise InvalidRequest("This form is out of date: reload the page", "key")
+    page = url_for("products.index", sort="newest")
+    if confirmed and key and importing.was_done(plan.digest, key):
+        # Before its skus are found to be taken, by the products that it has made itself.
+        return forms.done("This file was imported already; nothing was created twice.", page)
+    if plan.faults:
+        return show_import(plan), 422
+    if not confirmed:
+        return show_import(plan, importing.decode(content))
     try:
         ids = importing.carry_out(plan, auth.staff_actor(), key)
     except Unavailable:
@@ -216,10 +220,10 @@ def import_many() -> ResponseReturnValue:
             " form again: it creates them once only."
         )
         return show_import(plan, importing.decode(content), key, alert=alert), 503
-    page = url_for("products.index", sort="newest")
     if ids is None:
         return forms.done("This file was imported already; nothing was created twice.", page)
-    return forms.done(f"{len(ids):,} products are created.", page)
+    created = "1 product is" if len(ids) == 1 else f"{len(ids):,} products are"
+    return forms.done(f"{created} created.", page)
 
 
 def show_import(

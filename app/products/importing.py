@@ -99,6 +99,13 @@ def carry_out(plan: Plan, actor: Actor, key: str | None = None) -> list[int] | N
     return ids
 
 
+def was_done(digest: str, key: str) -> bool:
+    """Tell whether this key has imported this file already. Raises KeyMismatch for another."""
+    done = idempotency.take(IMPORT, "", key, digest).answer is not None
+    db.session.rollback()
+    return done
+
+
 class _Unreadable(Exception):
     """Nothing after this line can be read."""
 

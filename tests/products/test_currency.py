@@ -131,9 +131,7 @@ def test_amounts_that_can_not_be_hundredths_are_left(app, yen, client, buy, admi
     pause(client, admin_headers)
     for price in (150_001, 150_000):
         with app.app_context():
-            db.session.execute(
-                text("UPDATE products SET price_cents = :p WHERE id = 2"), {"p": price}
-            )
+            db.session.get(Product, 2).price_cents = price
             db.session.commit()
             with pytest.raises(Conflict, match="whole"):
                 currency.rewrite(2, CLI)
