@@ -18,7 +18,7 @@ from ..models import Product, StockMovement
 from ..money import shown_digits
 from ..problems import Conflict, InvalidRequest, UnknownProduct, Unprepared
 from .currency import has_orders
-from .movements import apply_movement
+from .movements import apply_first_stock
 from .sale import is_withdrawn, publish, require_sale
 from .terms import NewProduct, check_window, describe, terms_of
 
@@ -118,7 +118,7 @@ def create(new: NewProduct, actor: Actor, key: str | None = None) -> Created:
         taken = idempotency.take(CREATE, "", key, [new.terms, new.units])
         if taken.answer is not None:
             created = Created(**taken.answer, replayed=True)
-            put_on_sale(created.product["id"])
+            put_on_sale([created.product["id"]])
             return created
     require_sale()
     (product,) = add([new], actor, "created")
@@ -127,7 +127,7 @@ def create(new: NewProduct, actor: Actor, key: str | None = None) -> Created:
     if taken:
         taken.answer = {"product": created.product, "version": created.version}
     db.session.commit()
-    put_on_sale(product.id)
+    put_on_sale([product.id])
     return created
 
 
@@ -167,21 +167,23 @@ def _flush() -> None:
         raise
 
 
-def put_on_sale(product_id: int) -> None:
+def put_on_sale(ids: list[int]) -> None:
     """Do in Redis what is left of a creation: nothing, where it was done already.
 
     Raises stock.Unavailable.
     """
-    movement = db.session.scalar(
-        select(StockMovement).where(
-            StockMovement.product_id == product_id,
+    with_first_stock = (
+        select(Product, StockMovement)
+        .join(StockMovement, StockMovement.product_id == Product.id)
+        .where(
+            Product.id.in_(ids),
             StockMovement.kind == "initial",
             StockMovement.applied_at.is_(None),
         )
     )
-    if movement is not None:
-        publish(db.session.get_one(Product, product_id))
-        apply_movement(movement)
+    apply_first_stock(
+        [(product, movement) for product, movement in db.session.execute(with_first_stock)]
+    )
 
 
 def change(

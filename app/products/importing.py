@@ -94,8 +94,7 @@ def carry_out(plan: Plan, actor: Actor, key: str | None = None) -> list[int] | N
     if taken:
         taken.answer = {"ids": ids}
     db.session.commit()
-    for product_id in ids:
-        catalogue.put_on_sale(product_id)
+    catalogue.put_on_sale(ids)
     return ids
 
 
@@ -226,7 +225,7 @@ CELLS: dict[str, Callable[[str, str], object]] = {
 }
 # Instead of `priceCents`, as people write it: 999.99.
 PRICE = "price"
-COLUMNS = (*CELLS, PRICE)
+COLUMNS = ("name", PRICE, *(name for name in CELLS if name != "name"))
 
 
 def _columns(cells: list[str], line: int) -> list[str]:

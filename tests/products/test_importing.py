@@ -195,7 +195,7 @@ def test_a_sku_taken_after_the_dry_run_makes_nothing(app, client, admin_headers)
 
 
 def test_redis_lost_midway_and_the_sweeper_finishes(app, buy, monkeypatch):
-    def lost(product_id):
+    def lost(ids):
         raise Unavailable("lost")
 
     with app.app_context():
