@@ -271,20 +271,22 @@ class Killed(BaseException):
     """The process is gone: nothing after it happens."""
 
 
-@pytest.mark.parametrize("step", ["put_product", "move"])
-@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("came", ["nothing", "the terms", "all of it"])
 def test_killed_between_postgresql_and_redis_the_same_key_finishes(
-    client, admin_headers, app, monkeypatch, buy, step, after
+    client, admin_headers, app, monkeypatch, buy, came
 ):
-    real = getattr(stock, step)
+    real = stock.put_new
 
-    def die(*arguments):
-        if after:
-            real(*arguments)
+    def die(generation, products):
+        products = list(products)
+        if came == "the terms":
+            stock.put_product(*products[0][:3])
+        if came == "all of it":
+            real(generation, products)
         raise Killed
 
     with monkeypatch.context() as patch, app.app_context():
-        patch.setattr(stock, step, die)
+        patch.setattr(stock, "put_new", die)
         with pytest.raises(Killed):
             catalogue.create(terms.read_new(LAMP), CLI, "lamp")
     answer = create(client, admin_headers, "lamp")
