@@ -8,7 +8,7 @@ from .. import auth
 from ..extensions import limiter
 from ..orders import deadletters
 from ..problems import InvalidRequest
-from ..products.names import names
+from ..products import catalogue
 from ..reading import MAX_ID, canonical
 from . import forms
 
@@ -55,7 +55,7 @@ def index() -> ResponseReturnValue:
         before=before,
         state=state,
         states=STATES,
-        names=names(),
+        names=catalogue.names(),
         query={name: value for name, value in request.args.items() if value and name != "before"},
     )
 
@@ -88,7 +88,7 @@ def show_review(
         effects=effects,
         returned=returned,
         replayable=sum(effect.obstacle is None for effect in effects),
-        names=names(),
+        names=catalogue.names(),
         errors=errors or {},
     ), status
 

@@ -21,7 +21,7 @@ from ..extensions import limiter
 from ..orders import lookup as orders
 from ..orders import search, sheet
 from ..problems import Conflict, InvalidRequest, Unavailable, UnknownOrder
-from ..products import names as products
+from ..products import catalogue
 from ..reading import MAX_ID, VALID_KEY, read_digits
 from . import forms, jobs
 
@@ -76,7 +76,7 @@ def find() -> dict[str, Any]:
         "only_order": only_order,
         "page": page,
         "before": before,
-        "names": products.names(),
+        "names": catalogue.names(),
         "query": {
             name: value for name, value in request.args.items() if value and name != "before"
         },
@@ -98,9 +98,10 @@ def export() -> ResponseReturnValue:
     wanted, errors = read_filter()
     if errors:
         raise InvalidRequest(next(iter(errors.values())))
+    names = catalogue.names()
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     return Response(
-        stream_with_context(sheet.chunks(search.export(wanted), products.names())),
+        stream_with_context(sheet.chunks(search.export(wanted), names)),
         mimetype="text/csv",
         headers={"Content-Disposition": f'attachment; filename="orders-{stamp}.csv"'},
     )
@@ -124,7 +125,7 @@ def show_story(
     return render_template(
         template,
         story=story,
-        product=products.names().sold(story.order.product_id, story.order.claimed_at),
+        product=catalogue.names().sold(story.order.product_id, story.order.claimed_at),
         job_is_known=story.batch is not None and jobs.is_known(story.batch.job_id),
         errors=errors or {},
     )

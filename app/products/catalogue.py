@@ -19,6 +19,7 @@ from ..money import shown_digits
 from ..problems import Conflict, InvalidRequest, UnknownProduct, Unprepared
 from .currency import has_orders
 from .movements import apply_first_stock
+from .names import Names
 from .sale import is_withdrawn, publish, require_sale
 from .terms import NewProduct, check_window, describe, terms_of
 
@@ -95,6 +96,11 @@ def _with_stock(products: list[Product]) -> list[tuple[Product, int]]:
     for product in products:
         product.braked = held.brakes.bind(product.id)
     return [(p, held.products.get(p.id, {}).get("free", 0)) for p in products]
+
+
+def names() -> Names:
+    """Return the name of every product, by its id; it knows those of before, too."""
+    return Names.read()
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from app.config import ROOT
 from app.extensions import db, stock
 from app.models import AuditEntry, Product, ProductName
 from app.products import sale
-from app.products.names import names
+from app.products.catalogue import names
 from app.stock.keys import Keys
 
 LAMP = {"name": "Lamp", "priceCents": 1999, "currency": "EUR", "stock": 3}
