@@ -1,11 +1,14 @@
 """Pages of other origins: which may call what, with a preflight that is answered on the loop."""
 
 import asyncio
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import jwt
 import pytest
 from people import API_TOKEN
+from system import start_system, stop_system
 from wire import post, serving
 
 from app.config import SettingsError, load_settings, with_secrets
@@ -203,3 +206,93 @@ def test_an_api_token_is_of_no_use_from_another_origin(ask):
     )
     assert (read.status, allowed(read)) == (200, SHOP)
     assert allowed(change) is None
+
+
+class OtherPage(BaseHTTPRequestHandler):
+    """A page of another origin, with nothing on it."""
+
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        self.end_headers()
+        self.wfile.write(b"<!doctype html><title>Elsewhere</title>")
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def elsewhere():
+    """The origin of such a page."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), OtherPage)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+CALL = """async ([url, method, token, body]) => {
+  try {
+    const answer = await fetch(url, {
+      method,
+      headers: {
+        ...(token && { Authorization: `Bearer ${token}` }),
+        ...(body && { "Content-Type": "application/json", "Idempotency-Key": "one-intent" }),
+      },
+      body: body && JSON.stringify(body),
+    });
+    const shown = ["RateLimit", "Retry-After", "Idempotent-Replayed", "ETag"];
+    return [answer.status, shown.filter((name) => answer.headers.has(name)), await answer.json()];
+  } catch (error) {
+    return String(error.name);
+  }
+}"""
+
+
+def test_what_runs_in_a_page_of_another_origin(chromium, elsewhere, tmp_path):
+    names = {"shopper_auth": "SHOPPER_AUTH", "jwt_secret": "JWT_SECRET"}
+    names |= {"jwt_issuer": "JWT_ISSUER", "jwt_audience": "JWT_AUDIENCE"}
+    environ = {names[name]: value for name, value in JWT.items()}
+    server = start_system(tmp_path, CORS_ORIGINS=elsewhere, **environ)
+    context = chromium.new_context()
+    try:
+        page = context.new_page()
+        page.goto(elsewhere)
+
+        def ask(path, method="GET", token=TOKEN, body=None):
+            return page.evaluate(CALL, [server.url + path, method, token, body])
+
+        buy = {"userId": 7, "productId": 1}
+        status, shown, bought = ask("/purchase", "POST", body=buy)
+        assert (status, shown, bought["status"]) == (200, ["RateLimit"], "queued")
+        status, shown, again = ask("/purchase", "POST", body=buy)
+        assert (status, shown, again) == (200, ["Idempotent-Replayed"], bought)
+        # The key is another request's: refusals can be read, too.
+        status, _, refused = ask("/purchase", "POST", body=buy | {"quantity": 2})
+        assert (status, refused["code"]) == (422, "idempotency_mismatch")
+        assert ask("/purchase", "POST", token=None, body=buy)[0] == 401
+        assert ask("/purchase/orders/7")[2][0]["id"] == bought["orderId"]
+        assert ask("/purchase/orders/8")[0] == 403
+        assert ask("/purchase/metrics")[0] == 200
+        assert ask("/products", token=None)[2][0]["id"] == 1
+        assert "ETag" in ask("/products/1", token=None)[1]
+        # No leave: the browser itself doesn't give the answer to the page, or doesn't even ask.
+        change = {"paused": True}
+        for path, method in (
+            ("/products/1", "PATCH"),
+            ("/products/restock", "POST"),
+            ("/sale/brake", "POST"),
+        ):
+            assert ask(path, method, server.api_token, change) == "TypeError"
+        for path in ("/metrics", "/readyz", "/admin/", "/openapi.json"):
+            assert ask(path, token=None) == "TypeError"
+        assert ask("/products/1", token=None)[2]["paused"] is False
+        # A page of an origin that nobody has named.
+        page.goto(elsewhere.replace("127.0.0.1", "localhost"))
+        assert ask("/products", token=None) == "TypeError"
+        assert ask("/purchase", "POST", body=buy) == "TypeError"
+    finally:
+        context.close()
+        stop_system(server)
