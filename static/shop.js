@@ -8,7 +8,9 @@
 // * The price that was shown goes along, so nobody buys at another one.
 // * The countdown goes by the server's clock, not by this device's.
 
-const PRODUCTS_MS = 3000; // how old the shown stock may be
+// How old the shown stock may be. Opening and end need no question: the countdown knows them. A page
+// for a crowd asks less often, or a cache in front of /products.
+const PRODUCTS_MS = 10_000;
 const ORDERS_MS = 1000; // ... and an order that is on its way
 const ANSWER_MS = 5000; // no answer by then: nobody knows the outcome
 const FIRST_WAIT_MS = 1000, LONGEST_WAIT_MS = 8000, PATIENCE_MS = 90_000;
@@ -182,11 +184,11 @@ function draw(card) {
 }
 
 async function showProducts() {
-  const { status, body } = await ask("/products?limit=100");
+  const { status, body, retryAfter } = await ask("/products?limit=100");
   $("#trouble").hidden = status === 200;
   if (status !== 200) {
     $("#trouble").textContent = "The shop does not answer. Trying again …";
-    return;
+    return retryAfter;
   }
   for (const product of body) {
     digits[product.currency] = product.currencyDigits;
@@ -213,9 +215,11 @@ const STATUSES = {
 let orders = [];
 
 async function showOrders() {
-  const { status, body } = await ask(`/purchase/orders/${encodeURIComponent(user)}?limit=20`);
+  const path = `/purchase/orders/${encodeURIComponent(user)}?limit=20`;
+  const { status, body, retryAfter } = await ask(path);
   if (status === 200) orders = body;
   drawOrders();
+  return retryAfter;
 }
 
 function drawOrders() {
@@ -239,10 +243,11 @@ function drawOrders() {
 
 // --- Going on
 
+// `show` returns how many seconds it was told to wait, if it was.
 async function again(show, wait) {
   for (;;) {
-    if (!document.hidden) await show();
-    await sleep(some(wait));
+    const longer = document.hidden ? 0 : await show();
+    await sleep(some(wait) + (longer || 0) * 1000);
   }
 }
 
