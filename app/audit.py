@@ -15,7 +15,9 @@ from .models import ApiToken, AuditEntry, Product, Staff
 ACTIONS = (
     "product.create", "product.change", "product.import", "product.currency", "product.restock",
     "product.correct", "movement.refused",
-    "order.cancel", "dead-letter.replay", "dead-letter.abandon", "ledger.repair",
+    "order.cancel", "order.release", "order.bulk-cancel",
+    "order.bulk-cancel.stop", "order.bulk-cancel.done", "dead-letter.replay",
+    "dead-letter.abandon", "ledger.repair",
     "sale.reset", "sale.rebuild.start", "sale.rebuild", "sale.rebuild.done",
     "sale.rebuild.failed",
     "session.begin", "session.refuse", "session.end",

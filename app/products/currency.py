@@ -13,7 +13,7 @@ from sqlalchemy import CursorResult, Row, select, update
 
 from ..audit import Actor, record
 from ..extensions import db, stock
-from ..models import AuditEntry, DeadLetter, Order, Product, ProductTotals
+from ..models import STANDING_STATUSES, AuditEntry, DeadLetter, Order, Product, ProductTotals
 from ..money import USUAL_DIGITS, decimal, digits_of
 from ..problems import Conflict, UnknownProduct
 from ..stock.entries import STANDING
@@ -60,7 +60,7 @@ def from_hundredths(amount: int, currency: str) -> int | None:
 def has_orders(product_id: int) -> bool:
     """Tell whether anything of the product was ever sold. Raises stock.Unavailable."""
     totals = db.session.get(ProductTotals, product_id, populate_existing=True)
-    if totals and (totals.confirmed_orders or totals.cancelled_orders or totals.dead_orders):
+    if totals and (totals.stored_orders or totals.dead_orders):
         return True
     figures = stock.view([product_id]).products.get(product_id)
     return bool(figures and figures["accepted"])
@@ -99,7 +99,7 @@ def _doubt(product: Product, totals: ProductTotals) -> Doubt:
         product.name,
         product.currency,
         product.price_cents,
-        totals.confirmed_orders + totals.cancelled_orders,
+        totals.stored_orders,
         said.actor if said else None,
         said.at if said else None,
     )
@@ -228,7 +228,7 @@ def _put_keys(product_id: int) -> None:
 
 
 def _record_of_key(product_id: int, row: Row[*tuple[Any, ...]]) -> str:
-    status = STANDING if row.status == "CONFIRMED" else row.status
+    status = STANDING if row.status in STANDING_STATUSES else row.status
     words = (row.id, row.unit_price_cents, row.currency, status, product_id, row.quantity)
     return " ".join(map(str, words)) + (f" {row.reference}" if row.reference is not None else "")
 

@@ -10,7 +10,7 @@ from alembic import op
 from sqlalchemy.dialects import postgresql
 
 revision = "0008_shop"
-down_revision = "0007_user_names"
+down_revision = "0011_bulk_cancels"
 branch_labels = None
 depends_on = None
 

@@ -11,6 +11,7 @@ from ...config import VERSION
 from ...orders.lookup import MAX_LISTED
 from ...products.catalogue import MOST_LISTED
 from ...reading import MAX_ID
+from . import orders
 from .components import (
     CREATION_KEY,
     HEADERS,
@@ -23,7 +24,6 @@ from .components import (
     PRODUCT_ID,
     REQUEST_ID,
     RESTOCK_KEY,
-    SCHEMAS,
     USER,
     body,
     failures,
@@ -35,6 +35,7 @@ from .components import (
     parameter,
     ref,
 )
+from .components import SCHEMAS as SHOPPERS_SCHEMAS
 
 INTRODUCTION = """\
 Sells exactly the stock there is. A purchase is answered as soon as it is decided; the order is \
@@ -48,7 +49,8 @@ answer came: it is made once, and answered the same.
 
 
 SHOPPER: list[dict[str, list[str]]] = [{}, {"shopper": []}]
-ADMIN: list[dict[str, list[str]]] = [{"admin": []}]
+ADMIN: list[dict[str, list[str]]] = [{"admin": ["products:write"]}]
+# Any token will do, and so does none.
 OPEN_OR_ADMIN: list[dict[str, list[str]]] = [{}, {"admin": []}]
 RATE_NOTE = (
     "The body's shape is checked first, then replay, rate, product, window, price, cap, stock."
@@ -248,6 +250,7 @@ def _paths() -> dict[str, Any]:
                     **failures(
                         400,
                         401,
+                        403,
                         408,
                         409,
                         413,
@@ -295,7 +298,7 @@ def _paths() -> dict[str, Any]:
                         product,
                         (*LIMIT_HEADERS, "ETag"),
                     ),
-                    **failures(400, 401, 404, 408, 409, 413, 415, 429, 431, 503),
+                    **failures(400, 401, 403, 404, 408, 409, 413, 415, 429, 431, 503),
                 },
                 description="Sent again, it changes nothing more: it needs no Idempotency-Key.",
                 security=ADMIN,
@@ -317,7 +320,7 @@ def _paths() -> dict[str, Any]:
                         ),
                         (*LIMIT_HEADERS, "Idempotent-Replayed"),
                     ),
-                    **failures(400, 401, 404, 408, 413, 415, 422, 429, 431, 503),
+                    **failures(400, 401, 403, 404, 408, 413, 415, 422, 429, 431, 503),
                 },
                 security=ADMIN,
                 parameters=[RESTOCK_KEY, REQUEST_ID],
@@ -344,7 +347,7 @@ def _paths() -> dict[str, Any]:
                         ),
                         (*LIMIT_HEADERS, "Idempotent-Replayed"),
                     ),
-                    **failures(400, 401, 404, 408, 413, 415, 422, 429, 431, 503),
+                    **failures(400, 401, 403, 404, 408, 413, 415, 422, 429, 431, 503),
                 },
                 description="Needs Redis alone: with `ADMIN_API_TOKEN` it works without the "
                 "database. Changes of the product and `flask rebuild` leave a brake as it is.",
@@ -355,6 +358,7 @@ def _paths() -> dict[str, Any]:
                 ),
             )
         },
+        **orders.paths(),
         "/healthz": {
             "get": operation(
                 "Operation",
@@ -455,10 +459,10 @@ def document() -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {"title": "Flash sale", "version": VERSION, "description": INTRODUCTION},
         "servers": [{"url": "/"}],
-        "tags": [{"name": name} for name in ("Buying", "Products", "Operation")],
+        "tags": [{"name": name} for name in ("Buying", "Orders", "Products", "Operation")],
         "paths": _paths(),
         "components": {
-            "schemas": SCHEMAS,
+            "schemas": SHOPPERS_SCHEMAS | orders.SCHEMAS,
             "headers": {
                 name: {
                     "description": meaning,
@@ -473,7 +477,10 @@ def document() -> dict[str, Any]:
                     "where the operator has set `SHOPPER_AUTH=jwt`",
                     bearerFormat="JWT",
                 ),
-                "admin": _bearer("An API token (`flask token create`)"),
+                "admin": _bearer(
+                    "An API token (`flask token create`) with the scope that is named; one with "
+                    "`*` may do everything"
+                ),
                 "metrics": _bearer("`METRICS_TOKEN`, or `ADMIN_API_TOKEN` where it is not set"),
             },
         },
