@@ -8,7 +8,7 @@ from app.audit import CLI
 from app.books import ledger
 from app.extensions import db, stock
 from app.models import AuditEntry, Order, Product
-from app.orders import lookup
+from app.orders import cancelling
 from app.problems import Conflict, UnknownProduct
 from app.products import currency, sale
 from app.stock.keys import Keys
@@ -60,9 +60,8 @@ def test_rewritten_with_its_orders_in_postgres_and_redis(
     for user in (7, 8):
         assert buy(user, product_id=2, key=f"k-{user}", reference="cart").status_code == 200
     drain()
-    client.get("/")
     with app.app_context():
-        lookup.cancel(2, "x", CLI)
+        cancelling.cancel(2, "x", CLI)
     pause(client, admin_headers)
     answer = runner.invoke(args=["products", "currency", "2", "--rewrite", "--yes"])
     assert answer.output == "Product 2 costs JPY 1,500; 2 orders were put right.\n"
