@@ -159,7 +159,7 @@ class System:
             if kind == "web":
                 return "app.run.serve" in words or "web.py" in words
             if kind == "worker":
-                return words[-1] == "worker.py"
+                return words[1:2] == ["worker.py"]
             if kind == "redis":
                 return "valkey-server" in words[0]
             if kind == "postgres":

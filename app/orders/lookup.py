@@ -32,6 +32,19 @@ def _listed(order_id: int, status: str, at: datetime, order: Entry | Order) -> L
     return listed
 
 
+def columns_of(entry: Entry) -> dict[str, Any]:
+    """Return what an entry tells of an order beside its id and its user, by the columns' names."""
+    return {
+        "product_id": entry.product_id,
+        "quantity": entry.quantity,
+        "unit_price_cents": entry.unit_price_cents,
+        "currency": entry.currency,
+        "claimed_at": from_ms(entry.claimed_ms),
+        "idempotency_key": entry.idempotency_key,
+        "reference": entry.reference,
+    }
+
+
 def queued_orders_of(user: User, limit: int, before: int | None = None) -> list[Listed]:
     """Return the user's orders that wait in Redis, newest first. Raises stock.Unavailable."""
     return [

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from sqlalchemy import select, text
+from sqlalchemy import inspect, select, text
 from sqlalchemy.exc import IntegrityError
 
 from ..audit import SYSTEM, Actor, record
@@ -107,11 +107,14 @@ def correct(product_id: int, units: int, reason: str, actor: Actor) -> int:
 def apply_movement(movement: StockMovement) -> int:
     """Carry a recorded movement out in Redis and mark it applied; return the free stock.
 
-    Safe to repeat, and safe for two at once: the second waits for the first. Raises
-    stock.Unavailable; raises Conflict, and removes the movement, when a correction would take more
-    than is free.
+    The movement is committed, and so is everything else. Safe to repeat, and safe for two at once:
+    the second waits for the first. Raises stock.Unavailable; raises Conflict, and removes the
+    movement, when a correction would take more than is free.
     """
-    movement_id = movement.id
+    (movement_id,) = inspect(movement).identity or ()
+    # What this transaction has read it holds against a reset, which holds the lock that is asked
+    # for now: each would wait for the other.
+    db.session.rollback()
     db.session.execute(text(f"SELECT pg_advisory_xact_lock_shared({SALE_LOCK})"))
     generation = on_record()
     found = db.session.get(StockMovement, movement_id, with_for_update=True, populate_existing=True)
