@@ -18,14 +18,14 @@ from flask import (
 )
 from flask.typing import ResponseReturnValue
 
-from .. import auth
+from .. import auth, numbers
 from ..extensions import limiter
 from ..models import ENDED_STATUSES, MAX_HOLD_SECONDS
 from ..orders import cancelling, holds, intents, search, sheet
 from ..problems import Conflict, InvalidRequest, KeyMismatch, Unavailable, UnknownOrder
 from ..products import catalogue
 from ..reading import MAX_ID, MAX_QUANTITY, MAX_REASON, VALID_KEY, read_digits, read_text
-from . import forms, jobs, numbers
+from . import forms, jobs
 
 bp = Blueprint("orders", __name__, url_prefix="/admin/orders")
 CHANGE_LIMIT = "120/minute"
@@ -132,7 +132,7 @@ def show_story(
     return render_template(
         template,
         story=story,
-        product=catalogue.names().get(story.order.product_id),
+        product=catalogue.names().sold(story.order.product_id, story.order.claimed_at),
         cancelling=(intents.units_given_back(order_id) if story.order.status == "QUEUED" else 0),
         job_is_known=story.batch is not None and jobs.is_known(story.batch.job_id),
         errors=errors or {},
