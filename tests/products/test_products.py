@@ -24,7 +24,8 @@ def test_create_and_buy_at_once(client, buy, admin_headers):
     assert answer.json == {
         "id": 2, "name": "Lamp", "priceCents": 1999, "currency": "EUR", "opensAt": None,
         "closesAt": None, "perUserLimit": None, "maxQuantity": 10, "paused": False,
-        "sku": None, "visibility": "listed", "archived": False, "stockRemaining": 3,
+        "holdSeconds": None, "sku": None, "visibility": "listed", "archived": False,
+        "stockRemaining": 3,
         "braked": False, "currencyDigits": 2,
     }  # fmt: skip
     assert buy(1, product_id=2).status_code == 200

@@ -269,6 +269,9 @@ class Sale(RuleBasedStateMachine):
         if not ids:
             return
         self.due = set(data.draw(st.lists(st.sampled_from(ids), max_size=6)))
+        self.put_clock()
+
+    def put_clock(self):
         db.session.execute(
             text(
                 "UPDATE orders SET held_until = now() + CASE WHEN id = ANY(:due)"
@@ -291,6 +294,17 @@ class Sale(RuleBasedStateMachine):
             self.orders[order][2] = "EXPIRED"
         if ended and crash == "before":
             self.untold.append(("return", ended))
+
+    @rule(data=st.data(), crash=CRASHES)
+    def nobody_pays(self, data, crash):
+        """What waits is stored, and some of what is held ends."""
+        self.drain(100, crash=False)
+        self.settle()
+        held = [n for n in sorted(self.stored) if self.orders[n][2] == "HELD"]
+        if held:
+            self.due = set(data.draw(st.lists(st.sampled_from(held), min_size=1, max_size=6)))
+            self.put_clock()
+            self.expire(crash)
 
     @rule()
     def settle(self):
