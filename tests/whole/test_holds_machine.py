@@ -374,7 +374,7 @@ def test_every_order_of_acts_keeps_the_promises(make_app, examples):
 
 
 # What each would do: an order that is confirmed and whose unit is sold again; units that come back
-# twice; units that come back although the order keeps them.
+# twice.
 PLANTED = {
     "a confirmation that ignores EXPIRED": {
         (holds, "LOCKED"): ("status", "CASE status WHEN 'EXPIRED' THEN 'HELD' ELSE status END"),
@@ -389,18 +389,6 @@ PLANTED = {
         (states, "EXPIRE"): (
             "FROM expired GROUP BY product_id",
             "FROM expired, generate_series(1, 2) AS twice GROUP BY product_id, twice",
-        ),
-    },
-    "a return without the order's row": {
-        (states, "GIVE_BACK"): (
-            "UPDATE orders o SET",
-            "UPDATE orders o SET payment = NULL WHERE false RETURNING 1), unchanged AS ("
-            "SELECT o.id, o.product_id, o.user_id, o.user_name, o.acts + 1 AS acts, part.units"
-            " FROM orders o, part WHERE o.id = part.id), forgotten AS (UPDATE orders o SET",
-            "FROM part WHERE o.id = part.id AND",
-            "FROM part WHERE false AND o.id = part.id AND",
-            "FROM changed ORDER",
-            "FROM unchanged ORDER",
         ),
     },
 }
