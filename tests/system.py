@@ -24,6 +24,19 @@ from app.run.processes import leashed
 # What a run must not inherit from whoever started the tests.
 OF_A_RUN = ("REDIS_URL", "DATABASE_URL", "SECRET_KEY")
 
+# What production asks of the settings besides the servers' addresses.
+PRODUCTION = {
+    "APP_ENV": "production",
+    "SECRET_KEY": "0123456789abcdef0123456789abcdef",
+    "ADMIN_EMAIL": "admin@shop.example",
+    "ADMIN_PASSWORD": "correct horse battery staple",
+    "ADMIN_API_TOKEN": "fst_0123456789abcdef0123456789abcdef",
+    "METRICS_TOKEN": "0123456789abcdef0123456789abcdef",
+    "TRUSTED_PROXIES": "1",
+    "WEB_WORKERS": "2",
+    "LOG_FORMAT": "json",
+}
+
 
 def spawn(argv: Sequence[object], directory: Path = ROOT, **options) -> subprocess.Popen:
     """Start a program that gets SIGTERM when the tests die. Call it in the main thread only."""

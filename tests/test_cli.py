@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from test_real_servers import PRODUCTION
+from system import PRODUCTION
 
 from app.config import ROOT
 from app.extensions import db, stock

@@ -7,10 +7,10 @@ from importlib import resources
 
 import pytest
 import redis
+from counts import commandstats
 from drills import often
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_claim import commandstats
 
 from app.config import NO_LIMIT, RateLimit, load_settings
 from app.extensions import stock

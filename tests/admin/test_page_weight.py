@@ -53,7 +53,8 @@ def test_a_thousand_products_make_no_larger_dashboard(admin, app):
             text(
                 "INSERT INTO products (id, name, price_cents, currency, closes_at)"
                 " OVERRIDING SYSTEM VALUE SELECT i, 'Product ' || i, 100, 'USD',"
-                " CASE WHEN i <> 777 THEN now() END FROM generate_series(2, 1001) AS i"
+                " CASE WHEN i <> 777 THEN now() - interval '1 hour' END"
+                " FROM generate_series(2, 1001) AS i"
             )
         )
         db.session.commit()

@@ -26,6 +26,7 @@ import redis
 from call import call
 from client import free_port
 from front import make_certificate, nginx_config
+from system import PRODUCTION
 from waiting import wait_until
 
 from app.config import ROOT, SettingsError, load_settings, with_secrets
@@ -34,17 +35,6 @@ pytestmark = pytest.mark.drill
 
 # Both have to be quoted in a URL.
 REDIS_PASSWORD, POSTGRES_PASSWORD = "re/dis:p@ss %41 word", "post/gres:p@ss %41 word"
-PRODUCTION = {
-    "APP_ENV": "production",
-    "SECRET_KEY": "0123456789abcdef0123456789abcdef",
-    "ADMIN_EMAIL": "admin@shop.example",
-    "ADMIN_PASSWORD": "correct horse battery staple",
-    "ADMIN_API_TOKEN": "fst_0123456789abcdef0123456789abcdef",
-    "METRICS_TOKEN": "0123456789abcdef0123456789abcdef",
-    "TRUSTED_PROXIES": "1",
-    "WEB_WORKERS": "2",
-    "LOG_FORMAT": "json",
-}
 
 
 def installed(name: str, *places: str) -> str:

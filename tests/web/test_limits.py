@@ -3,7 +3,7 @@
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from test_claim import at_once
+from crowd import at_once
 from wire import purchase, serving
 
 from app.addresses import network_of

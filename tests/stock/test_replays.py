@@ -3,7 +3,7 @@
 import uuid
 
 import pytest
-from test_dead_letters import occupy
+from occupied import occupy
 
 from app.audit import CLI
 from app.books import recovery

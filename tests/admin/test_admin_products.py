@@ -5,8 +5,8 @@ import re
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from crowd import at_once
 from people import BROWSER, csrf_token, fields_of, scripted, send
-from test_claim import at_once
 from waiting import wait_until
 
 from app.extensions import db, stock

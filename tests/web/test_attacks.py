@@ -14,8 +14,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from call import call
-from system import start_system, stop_system
-from test_rolling_restart import processes
+from system import processes, start_system, stop_system
 from waiting import wait_until
 
 STYLES = b"GET /static/vendor/tabler-1.6.1.min.css HTTP/1.1\r\nHost: x\r\n\r\n"

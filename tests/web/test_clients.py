@@ -8,12 +8,13 @@ import shutil
 import subprocess
 import sys
 import urllib.request
-from pathlib import Path
 from urllib.parse import quote
 
 import pytest
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+from app.config import ROOT
+
+DOCS = ROOT / "docs"
 users = itertools.count(random.randrange(10**9, 2**52))
 
 

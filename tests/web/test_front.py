@@ -4,7 +4,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from test_real_servers import PRODUCTION
+from system import PRODUCTION
 
 from app.config import with_secrets
 

@@ -4,8 +4,8 @@ import threading
 from dataclasses import replace
 
 import pytest
+from crowd import at_once
 from sqlalchemy import select
-from test_claim import at_once
 
 from app import create_app
 from app.audit import CLI, Actor

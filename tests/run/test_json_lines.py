@@ -11,8 +11,7 @@ import pytest
 import redis
 from call import call
 from client import free_port
-from system import start_system, stop_system
-from test_rolling_restart import processes
+from system import processes, start_system, stop_system
 from waiting import wait_until
 
 from app.config import ROOT
