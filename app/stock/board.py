@@ -107,6 +107,18 @@ class Noticeboard:
             ],
         )
 
+    def tell_head(self, epoch: str, number: int) -> None:
+        """Tell where the feed of events ends, so that nobody has to ask PostgreSQL in vain."""
+        with _asking():
+            self.client.set(Keys.feed_head, f"{epoch} {number}")
+
+    def feed_head(self) -> tuple[str, int] | None:
+        """Return the epoch and the number at which the feed ends, None where nobody has told."""
+        with _asking():
+            told = self.client.get(Keys.feed_head)
+        epoch, _, number = cast("str", told or "").partition(" ")
+        return (epoch, int(number)) if number.isdecimal() else None
+
     def take_turn(self, seconds: int) -> bool:
         """Return whether it is the caller's turn to prove the ledger; it then is for so long."""
         with _asking():

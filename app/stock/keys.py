@@ -48,6 +48,8 @@ class Keys:
     telemetry = "sale:{0}:telemetry"
     processes = "sale:{0}:processes"
     workers = "sale:{0}:workers"
+    # Where the feed of events ends: "epoch number".
+    feed_head = "sale:{0}:feed-head"
     # What pages show of a product when PostgreSQL is away, as JSON by product id.
     shelf = "sale:{0}:shelf"
     # Attempts of users, addresses and networks, in two hashes by turns: see claim.lua.

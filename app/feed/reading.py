@@ -1,0 +1,194 @@
+"""Following the feed: events after a cursor, in the order of their numbers.
+
+A cursor is the id of an event, `<epoch>-<number>`: the epoch is the sale's, new with each reset of
+it, so that nobody goes on by mistake in a feed that has begun anew.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import msgspec
+from sqlalchemy import select, text
+
+from ..extensions import db
+from ..models import Batch, Order
+from ..orders import search
+from ..orders.listing import describe
+from ..problems import Conflict, InvalidRequest
+from ..times import utc_text
+
+MOST_EVENTS = 1000
+CURSOR = re.compile(r"([0-9a-zA-Z]{1,32})-([0-9]{1,18})").fullmatch
+
+# The feed's ends are read with the rows, in one statement: what is dropped meanwhile is noticed.
+SELECT_EVENTS = text("""
+    SELECT number, count, at, type, order_id, sequence, batch_id, first_order_id, last_order_id,
+           body::text
+    FROM events WHERE number > :after ORDER BY number LIMIT :most
+""")
+SELECT_OF_ORDER = text("""
+    SELECT number, count, at, type, order_id, sequence, batch_id, first_order_id, last_order_id,
+           body::text
+    FROM events WHERE order_id = :order ORDER BY number LIMIT :most
+""")
+STORED = "order.stored"
+encode = msgspec.json.encode
+
+
+class CursorExpired(Exception):
+    """The events that would come next were kept for 30 days, and are dropped."""
+
+    code = "cursor_expired"
+
+
+class Event(NamedTuple):
+    """An event, and its JSON as everybody is told it."""
+
+    number: int
+    type: str
+    json: bytes
+
+
+class Ends(NamedTuple):
+    """The sale's epoch, the number of the last event, and that of the last one that was dropped."""
+
+    epoch: str
+    head: int
+    floor: int
+
+    def cursor(self, number: int) -> str:
+        return f"{self.epoch}-{number}"
+
+
+class Page(NamedTuple):
+    """Events, and the number after which the next page begins."""
+
+    events: list[Event]
+    next: int
+    ends: Ends
+
+
+def ends() -> Ends:
+    """Return where the feed begins and ends. Raises Conflict before there is a sale."""
+    found = db.session.execute(
+        text("SELECT coalesce(epoch, generation), head, floor FROM sale, feed")
+    ).one_or_none()
+    if found is None:
+        raise Conflict("There is no sale yet", "no_sale")
+    return Ends(*found)
+
+
+def number_of(cursor: str | None, of: Ends) -> int:
+    """Return the number after which a cursor goes on; without one, that of the oldest event.
+
+    Raises InvalidRequest for what is no cursor, Conflict for one of another sale or one that is
+    ahead of the feed (PostgreSQL was restored from a copy), CursorExpired for one that is too old.
+    """
+    if cursor is None:
+        return of.floor
+    match = CURSOR(cursor)
+    if not match:
+        raise InvalidRequest("after must be the id of an event, or what next was", "after")
+    epoch, number = match[1], int(match[2])
+    if epoch != of.epoch:
+        raise Conflict("The cursor is from another sale, before a reset", "other_sale")
+    if number > of.head:
+        raise Conflict("The cursor is ahead of the feed, which has lost events", "cursor_ahead")
+    if number < of.floor:
+        raise CursorExpired("The events after this cursor are no longer kept")
+    return number
+
+
+def read(after: int, limit: int, of: Ends) -> Page:
+    """Return up to `limit` events after a number that `number_of` gave. Raises CursorExpired."""
+    events: list[Event] = []
+    if after < of.head:
+        for row in db.session.execute(SELECT_EVENTS, {"after": after, "most": limit}):
+            events += _told(row, of, after, limit - len(events))
+            if len(events) >= limit:
+                break
+        if (now := ends()).epoch != of.epoch or now.floor > after:
+            raise CursorExpired("The events after this cursor are no longer kept")
+    return Page(events, events[-1].number if events else after, of)
+
+
+def of_order(order_id: int, limit: int = 100) -> list[Event]:
+    """Return what happened to one order, the oldest first, as far as it is kept."""
+    of = ends()
+    stored = db.session.execute(
+        select(Batch.event_number, Batch.first_order_id, Batch.last_order_id, Batch.persisted_at)
+        .join(Order, Order.batch_id == Batch.id)
+        .where(Order.id == order_id, Batch.event_number > of.floor)
+    ).one_or_none()
+    events: list[Event] = []
+    if stored:
+        found = db.session.execute(
+            text("SELECT count, batch_id FROM events WHERE number = :number"),
+            {"number": stored.event_number},
+        ).one_or_none()
+        if found:
+            before = stored.event_number - found.count
+            batch = _stored_orders(found.batch_id, stored.first_order_id, stored.last_order_id)
+            events = [
+                event
+                for index, order in enumerate(batch, before + 1)
+                if order.id == order_id
+                for event in [_of_stored(index, stored.persisted_at, order, of)]
+            ]
+    rows = db.session.execute(SELECT_OF_ORDER, {"order": order_id, "most": limit})
+    return events + [event for row in rows for event in _told(row, of, 0, 1)]
+
+
+def _told(row: Any, of: Ends, after: int, most: int) -> list[Event]:
+    """Return a row's events after a number: one, or those of a batch."""
+    if row.type != STORED:
+        members = {"id": of.cursor(row.number), "type": row.type, "at": utc_text(row.at)}
+        if row.sequence is not None:
+            members["sequence"] = row.sequence
+        # The body goes on as it was written: `{"id":…` and `"order":…}`.
+        told = encode(members)[:-1] + b"," + row.body.encode()[1:]
+        return [Event(row.number, row.type, told)]
+    before = row.number - row.count
+    skipped = max(0, after - before)
+    orders = _stored_orders(row.batch_id, row.first_order_id, row.last_order_id, skipped, most)
+    return [
+        _of_stored(number, row.at, order, of)
+        for number, order in enumerate(orders, before + skipped + 1)
+    ]
+
+
+def _stored_orders(
+    batch_id: int, first: int, last: int, skipped: int = 0, most: int | None = None
+) -> Iterator[search.Found]:
+    """Yield a batch's orders as they were stored, whatever has become of them since."""
+    rows = db.session.execute(
+        select(*search.COLUMNS)
+        .where(Order.id.between(first, last), Order.batch_id == batch_id)
+        .order_by(Order.id)
+        .offset(skipped)
+        .limit(most)
+    )
+    for row in rows:
+        yield as_stored(search.from_row(row))
+
+
+def as_stored(found: search.Found) -> search.Found:
+    if found.status == "CONFIRMED":
+        return found
+    return replace(
+        found, status="CONFIRMED", cancelled_at=None, cancelled_by=None, cancel_reason=None
+    )
+
+
+def _of_stored(number: int, at: Any, order: search.Found, of: Ends) -> Event:
+    kind = "order.held" if order.status == "HELD" else "order.confirmed"
+    members = {
+        "id": of.cursor(number),
+        "type": kind,
+        "at": utc_text(at),
+        "sequence": 0,
+        "order": describe(order),
+    }
+    return Event(number, kind, encode(members))
