@@ -12,14 +12,15 @@ from . import search
 from .listing import describe
 
 
-def record(kind: str, order_ids: Sequence[int], **more: Any) -> None:
+def record(kind: str, orders: Sequence[Order], **more: Any) -> None:
     """Tell of a step of these stored orders; `more` stands beside the order in the event.
 
     Call it after the orders' rows were locked and changed, before the commit.
     """
+    ids = [order.id for order in orders]
     db.session.flush()
     rows = db.session.execute(
-        select(*search.COLUMNS, Order.acts).where(Order.id.in_(order_ids)).order_by(Order.id)
+        select(*search.COLUMNS, Order.acts).where(Order.id.in_(ids)).order_by(Order.id)
     )
     add(
         Happened(kind, {"order": describe(search.from_row(row[:-1]))} | more, row[0], row[-1])

@@ -1,18 +1,19 @@
 """Orders: a shopper's list, one order's story, and cancelling."""
 
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, cast
 
-from sqlalchemy import select, update
+from sqlalchemy import select
 
 from ..audit import Actor, record
 from ..extensions import db, stock
 from ..models import DeadLetter, Order, StockMovement
-from ..problems import Conflict, UnknownOrder
+from ..problems import Conflict
 from ..products.movements import apply_movement
 from ..reading import User
 from ..stock.entries import Entry
 from ..times import from_ms, utc_text
+from . import states
 
 MAX_LISTED = 500
 
@@ -83,32 +84,14 @@ def cancel(order_id: int, reason: str, actor: Actor) -> Order:
     Raises UnknownOrder (also while it still waits to be persisted), Conflict when it is cancelled
     already, and stock.Unavailable: recorded then, and the units follow when Redis is back.
     """
-    order = db.session.get(Order, order_id, with_for_update=True)
-    if order is None:
-        raise UnknownOrder(order_id)
-    if order.status == "CANCELLED":
-        db.session.rollback()
-        raise Conflict("This order is cancelled already", "already_cancelled")
-    db.session.execute(
-        update(Order)
-        .where(Order.id == order_id)
-        .values(
-            status="CANCELLED",
-            cancelled_at=datetime.now(UTC),
-            cancelled_by=actor.name,
-            cancel_reason=reason,
+    order = states.lock(order_id)
+    try:
+        returned = states.give_back(
+            order, order.quantity - order.returned_units, "CANCELLED", reason, actor
         )
-    )
-    movement = StockMovement(
-        product_id=order.product_id,
-        kind="return",
-        units=order.quantity,
-        reason=reason,
-        actor=actor.name,
-        user=order.user,
-        order_id=order_id,
-    )
-    db.session.add(movement)
+    except Conflict:
+        db.session.rollback()
+        raise
     record(
         actor,
         "order.cancel",
@@ -117,5 +100,5 @@ def cancel(order_id: int, reason: str, actor: Actor) -> Order:
         after={"status": "CANCELLED", "reason": reason, "units": order.quantity},
     )
     db.session.commit()
-    apply_movement(movement)
+    apply_movement(db.session.get_one(StockMovement, returned.movement_id))
     return db.session.get_one(Order, order_id)

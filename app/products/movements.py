@@ -14,10 +14,10 @@ from ..audit import SYSTEM, Actor, record
 from ..extensions import db, stock
 from ..generation import on_record
 from ..locks import SALE_LOCK
-from ..models import DeadLetter, Order, Product, ProductTotals, StockMovement
+from ..models import ENDED_STATUSES, DeadLetter, Order, Product, ProductTotals, StockMovement
 from ..problems import Conflict, InvalidRequest, KeyMismatch, UnknownProduct
 from ..reading import MAX_RESTOCK, MAX_STOCK
-from ..stock.entries import Entry
+from ..stock.entries import STANDING, Entry
 from ..stock.gateway import Ended
 from .sale import publish, require_sale
 
@@ -144,10 +144,16 @@ def apply_movement(movement: StockMovement) -> int:
 
 
 def _ended_by(movement: StockMovement) -> Ended | None:
-    """Return the order that a return ends, if it came with an Idempotency-Key."""
-    if movement.order_id and (order := db.session.get(Order, movement.order_id)):
-        key = order.idempotency_key
-        return Ended(key, order.id, order.status) if key else None
+    """Return the order that a movement ends, or lets stand again, if it came with a key."""
+    if movement.order_id:
+        order = db.session.get(Order, movement.order_id, populate_existing=True)
+        if order is None or order.idempotency_key is None:
+            return None
+        if movement.kind == "reclaim":
+            return Ended(order.idempotency_key, order.id, STANDING)
+        # One that gave back a part still stands: its key's record is as it was.
+        ended = order.status in ENDED_STATUSES
+        return Ended(order.idempotency_key, order.id, order.status) if ended else None
     if movement.dead_letter_id:
         letter = db.session.get_one(DeadLetter, movement.dead_letter_id)
         key = Entry.parse(letter.payload).idempotency_key
