@@ -12,11 +12,9 @@ from sqlalchemy import (
     BigInteger,
     CheckConstraint,
     ColumnElement,
-<<<<<<< HEAD
+    ColumnElement,
     Date,
-=======
-    Computed,
->>>>>>> orders
+    ForeignKey,
     ForeignKey,
     Identity,
     Index,

@@ -22,7 +22,7 @@ from ..audit import Actor, record
 from ..database import waiting_at_most
 from ..extensions import db, stock
 from ..generation import Held, held
-from ..locks import DRAIN_LOCK, REBUILD_LOCK, SALE_LOCK
+from ..locks import DRAIN_LOCK, EVENTS_LOCK, REBUILD_LOCK, SALE_LOCK
 from ..models import STANDING_STATUSES, Sale
 from ..orders.drain import BATCH_ORDERS, Row, store
 from ..problems import Conflict, Unavailable
@@ -70,20 +70,23 @@ def what_a_reset_deletes() -> tuple[int, int, int]:
 def reset(actor: Actor) -> int:
     """Delete every product, order and movement, here and in Redis; return the new product's id.
 
-    Staff, tokens and the audit stay. Ids start from 1 again. Raises stock.Unavailable before
+    Staff, tokens, endpoints of webhooks and the audit stay. Ids start from 1 again. Raises stock.Unavailable before
     anything is deleted when Redis can't be reached.
     """
     # A drain under way finishes first, and so does a movement; the next ones find nothing.
     db.session.execute(text(f"SELECT pg_advisory_xact_lock({REBUILD_LOCK})"))
     db.session.execute(text(f"SELECT pg_advisory_xact_lock({DRAIN_LOCK})"))
+    db.session.execute(text(f"SELECT pg_advisory_xact_lock({EVENTS_LOCK})"))
     db.session.execute(text(f"SELECT pg_advisory_xact_lock({SALE_LOCK})"))
     stock.clear()
     db.session.execute(
         text(
             "TRUNCATE orders, order_intents, dead_letters, batches, stock_movements,"
-            " product_totals, products, sale RESTART IDENTITY"
+            " product_totals, products, sale, events, new_events, sold_out, webhook_deliveries,"
+            " webhook_attempts RESTART IDENTITY"
         )
     )
+    db.session.execute(text("UPDATE feed SET head = 0, floor = 0"))
     idempotency.forget(catalogue.CREATE)
     generation = secrets.token_hex(8)
     db.session.add(Sale(generation=generation, epoch=generation))
