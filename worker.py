@@ -26,7 +26,7 @@ from app.extensions import stock
 from app.problems import Unavailable
 from app.watch.telemetry import Meter
 from app.worker.jobs import orders_queue
-from app.worker.relay import Relay, Sampler, Sweeper, run_forever
+from app.worker.relay import Numberer, Relay, Sampler, Sweeper, run_forever
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,12 @@ def main() -> None:
     stopped = threading.Event()
     threads = [
         threading.Thread(target=run_forever, args=(app, step, stopped), name=step.__qualname__)
-        for step in (Relay().run_once, Sampler(name).run_once, Sweeper().run_once)
+        for step in (
+            Relay().run_once,
+            Numberer().run_once,
+            Sampler(name).run_once,
+            Sweeper().run_once,
+        )
     ]
     for thread in threads:
         thread.daemon = True

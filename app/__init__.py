@@ -24,7 +24,7 @@ def create_app(settings: Settings | None = None) -> Flask:
     from .books import recovery
     from .config import ROOT, load_settings, with_secrets
     from .extensions import csrf, db, limiter, login, migrate, stock
-    from .web import api, errors, front, headers
+    from .web import api, errors, events, front, headers
     from .web.identity import Shoppers
     from .web.lane import PurchaseLane
     from .web.polls import Polls
@@ -52,6 +52,7 @@ def create_app(settings: Settings | None = None) -> Flask:
     errors.init_app(app)
 
     app.register_blueprint(api.bp)
+    app.register_blueprint(events.bp)
     app.register_blueprint(front.bp)
     admin.init_app(app)
     cli.init_app(app)

@@ -93,6 +93,12 @@ def _limit(highest: int) -> Callable[[str], RateLimit]:
     return parse
 
 
+def _switch(value: str) -> bool:
+    if value.lower() not in ("on", "off"):
+        raise ValueError("must be on or off")
+    return value.lower() == "on"
+
+
 def _units(value: str) -> int:
     return 0 if value.lower() == "off" else _integer(1, 1_000_000_000)(value)
 
@@ -248,6 +254,13 @@ class Settings:
         "info",
         _choice("debug", "info", "warning", "error"),
         "least level that is logged; `debug` writes a line for every purchase",
+    )
+    webhook_allow_private: bool = setting(
+        "WEBHOOK_ALLOW_PRIVATE",
+        False,
+        _switch,
+        "`on` lets webhooks be sent to private and loopback addresses: for a shop in the same "
+        "network; anybody who may make endpoints can then reach into it",
     )
     trusted_proxies: int = setting(
         "TRUSTED_PROXIES", 0, _integer(0, 10), "hops of X-Forwarded-For to believe"

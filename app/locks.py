@@ -18,6 +18,6 @@ EVENTS_LOCK = 7_316_006
 # Held shared while a movement is carried out, alone while the sale in Redis is replaced: a movement
 # applied to the old sale is never marked as applied to the new one.
 SALE_LOCK = 7_316_003
-# Of an endpoint of webhooks, by (this, its id) in PostgreSQL's space of pairs: one sender at a time,
-# for as long as its session lives. Held alone.
+# Of an endpoint of webhooks, by (this, its id) in PostgreSQL's space of pairs: one sender at a
+# time, for as long as its session lives. Held alone.
 WEBHOOK_LOCKS = 7_316_007

@@ -12,9 +12,8 @@ from sqlalchemy import (
     BigInteger,
     CheckConstraint,
     ColumnElement,
-    ColumnElement,
+    Computed,
     Date,
-    ForeignKey,
     ForeignKey,
     Identity,
     Index,
@@ -217,7 +216,7 @@ class Batch(Model):
     orders: Mapped[int] = mapped_column(Integer)
     dead_letters: Mapped[int] = mapped_column(Integer)
     persisted_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
-    # The number of its last order's event; none before it is numbered, 0 from before there were any.
+    # The number of its last order's event; none while it has none, 0 from before there were events.
     event_number: Mapped[int | None] = mapped_column(BigInteger)
 
 
@@ -516,7 +515,7 @@ class NewEvent(Model):
 
 
 class Event(Model):
-    """Numbered events, a partition for each day. A batch is one row with a number for each order."""
+    """Numbered events, a partition for each day. A batch is one row, with a number per order."""
 
     __tablename__ = "events"
     __table_args__ = (
@@ -583,7 +582,7 @@ class WebhookEndpoint(Model):
     state: Mapped[str] = mapped_column(String(3), server_default="on")
     # Why it was switched off by itself; none where a person did so.
     off_reason: Mapped[str | None] = mapped_column(Text)
-    # Where it goes on: the sale's epoch, and the number of the last event that was sent or left out.
+    # Where it goes on: the sale's epoch, and the number of the last event that is done with.
     epoch: Mapped[str] = mapped_column(String(32))
     number: Mapped[int] = mapped_column(BigInteger, server_default="0")
     # Of the delivery that fails now.
@@ -595,7 +594,7 @@ class WebhookEndpoint(Model):
 
 
 class WebhookDelivery(Model):
-    """Events in one message: what is in it, and its webhook-id, are fixed before it is first sent."""
+    """Events in one message: its contents and webhook-id are fixed before it is first sent."""
 
     __tablename__ = "webhook_deliveries"
     __table_args__ = (

@@ -39,6 +39,10 @@ class Conflict(Exception):
         self.code = code
 
 
+class CursorExpired(Exception):
+    """The events that would come next were kept for their time, and are dropped."""
+
+
 class KeyMismatch(Exception):
     """The Idempotency-Key belongs to another request."""
 

@@ -70,8 +70,8 @@ def what_a_reset_deletes() -> tuple[int, int, int]:
 def reset(actor: Actor) -> int:
     """Delete every product, order and movement, here and in Redis; return the new product's id.
 
-    Staff, tokens, endpoints of webhooks and the audit stay. Ids start from 1 again. Raises stock.Unavailable before
-    anything is deleted when Redis can't be reached.
+    Staff, tokens, endpoints of webhooks and the audit stay. Ids start from 1 again. Raises
+    stock.Unavailable before anything is deleted when Redis can't be reached.
     """
     # A drain under way finishes first, and so does a movement; the next ones find nothing.
     db.session.execute(text(f"SELECT pg_advisory_xact_lock({REBUILD_LOCK})"))

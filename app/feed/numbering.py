@@ -1,7 +1,7 @@
 """Numbers for events: one writer at a time numbers what is committed, and nothing is jumped over.
 
-A reader that has seen a number has seen, or can still see, every lower one: numbers are given after
-the commits, in one transaction after the other. A batch of the drain takes as many as it has orders.
+A reader that has seen a number has seen, or can still see, every lower one: numbers are given
+after the commits, in one transaction after the other. A batch takes as many as it has orders.
 """
 
 import logging
@@ -33,7 +33,7 @@ BEGIN = f"""
     SET LOCAL idle_in_transaction_session_timeout = '5s';
     SET LOCAL statement_timeout = '20s';
     SELECT pg_try_advisory_xact_lock({EVENTS_LOCK})
-"""  # noqa: S608
+"""
 # Read before the batches: an event that is seen here came after its order was stored, so the
 # batches that the next statement sees have it.
 SEEN = "SELECT array_agg(id) FROM (SELECT id FROM new_events ORDER BY id LIMIT %s) AS seen"
@@ -140,7 +140,7 @@ def _make(connection: Any, cursor: Any, day: date) -> None:
     name = f"events_{day:%Y%m%d}"
     try:
         cursor.execute(
-            f"SET LOCAL lock_timeout = '1s'; SELECT pg_advisory_xact_lock({EVENTS_LOCK});"
+            f"SET LOCAL lock_timeout = '1s'; SELECT pg_advisory_xact_lock({EVENTS_LOCK});"  # noqa: S608
             f" CREATE TABLE IF NOT EXISTS {name} (LIKE events INCLUDING DEFAULTS);"
             f" ALTER TABLE events ATTACH PARTITION {name}"
             f" FOR VALUES FROM ('{day}') TO ('{day + timedelta(1)}')"
@@ -154,8 +154,8 @@ def _make(connection: Any, cursor: Any, day: date) -> None:
 def _drop(connection: Any, cursor: Any, day: date) -> None:
     name = f"events_{day:%Y%m%d}"
     cursor.execute(
-        f"SET LOCAL lock_timeout = '1s'; SELECT pg_advisory_xact_lock({EVENTS_LOCK});"
-        f" UPDATE feed SET floor = greatest(floor, (SELECT max(number) FROM {name}));"  # noqa: S608
+        f"SET LOCAL lock_timeout = '1s'; SELECT pg_advisory_xact_lock({EVENTS_LOCK});"  # noqa: S608
+        f" UPDATE feed SET floor = greatest(floor, (SELECT max(number) FROM {name}));"
         f" DROP TABLE {name}"
     )
     connection.commit()

@@ -16,31 +16,25 @@ from ..extensions import db
 from ..models import Batch, Order
 from ..orders import search
 from ..orders.listing import describe
-from ..problems import Conflict, InvalidRequest
+from ..problems import Conflict, CursorExpired, InvalidRequest
 from ..times import utc_text
 
 MOST_EVENTS = 1000
 CURSOR = re.compile(r"([0-9a-zA-Z]{1,32})-([0-9]{1,18})").fullmatch
 
-# The feed's ends are read with the rows, in one statement: what is dropped meanwhile is noticed.
-SELECT_EVENTS = text("""
-    SELECT number, count, at, type, order_id, sequence, batch_id, first_order_id, last_order_id,
-           body::text
-    FROM events WHERE number > :after ORDER BY number LIMIT :most
-""")
-SELECT_OF_ORDER = text("""
-    SELECT number, count, at, type, order_id, sequence, batch_id, first_order_id, last_order_id,
-           body::text
-    FROM events WHERE order_id = :order ORDER BY number LIMIT :most
-""")
+COLUMNS = """
+    number, count, at, type, order_id, sequence, batch_id, first_order_id, last_order_id, body::text
+"""
+# Numbers have no gaps: these rows, and the batch that reaches beyond, are what is asked for.
+SELECT_EVENTS = text(f"""
+    (SELECT {COLUMNS} FROM events WHERE number > :after AND number <= :upto ORDER BY number)
+    UNION ALL (SELECT {COLUMNS} FROM events WHERE number > :upto ORDER BY number LIMIT 1)
+""")  # noqa: S608
+SELECT_OF_ORDER = text(f"""
+    SELECT {COLUMNS} FROM events WHERE order_id = :order ORDER BY number LIMIT :most
+""")  # noqa: S608
 STORED = "order.stored"
 encode = msgspec.json.encode
-
-
-class CursorExpired(Exception):
-    """The events that would come next were kept for 30 days, and are dropped."""
-
-    code = "cursor_expired"
 
 
 class Event(NamedTuple):
@@ -105,10 +99,9 @@ def read(after: int, limit: int, of: Ends) -> Page:
     """Return up to `limit` events after a number that `number_of` gave. Raises CursorExpired."""
     events: list[Event] = []
     if after < of.head:
-        for row in db.session.execute(SELECT_EVENTS, {"after": after, "most": limit}):
-            events += _told(row, of, after, limit - len(events))
-            if len(events) >= limit:
-                break
+        for row in db.session.execute(SELECT_EVENTS, {"after": after, "upto": after + limit}):
+            if len(events) < limit:
+                events += _told(row, of, after, limit - len(events))
         if (now := ends()).epoch != of.epoch or now.floor > after:
             raise CursorExpired("The events after this cursor are no longer kept")
     return Page(events, events[-1].number if events else after, of)

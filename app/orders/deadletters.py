@@ -22,6 +22,7 @@ from ..products.movements import apply_movement
 from ..reading import User
 from ..stock.entries import Entry
 from ..times import from_ms
+from . import events
 from .lookup import MAX_LISTED
 
 log = logging.getLogger(__name__)
@@ -189,6 +190,7 @@ def replay(ids: list[int], reason: str, actor: Actor) -> list[Resolved]:
             cause = str(getattr(error, "orig", error)).strip().partition("\n")[0]
             return Resolved(letter.id, False, f"It was refused again: {cause}")
         _mark(letter, "replayed", reason, actor)
+        events.record_ids("order.confirmed", [order_id])
         if order_id != letter.order_id:
             letter.replayed_as = order_id
             moved.append((entry, former, order_id))
@@ -220,6 +222,7 @@ def abandon(ids: list[int], reason: str, actor: Actor) -> list[Resolved]:
     def resolve(letter: DeadLetter) -> Resolved:
         units = _returnable(letter)
         _mark(letter, "abandoned", reason, actor)
+        events.record_letter("order.cancelled", letter, units=units, reason=reason)
         record(
             actor,
             "dead-letter.abandon",

@@ -16,6 +16,7 @@ from ..database import raw_connection
 from ..extensions import db, stock
 from ..locks import DRAIN_LOCK
 from ..stock.entries import Columns, split
+from . import events
 
 log = logging.getLogger(__name__)
 
@@ -153,6 +154,7 @@ def _insert_all(cursor, batch_id: int, rows: list[Row]) -> tuple[set[str], int]:
                     parts and parts.reference,
                 ),
             )
+    events.failed(cursor, dead)
     return set(dead), inserted
 
 

@@ -14,8 +14,7 @@ from ..reading import User
 from ..stock.entries import Entry
 from ..times import from_ms, utc_text
 from . import states
-
-MAX_LISTED = 500
+from .search import MAX_LISTED
 
 # An order in the API's form.
 Listed = dict[str, Any]

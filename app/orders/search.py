@@ -19,10 +19,11 @@ from ..problems import Unavailable, UnknownOrder
 from ..reading import REFERENCE, VALID_KEY, User, canonical
 from ..stock.entries import Entry
 from ..times import from_ms
-from .lookup import MAX_LISTED
 
 STATUSES = ("QUEUED", "CONFIRMED", "CANCELLED", "FAILED")
 PAGE_ORDERS = 50
+# The most of one list, wherever an API or a page shows it.
+MAX_LISTED = 500
 # An export's step: few statements, and little memory however long the export.
 EXPORT_ORDERS = 2000
 # Ids are given in the order of the claims, so a time is an id. This many more are looked at on

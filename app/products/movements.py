@@ -19,6 +19,7 @@ from ..problems import Conflict, InvalidRequest, KeyMismatch, UnknownProduct
 from ..reading import MAX_RESTOCK, MAX_STOCK
 from ..stock.entries import STANDING, Entry
 from ..stock.gateway import Ended
+from .observed import restocked
 from .sale import publish, require_sale
 
 
@@ -139,6 +140,8 @@ def apply_movement(movement: StockMovement) -> int:
         raise Conflict(f"Only {free} units are free", "insufficient_stock")
     movement.applied_at = datetime.now(UTC)
     movement.stock_after = free
+    if movement.kind in ("restock", "correction") and movement.units > 0:
+        restocked(movement, free)
     db.session.commit()
     return free
 

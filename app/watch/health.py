@@ -171,6 +171,8 @@ def newest_migration(directory: str) -> str | None:
     """Return the revision that the code expects."""
     config = Config()
     config.set_main_option("script_location", directory)
+    # As migrations/env.py does: what several versions share lies beside it.
+    config.set_main_option("prepend_sys_path", directory)
     return ScriptDirectory.from_config(config).get_current_head()
 
 

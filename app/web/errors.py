@@ -13,6 +13,7 @@ from ..extensions import db
 from ..problems import (
     AnotherShopper,
     Conflict,
+    CursorExpired,
     InvalidRequest,
     KeyMismatch,
     Unauthenticated,
@@ -151,6 +152,10 @@ def init_app(app: Flask) -> None:
     @app.errorhandler(Conflict)
     def conflict(error: Conflict) -> ResponseReturnValue:
         return show_error(409, str(error), error.code)
+
+    @app.errorhandler(CursorExpired)
+    def cursor_expired(error: CursorExpired) -> ResponseReturnValue:
+        return show_error(410, str(error), "cursor_expired")
 
     @app.errorhandler(KeyMismatch)
     def mismatch(error: KeyMismatch) -> ResponseReturnValue:

@@ -7,11 +7,12 @@ import time
 from typing import NamedTuple
 
 import redis
-from flask import current_app, g
+from flask import current_app, g, request
 from limits.errors import StorageError
 
 from ..config import RateLimit
 from ..extensions import limited_client, limiter
+from .polls import OFFER
 
 # Wrong tokens of one address: guessing is hopeless, this is for the sake of PostgreSQL.
 FAILED_TOKEN_LIMIT = "600/minute"  # noqa: S105
@@ -67,4 +68,6 @@ token_limit = limiter.limit(
     _token_limit,
     key_func=lambda: g.actor.name if g.get("actor") else limited_client(),
     scope=lambda endpoint: "token" if g.get("actor") else "failed_token",
+    # A poll that has waited is the same request still.
+    exempt_when=lambda: getattr(request.environ.get(OFFER), "again", False),
 )

@@ -1,6 +1,7 @@
-"""What a worker does beside RQ's work: relay, sampler and sweeper, each a `run_once`.
+"""What a worker does beside RQ's work: relay, numberer, sampler and sweeper, each a `run_once`.
 
-The relay calls for a drain when orders wait. Once a second the sampler tells what Redis holds, and
+The relay calls for a drain when orders wait, and the numberer numbers the events of what was
+stored. Once a second the sampler tells what Redis holds, and
 the sweeper finishes what crashes left undone. Any number of worker processes may run; they do no
 harm together.
 """
@@ -19,9 +20,10 @@ from sqlalchemy.exc import SQLAlchemyError
 from ..books import ledger, recovery
 from ..database import waiting_at_most
 from ..extensions import db, stock
+from ..feed import numbering
 from ..orders.drain import drain_batch
 from ..problems import Unavailable
-from ..products import brake, movements, sale
+from ..products import brake, movements, observed, sale
 from ..stock.gateway import View
 from ..stock.outcomes import REFUSALS
 from ..watch import samples, shelf
@@ -34,6 +36,8 @@ PACE_SECONDS = 0.2
 # How long one look at an empty outbox may last; an order that comes in ends it at once.
 WATCH_MS = 500
 SWEEP_SECONDS = 1.0
+# How old an event may be before it is told, when nothing else is amiss.
+NUMBER_SECONDS = 0.2
 # The same order is the first in the outbox for so long only when nobody drains.
 STUCK_SECONDS = 3.0
 # All that a step of the relay or the sweeper may wait for PostgreSQL; past it nobody answers.
@@ -69,6 +73,17 @@ class Relay:
         jobs.enqueue_drain()
 
 
+class Numberer:
+    """Numbers the events that were committed, a few times a second."""
+
+    def __init__(self) -> None:
+        self._numberer = numbering.Numberer()
+
+    def run_once(self, stopped: threading.Event) -> None:
+        if not self._numberer.run_once():
+            stopped.wait(NUMBER_SECONDS)
+
+
 class Sampler:
     """Once a second, with Redis alone: says that this worker is alive, and samples the sale."""
 
@@ -99,6 +114,7 @@ class Sweeper:
 
     def __init__(self) -> None:
         self._shelf = shelf.Shelf()
+        self._observer = observed.Observer()
 
     def run_once(self, stopped: threading.Event) -> None:
         started = time.monotonic()
@@ -109,6 +125,7 @@ class Sweeper:
             sale.publish_stale()
             movements.finish_pending()
             self._shelf.renew()
+            self._observer.run_once()
         ledger.check_in_turn()
         stopped.wait(max(0.0, started + SWEEP_SECONDS - time.monotonic()))
 

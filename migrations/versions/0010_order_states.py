@@ -131,11 +131,11 @@ CREATE TRIGGER ended BEFORE UPDATE OF status ON orders FOR EACH ROW
   EXECUTE FUNCTION end_order()
 """
 CANCELLED_BEFORE = f"""
-WITH some AS (SELECT id FROM orders
+WITH batch AS (SELECT id FROM orders
               WHERE status = 'CANCELLED' AND acts = 0 AND id > :after
               ORDER BY id LIMIT {ROWS_AT_ONCE} FOR UPDATE),
-     done AS (UPDATE orders o SET returned_units = quantity, acts = 1 FROM some
-              WHERE o.id = some.id RETURNING o.id)
+     done AS (UPDATE orders o SET returned_units = quantity, acts = 1 FROM batch
+              WHERE o.id = batch.id RETURNING o.id)
 SELECT max(id) FROM done
 """  # noqa: S608
 CHECKS = [
