@@ -12,12 +12,14 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
 from types import FrameType
 
 from wsgi import app  # before all else: from here on what goes wrong is a log line
 
 # isort: split
 import redis
+import rq
 from rq import SimpleWorker
 from rq.exceptions import StopRequested
 from rq.serializers import JSONSerializer
@@ -50,8 +52,8 @@ def new_name() -> str:
     return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
 
 
-def work(connection: redis.Redis) -> None:
-    """Run one RQ worker after the other until a signal comes.
+def work(queue: rq.Queue) -> None:
+    """Run one RQ worker of a queue after the other until a signal comes.
 
     RQ's worker ends when it stumbles over what it finds in Redis. The process stays: the relay in
     it has to live for some seconds to see that nobody stores the orders, and to do so itself.
@@ -61,9 +63,9 @@ def work(connection: redis.Redis) -> None:
         try:
             # No fork per job (19 ms). One queue: a worker of several can lose a job when killed.
             worker = Worker(
-                [orders_queue(connection)],
+                [queue],
                 name=new_name(),
-                connection=connection,
+                connection=queue.connection,
                 serializer=JSONSerializer,
                 worker_ttl=WORKER_TTL_SECONDS,
             )
@@ -83,16 +85,28 @@ def work(connection: redis.Redis) -> None:
 
 def main() -> None:
     name = new_name()
-    Meter("worker").start()
+    steps = (
+        Relay().run_once,
+        Numberer().run_once,
+        Sampler(name).run_once,
+        Sweeper().run_once,
+    )
+    try:
+        run("worker", orders_queue, steps)
+    finally:
+        with app.app_context(), contextlib.suppress(Unavailable):
+            stock.board.gone(name)
+
+
+def run(
+    role: str, queue: Callable[[redis.Redis], rq.Queue], steps: Sequence[Callable[..., None]]
+) -> None:
+    """Work on a queue, with the steps beside it each in a thread, until a signal comes."""
+    Meter(role).start()
     stopped = threading.Event()
     threads = [
         threading.Thread(target=run_forever, args=(app, step, stopped), name=step.__qualname__)
-        for step in (
-            Relay().run_once,
-            Numberer().run_once,
-            Sampler(name).run_once,
-            Sweeper().run_once,
-        )
+        for step in steps
     ]
     for thread in threads:
         thread.daemon = True
@@ -101,13 +115,11 @@ def main() -> None:
     connection = redis.Redis.from_url(app.config["SETTINGS"].redis_url, socket_connect_timeout=1)
     with app.app_context():
         try:
-            work(connection)
+            work(queue(connection))
         finally:
             stopped.set()
             for thread in threads:
                 thread.join(timeout=5)
-            with contextlib.suppress(Unavailable):
-                stock.board.gone(name)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,10 @@ class UnknownOrder(LookupError):
     """There is no order with this id."""
 
 
+class UnknownEndpoint(LookupError):
+    """There is no endpoint of webhooks, or no delivery to it, with this id."""
+
+
 class Conflict(Exception):
     """The change can't be made as things stand; `code` names why."""
 

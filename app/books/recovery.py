@@ -21,6 +21,7 @@ from .. import idempotency
 from ..audit import Actor, record
 from ..database import waiting_at_most
 from ..extensions import db, stock
+from ..feed import webhooks
 from ..generation import Held, held
 from ..locks import DRAIN_LOCK, EVENTS_LOCK, REBUILD_LOCK, SALE_LOCK
 from ..models import STANDING_STATUSES, Sale
@@ -90,6 +91,7 @@ def reset(actor: Actor) -> int:
     idempotency.forget(catalogue.CREATE)
     generation = secrets.token_hex(8)
     db.session.add(Sale(generation=generation, epoch=generation))
+    webhooks.begin_anew(generation)
     record(actor, "sale.reset", "sale", after=SEED_PRODUCT)
     db.session.commit()
     stock.open(generation, first_order_id=1)

@@ -209,7 +209,7 @@ def put_off(endpoint: WebhookEndpoint, outcome: Outcome, now: datetime) -> None:
     """Set when an endpoint is tried again after a failure, or switch it off."""
     endpoint.failures += 1
     endpoint.failing_since = endpoint.failing_since or now
-    pause = PAUSES[min(endpoint.failures, len(PAUSES)) - 1] * random.uniform(1, 1 + JITTER)  # noqa: S311
+    pause = PAUSES[min(endpoint.failures, len(PAUSES)) - 1] * random.uniform(1, 1 + JITTER)
     if outcome.retry_after is not None:
         pause = max(pause, min(outcome.retry_after, LONGEST_RETRY_AFTER))
     endpoint.next_at = now + timedelta(seconds=pause)

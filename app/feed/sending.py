@@ -95,9 +95,7 @@ class _Stream(httpcore.NetworkStream):
         timeout: float | None = None,
     ) -> httpcore.NetworkStream:
         left = self._network.left(httpcore.ConnectTimeout)
-        return _Stream(
-            self._stream.start_tls(ssl_context, server_hostname, left), self._network
-        )
+        return _Stream(self._stream.start_tls(ssl_context, server_hostname, left), self._network)
 
     def get_extra_info(self, info: str) -> Any:
         return self._stream.get_extra_info(info)
@@ -198,9 +196,7 @@ class Sender:
             with self._pool.stream(
                 "POST", url, headers=list(headers.items()), content=body
             ) as response:
-                found = outcome(
-                    status=response.status, retry_after=_retry_after(response.headers)
-                )
+                found = outcome(status=response.status, retry_after=_retry_after(response.headers))
                 self._read_off(response)
                 return found
         except Refused as error:
@@ -232,7 +228,7 @@ class Sender:
 
 
 def _retry_after(headers: Iterable[tuple[bytes, bytes]]) -> float | None:
-    """Return the seconds that a Retry-After asks for (RFC 9110, 10.2.3), None without a good one."""
+    """Return the seconds that a Retry-After asks for (RFC 9110, 10.2.3), if it does."""
     for name, value in headers:
         if name.lower() == b"retry-after":
             text = value.decode("latin-1").strip()

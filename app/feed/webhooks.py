@@ -4,6 +4,7 @@ import json
 import re
 import secrets
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
@@ -15,7 +16,7 @@ from ..audit import Actor, record
 from ..events import TYPES
 from ..extensions import db
 from ..models import WebhookAttempt, WebhookDelivery, WebhookEndpoint
-from ..problems import Conflict, InvalidRequest
+from ..problems import Conflict, InvalidRequest, UnknownEndpoint
 from ..reading import read_text
 from ..times import utc_text
 from . import reading, secret
@@ -30,10 +31,6 @@ MOST_DESCRIPTION = 200
 OVERLAP_HOURS = 24
 MEMBERS = ("url", "types", "description")
 HOST = re.compile(r"[0-9A-Za-z._-]{1,253}|[0-9A-Fa-f:.]{2,45}").fullmatch
-
-
-class UnknownEndpoint(LookupError):
-    """There is no endpoint, or no delivery to it, with this id."""
 
 
 def check_url(url: str) -> str:
@@ -89,9 +86,7 @@ def read(data: Mapping[str, Any]) -> dict[str, Any]:
         values["types"] = sorted(set(types))
     if "description" in data:
         empty = data["description"] in ("", None)
-        values["description"] = (
-            "" if empty else read_text(data, "description", MOST_DESCRIPTION)
-        )
+        values["description"] = "" if empty else read_text(data, "description", MOST_DESCRIPTION)
     return values
 
 
@@ -197,13 +192,14 @@ def rotate(endpoint_id: int, actor: Actor) -> tuple[WebhookEndpoint, str]:
 def secrets_of(endpoint: WebhookEndpoint) -> list[str]:
     """Return the secrets that are in force, the newest first. Raises secret.Unreadable."""
     found = [secret.unseal(endpoint.secret)]
-    if endpoint.former_secret and endpoint.former_until and (
-        endpoint.former_until > datetime.now(UTC)
+    if (
+        endpoint.former_secret
+        and endpoint.former_until
+        and (endpoint.former_until > datetime.now(UTC))
     ):
-        try:
+        # From before SECRET_KEY was changed: the new one is enough.
+        with suppress(secret.Unreadable):
             found.append(secret.unseal(endpoint.former_secret))
-        except secret.Unreadable:
-            pass  # from before SECRET_KEY was changed: the new one is enough
     return found
 
 
@@ -339,6 +335,15 @@ def describe_delivery(delivery: WebhookDelivery) -> dict[str, Any]:
         "attempts": delivery.attempts,
         "createdAt": utc_text(delivery.created_at),
         "deliveredAt": delivery.delivered_at and utc_text(delivery.delivered_at),
+    }
+
+
+def describe_attempt(attempt: WebhookAttempt) -> dict[str, Any]:
+    return {
+        "at": utc_text(attempt.at),
+        "milliseconds": attempt.milliseconds,
+        "status": attempt.status,
+        "error": attempt.error,
     }
 
 

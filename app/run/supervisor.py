@@ -46,13 +46,14 @@ class Supervisor:
     """One run of the whole system on one DATA_DIR."""
 
     def __init__(self, settings: Settings, tree: Path = ROOT):
-        """`tree` holds wsgi.py and worker.py."""
+        """`tree` holds wsgi.py, worker.py and webhooks.py."""
         self.settings, self.tree = settings, tree
         self.note = tree / ".runs" / str(os.getpid())
         self.signals = Signals()
         self.kept: list[Kept[Program]] = []
         self.web: Program | None = None
         self.worker: Program | None = None
+        self.webhooks: Program | None = None
         self.started_at = time.monotonic()
         self.ready = self.warned = False
 
@@ -93,10 +94,11 @@ class Supervisor:
         telling.tell("Preparing the database: migrations, and what a first start needs")
         flask = [sys.executable, "-m", "flask", "--app", "wsgi"]
         self._run_to_end(Command("prepare", [*flask, "prepare"], environ, self.tree))
-        telling.tell("Starting the web server and a worker")
+        telling.tell("Starting the web server, a worker and who sends webhooks")
         self.web = Command("web", [sys.executable, "-m", "app.run.serve"], environ, self.tree)
         self.worker = Command("worker", [sys.executable, "worker.py"], environ, self.tree)
-        for program in (self.worker, self.web):
+        self.webhooks = Command("webhooks", [sys.executable, "webhooks.py"], environ, self.tree)
+        for program in (self.worker, self.webhooks, self.web):
             self._keep(program)
             program.launch()
 
@@ -112,6 +114,8 @@ class Supervisor:
             log.info("web and worker: new processes take over")
             self.web.send_signal(signal.SIGHUP)
             self.worker.terminate()  # ends its batch first, and is started again as if it had died
+            if self.webhooks:
+                self.webhooks.terminate()
         for kept in self.kept:
             kept.check(time.monotonic())
         if not self.ready:

@@ -195,6 +195,19 @@ class Noticeboard:
         with _asking():
             return bool(self.raw_client.set(Keys.drain_lease, b"1", nx=True, px=milliseconds))
 
+    def take_webhook_lease(self, name: str, milliseconds: int) -> bool:
+        """Return whether nobody is about to send there; then the caller is, for so long at most."""
+        with _asking():
+            return bool(
+                self.raw_client.set(
+                    Keys.webhook_lease_prefix + name, b"1", nx=True, px=milliseconds
+                )
+            )
+
+    def end_webhook_lease(self, *names: str) -> None:
+        with _asking():
+            self.raw_client.delete(*(Keys.webhook_lease_prefix + name for name in names))
+
     def end_drain_lease(self) -> None:
         with _asking():
             self.raw_client.delete(Keys.drain_lease)

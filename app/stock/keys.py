@@ -48,6 +48,7 @@ class Keys:
     telemetry = "sale:{0}:telemetry"
     processes = "sale:{0}:processes"
     workers = "sale:{0}:workers"
+    webhook_lease_prefix = "sale:{0}:webhook-lease:"
     # Where the feed of events ends: "epoch number".
     feed_head = "sale:{0}:feed-head"
     # What pages show of a product when PostgreSQL is away, as JSON by product id.

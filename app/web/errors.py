@@ -19,6 +19,7 @@ from ..problems import (
     Unauthenticated,
     Unavailable,
     UnknownCaller,
+    UnknownEndpoint,
     UnknownOrder,
     UnknownProduct,
 )
@@ -148,6 +149,10 @@ def init_app(app: Flask) -> None:
     @app.errorhandler(UnknownOrder)
     def unknown_order(error: UnknownOrder) -> ResponseReturnValue:
         return show_error(404, "Unknown order", "unknown_order")
+
+    @app.errorhandler(UnknownEndpoint)
+    def unknown_endpoint(error: UnknownEndpoint) -> ResponseReturnValue:
+        return show_error(404, "Unknown webhook endpoint or delivery", "unknown_webhook")
 
     @app.errorhandler(Conflict)
     def conflict(error: Conflict) -> ResponseReturnValue:

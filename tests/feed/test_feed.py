@@ -92,7 +92,9 @@ def test_an_event_tells_the_order_as_it_was_then(app, buy, drain, number, feed):
 def test_nothing_that_commits_late_is_jumped_over(app, buy, drain, number, feed):
     """The transaction that took the lower id commits last; a reader who is ahead still sees it."""
     with app.app_context(), db.engine.connect() as late:
-        late.execute(text("INSERT INTO new_events (type, body) VALUES ('order.held', '{\"a\": 1}')"))
+        late.execute(
+            text("INSERT INTO new_events (type, body) VALUES ('order.held', '{\"a\": 1}')")
+        )
         add([Happened("order.released", {"b": 1})])
         db.session.commit()
         number()
