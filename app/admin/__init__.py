@@ -14,9 +14,10 @@ from . import (
     products,
     session,
     staff,
+    webhooks,
 )
 
-PAGES = (session, dashboard, products, orders, dead_letters, ledger, staff, audit)
+PAGES = (session, dashboard, products, orders, dead_letters, ledger, staff, webhooks, audit)
 
 
 def init_app(app: Flask) -> None:

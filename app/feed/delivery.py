@@ -168,10 +168,10 @@ class Job:
 
     def _record(self, endpoint_id: int, delivery_id: int, outcome: Outcome) -> None:
         """Put an attempt on record, and what follows from it."""
-        endpoint = db.session.get(
-            WebhookEndpoint, endpoint_id, with_for_update=True, populate_existing=True
-        )
-        delivery = db.session.get(WebhookDelivery, delivery_id, populate_existing=True)
+        # Read anew: meanwhile both may have been changed, or removed.
+        db.session.expunge_all()
+        endpoint = db.session.get(WebhookEndpoint, endpoint_id, with_for_update=True)
+        delivery = db.session.get(WebhookDelivery, delivery_id)
         if endpoint is None or delivery is None:
             # Removed meanwhile.
             db.session.rollback()

@@ -15,7 +15,7 @@ from sqlalchemy import func, select, text, update
 from ..audit import Actor, record
 from ..events import TYPES
 from ..extensions import db
-from ..models import WebhookAttempt, WebhookDelivery, WebhookEndpoint
+from ..models import RequestKey, WebhookAttempt, WebhookDelivery, WebhookEndpoint
 from ..problems import Conflict, InvalidRequest, UnknownEndpoint
 from ..reading import read_text
 from ..times import utc_text
@@ -105,11 +105,15 @@ def get(endpoint_id: int, lock: bool = False) -> WebhookEndpoint:
 
 
 def create(
-    values: Mapping[str, Any], actor: Actor, after: str | None = None
+    values: Mapping[str, Any],
+    actor: Actor,
+    after: str | None = None,
+    taken: RequestKey | None = None,
 ) -> tuple[WebhookEndpoint, str]:
     """Create an endpoint for what happens from now on, or after a cursor; return its secret too.
 
-    The secret is told this once. Raises InvalidRequest, Conflict, CursorExpired.
+    The secret is told this once, and again to who repeats the request with its key, which is
+    `taken`. Raises InvalidRequest, Conflict, CursorExpired.
     """
     if "url" not in values:
         raise InvalidRequest("url is required", "url")
@@ -132,6 +136,7 @@ def create(
     db.session.add(endpoint)
     db.session.flush()
     _note(actor, "webhook.create", endpoint, after=_audited(endpoint))
+    _answer(taken, endpoint=endpoint.id, sealed=endpoint.secret)
     db.session.commit()
     return endpoint, made
 
@@ -177,7 +182,9 @@ def remove(endpoint_id: int, actor: Actor) -> None:
     db.session.commit()
 
 
-def rotate(endpoint_id: int, actor: Actor) -> tuple[WebhookEndpoint, str]:
+def rotate(
+    endpoint_id: int, actor: Actor, taken: RequestKey | None = None
+) -> tuple[WebhookEndpoint, str]:
     """Make a new secret; the former one signs too for OVERLAP_HOURS. Raises UnknownEndpoint."""
     endpoint = get(endpoint_id, lock=True)
     made = secret.make()
@@ -185,8 +192,28 @@ def rotate(endpoint_id: int, actor: Actor) -> tuple[WebhookEndpoint, str]:
     endpoint.former_until = datetime.now(UTC) + timedelta(hours=OVERLAP_HOURS)
     endpoint.secret = secret.seal(made)
     _note(actor, "webhook.rotate", endpoint)
+    _answer(taken, endpoint=endpoint.id, sealed=endpoint.secret)
     db.session.commit()
     return endpoint, made
+
+
+def made_before(answer: Mapping[str, Any]) -> tuple[WebhookEndpoint, str]:
+    """Return what a request with the same key has made: the endpoint, and the secret of then.
+
+    Raises UnknownEndpoint when it is removed.
+    """
+    try:
+        return get(answer["endpoint"]), secret.unseal(answer["sealed"])
+    except secret.Unreadable:
+        raise Conflict(
+            "SECRET_KEY was changed since: make a new secret", "secret_unreadable"
+        ) from None
+
+
+def _answer(taken: RequestKey | None, **answer: Any) -> None:
+    """Keep, in the transaction of the act, what a request with the same key is to be told."""
+    if taken:
+        taken.answer = answer
 
 
 def secrets_of(endpoint: WebhookEndpoint) -> list[str]:
@@ -203,7 +230,7 @@ def secrets_of(endpoint: WebhookEndpoint) -> list[str]:
     return found
 
 
-def test(endpoint_id: int, actor: Actor) -> WebhookDelivery:
+def send_test(endpoint_id: int, actor: Actor, taken: RequestKey | None = None) -> WebhookDelivery:
     """Have a test sent, once, whether the endpoint is on or off. Raises UnknownEndpoint."""
     endpoint = get(endpoint_id)
     now = datetime.now(UTC)
@@ -218,16 +245,21 @@ def test(endpoint_id: int, actor: Actor) -> WebhookDelivery:
         wanted_at=now,
     )
     db.session.add(delivery)
+    db.session.flush()
     _note(actor, "webhook.test", endpoint)
+    _answer(taken, delivery=delivery.id)
     db.session.commit()
     return delivery
 
 
-def redeliver(endpoint_id: int, delivery_id: int, actor: Actor) -> WebhookDelivery:
+def redeliver(
+    endpoint_id: int, delivery_id: int, actor: Actor, taken: RequestKey | None = None
+) -> WebhookDelivery:
     """Have a delivery sent once more, with the same id and contents. Raises UnknownEndpoint."""
     endpoint, delivery = get(endpoint_id), delivery_of(endpoint_id, delivery_id)
     delivery.wanted_at = datetime.now(UTC)
     _note(actor, "webhook.redeliver", endpoint, after={"delivery": delivery_id})
+    _answer(taken, delivery=delivery.id)
     db.session.commit()
     return delivery
 

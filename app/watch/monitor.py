@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+from sqlalchemy import func, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from ..database import is_unavailable
 from ..extensions import db, stock
 from ..generation import Held, held, on_record
-from ..models import Product, ProductTotals
+from ..models import Product, ProductTotals, WebhookEndpoint
 from ..problems import Unavailable, UnknownProduct
 from ..stock.brakes import Brakes
 from . import health, samples, shelf
@@ -108,6 +109,8 @@ class Board:
     ledger: Ledger
     weak: list[str]
     dead_orders: int
+    # Endpoints of webhooks that were switched off because they failed.
+    webhooks_off: int
     # The chart's newest seconds, as columns.
     samples: samples.Columns
 
@@ -299,8 +302,19 @@ def board() -> Board:
         ledger=live.ledger,
         weak=_durability.weak() if not live.error else [],
         dead_orders=sum(item.held_orders for item in found),
+        webhooks_off=0 if live.postgres_error else _webhooks_off(),
         samples=samples.columns(live.samples, live.now.timestamp()),
     )
+
+
+def _webhooks_off() -> int:
+    try:
+        off = WebhookEndpoint.off_reason.is_not(None)
+        return db.session.scalar(select(func.count(WebhookEndpoint.id)).where(off)) or 0
+    except SQLAlchemyError:
+        # PostgreSQL went away a moment ago, which the next look tells.
+        db.session.rollback()
+        return 0
 
 
 class _Durability:

@@ -1,15 +1,18 @@
 """The JSON routes of webhooks: endpoints, their secrets, and what was sent to them."""
 
+from typing import Any
+
 from flask import Blueprint, Response, g, jsonify, request, url_for
 from flask.typing import ResponseReturnValue
 
+from .. import idempotency
 from ..extensions import csrf
 from ..feed import webhooks
-from ..models import WebhookDelivery, WebhookEndpoint
+from ..models import RequestKey, WebhookDelivery, WebhookEndpoint
 from ..problems import InvalidRequest, UnknownEndpoint
 from ..reading import MAX_ID
 from .access import token_required
-from .api import query_integer, read_json
+from .api import idempotency_key, query_integer, read_json
 
 bp = Blueprint("webhooks", __name__, url_prefix="/webhooks")
 csrf.exempt(bp)
@@ -29,10 +32,35 @@ def members(*known: str) -> dict[str, object]:
     return data
 
 
-def with_secret(endpoint: WebhookEndpoint, secret: str) -> Response:
+def keyed(resource: str, content: object = None) -> tuple[RequestKey | None, Any]:
+    """Take the request's Idempotency-Key for its act; return also what it has answered before.
+
+    Raises InvalidRequest and KeyMismatch.
+    """
+    key = idempotency_key()
+    if key is None:
+        return None, None
+    route = f"{request.method} {request.url_rule.rule if request.url_rule else ''}"
+    taken = idempotency.take(route, resource, key, content)
+    return taken, taken.answer
+
+
+def with_secret(endpoint: WebhookEndpoint, secret: str, replayed: bool = False) -> Response:
     """Show an endpoint with the secret that was just made, and is never shown again."""
     response = jsonify(webhooks.describe(endpoint) | {"secret": secret})
     response.headers["Cache-Control"] = "no-store"
+    return _marked(response, replayed)
+
+
+def accepted(delivery: WebhookDelivery, replayed: bool = False) -> Response:
+    response = jsonify(webhooks.describe_delivery(delivery))
+    response.status_code = 202
+    return _marked(response, replayed)
+
+
+def _marked(response: Response, replayed: bool) -> Response:
+    if replayed:
+        response.headers["Idempotent-Replayed"] = "true"
     return response
 
 
@@ -55,8 +83,13 @@ def create() -> ResponseReturnValue:
     after = data.pop("after", None)
     if after is not None and type(after) is not str:
         raise InvalidRequest("after must be the id of an event, or what next was", "after")
-    endpoint, secret = webhooks.create(webhooks.read(data), g.actor, after)
-    response = with_secret(endpoint, secret)
+    values = webhooks.read(data)
+    taken, answer = keyed("", values | {"after": after})
+    if answer is None:
+        endpoint, secret = webhooks.create(values, g.actor, after, taken)
+    else:
+        endpoint, secret = webhooks.made_before(answer)
+    response = with_secret(endpoint, secret, answer is not None)
     response.status_code = 201
     response.location = url_for("webhooks.show", endpoint_id=endpoint.id)
     return response
@@ -93,15 +126,20 @@ def remove(endpoint_id: int) -> ResponseReturnValue:
 def rotate(endpoint_id: int) -> ResponseReturnValue:
     """Make a new secret; the former one signs too for a day."""
     members()
-    return with_secret(*webhooks.rotate(known(endpoint_id), g.actor))
+    taken, answer = keyed(str(known(endpoint_id)))
+    if answer is not None:
+        return with_secret(*webhooks.made_before(answer), replayed=True)
+    return with_secret(*webhooks.rotate(endpoint_id, g.actor, taken))
 
 
 @bp.post("/<int:endpoint_id>/test")
 @token_required
 def test(endpoint_id: int) -> ResponseReturnValue:
     members()
-    delivery = webhooks.test(known(endpoint_id), g.actor)
-    return jsonify(webhooks.describe_delivery(delivery)), 202
+    taken, answer = keyed(str(known(endpoint_id)))
+    if answer is not None:
+        return accepted(webhooks.delivery_of(endpoint_id, answer["delivery"]), replayed=True)
+    return accepted(webhooks.send_test(endpoint_id, g.actor, taken))
 
 
 @bp.get("/<int:endpoint_id>/deliveries")
@@ -129,9 +167,11 @@ def show_delivery(endpoint_id: int, delivery_id: int) -> ResponseReturnValue:
 def redeliver(endpoint_id: int, delivery_id: int) -> ResponseReturnValue:
     """Have it sent once more, as it was."""
     members()
-    found_delivery(endpoint_id, delivery_id)
-    delivery = webhooks.redeliver(endpoint_id, delivery_id, g.actor)
-    return jsonify(webhooks.describe_delivery(delivery)), 202
+    delivery = found_delivery(endpoint_id, delivery_id)
+    taken, answer = keyed(f"{endpoint_id}/{delivery_id}")
+    if answer is not None:
+        return accepted(delivery, replayed=True)
+    return accepted(webhooks.redeliver(endpoint_id, delivery_id, g.actor, taken))
 
 
 def found_delivery(endpoint_id: int, delivery_id: int) -> WebhookDelivery:

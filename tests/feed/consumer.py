@@ -80,7 +80,9 @@ def hang(handler: BaseHTTPRequestHandler) -> bool:
 def reset(handler: BaseHTTPRequestHandler) -> bool:
     linger = struct.pack("ii", 1, 0)
     handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-    handler.connection.close()
+    handler.close_connection = True
+    for each in (handler.rfile, handler.wfile, handler.connection):
+        each.close()
     return True
 
 

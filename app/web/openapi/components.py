@@ -310,7 +310,7 @@ HEADERS = {
     ),
     "Idempotent-Replayed": ("^true$", "true", "the answer of an earlier request with this key"),
     "ETag": (r'^"[0-9]+"$', '"7"', "the version of the product's terms, for `If-Match`"),
-    "Location": ("^/products/[0-9]+$", "/products/2", "the new product"),
+    "Location": ("^/(products|webhooks)/[0-9]+$", "/products/2", "what was made"),
     "WWW-Authenticate": ("^Bearer ", 'Bearer realm="shop"', "what is asked for (RFC 6750)"),
 }
 LIMIT_HEADERS = ("RateLimit-Policy", "RateLimit")
@@ -337,6 +337,13 @@ ERRORS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "body_too_large": ("The body is larger than 16 KiB", {}),
     "unsupported_media_type": ("Content-Type must be application/json", {}),
+    "other_sale": ("The cursor is from another sale, before a reset", {}),
+    "cursor_ahead": ("The cursor is ahead of the feed, which has lost events", {}),
+    "cursor_expired": ("The events after this cursor are no longer kept", {}),
+    "no_sale": ("There is no sale yet", {}),
+    "too_many_endpoints": ("There are 100 endpoints, the most there can be", {}),
+    "unknown_webhook": ("Unknown webhook endpoint or delivery", {}),
+    "secret_unreadable": ("SECRET_KEY was changed since: make a new secret", {}),
     "stale_version": ("The product was changed meanwhile", {"product": PRODUCT}),
     "idempotency_mismatch": ("Idempotency-Key was used with another request", {}),
     "rate_limited": ("Too many requests", {"limit": "user"}),

@@ -9,6 +9,7 @@ from typing import Any
 
 from ...config import VERSION
 from ...orders.lookup import MAX_LISTED
+from . import feed
 from .components import (
     CREATION_KEY,
     HEADERS,
@@ -103,6 +104,7 @@ def _paths() -> dict[str, Any]:
     }
     before = parameter("before", "query", ID, "orders with a smaller id: the next page")
     return {
+        **feed.paths(),
         "/purchase": {
             "post": operation(
                 "Buying",
@@ -414,10 +416,10 @@ def document() -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {"title": "Flash sale", "version": VERSION, "description": INTRODUCTION},
         "servers": [{"url": "/"}],
-        "tags": [{"name": name} for name in ("Buying", "Products", "Operation")],
+        "tags": [{"name": name} for name in ("Buying", "Products", "Events", "Operation")],
         "paths": _paths(),
         "components": {
-            "schemas": SCHEMAS,
+            "schemas": SCHEMAS | feed.SCHEMAS,
             "headers": {
                 name: {
                     "description": meaning,
