@@ -141,7 +141,7 @@ class Network(httpcore.NetworkBackend):
             except BaseException:
                 connection.close()
                 raise
-        raise httpcore.ConnectError(str(error)) from error
+        raise httpcore.ConnectError(error)
 
     def _resolve(self, host: str, port: int) -> list[tuple[int, Any]]:
         looking = _resolvers().submit(socket.getaddrinfo, host, port, 0, socket.SOCK_STREAM)
@@ -208,7 +208,8 @@ class Sender:
         except (httpcore.ProtocolError, httpcore.UnsupportedProtocol):
             return outcome(error="what was answered is not HTTP")
         except (httpcore.NetworkError, OSError) as error:
-            cause = error.__cause__ or error.__context__ or error
+            # httpcore's own are made of the system's.
+            cause = next((arg for arg in error.args if isinstance(arg, BaseException)), error)
             if isinstance(cause, ssl.SSLCertVerificationError):
                 return outcome(error=f"the certificate is not valid: {cause.verify_message}")
             return outcome(error=_in_words(cause))
