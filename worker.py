@@ -28,7 +28,7 @@ from app.extensions import stock
 from app.problems import Unavailable
 from app.watch.telemetry import Meter
 from app.worker.jobs import orders_queue
-from app.worker.relay import Numberer, Relay, Sampler, Sweeper, run_forever
+from app.worker.relay import Canceller, Numberer, Relay, Sampler, Sweeper, run_forever
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +90,7 @@ def main() -> None:
         Numberer().run_once,
         Sampler(name).run_once,
         Sweeper().run_once,
+        Canceller().run_once,
     )
     try:
         run("worker", orders_queue, steps)

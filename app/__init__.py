@@ -24,7 +24,7 @@ def create_app(settings: Settings | None = None) -> Flask:
     from .books import recovery
     from .config import ROOT, load_settings, with_secrets
     from .extensions import csrf, db, limiter, login, migrate, stock
-    from .web import api, errors, events, front, headers, webhooks
+    from .web import api, errors, events, front, headers, orders, webhooks
     from .web.identity import Shoppers
     from .web.lane import PurchaseLane
     from .web.polls import Polls
@@ -54,6 +54,7 @@ def create_app(settings: Settings | None = None) -> Flask:
     app.register_blueprint(api.bp)
     app.register_blueprint(events.bp)
     app.register_blueprint(webhooks.bp)
+    app.register_blueprint(orders.bp)
     app.register_blueprint(front.bp)
     admin.init_app(app)
     cli.init_app(app)

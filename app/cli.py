@@ -353,10 +353,18 @@ def change_password(email: str, password: str) -> None:
 
 @token.command("create")
 @click.argument("name")
-def create_token(name: str) -> None:
+@click.option(
+    "--scope",
+    "scopes",
+    multiple=True,
+    required=True,
+    type=click.Choice([*tokens.SCOPES, tokens.ALL]),
+    help="What it may do; may be given more than once. * is everything.",
+)
+def create_token(name: str, scopes: tuple[str, ...]) -> None:
     """Create a token and show it, this once."""
     try:
-        created, secret = tokens.create(name, CLI)
+        created, secret = tokens.create(name, scopes, CLI)
     except InvalidRequest as error:
         raise click.ClickException(str(error)) from None
     click.echo(f"Token {created.id}: {secret}")
@@ -367,7 +375,7 @@ def list_tokens() -> None:
     """Show the tokens, without their text."""
     for found in tokens.all_tokens():
         state = "revoked" if found.revoked_at else f"last used {found.last_used_at or 'never'}"
-        click.echo(f"{found.id}  {found.hint or ''}…  {found.name}  {state}")
+        click.echo(f"{found.id}  {found.hint or ''}…  {found.name}  {found.scopes}  {state}")
 
 
 @token.command("revoke")

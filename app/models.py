@@ -340,6 +340,44 @@ class OrderIntent(Model):
     refusal: Mapped[str | None] = mapped_column(Text)
 
 
+class BulkCancel(Model):
+    """Many orders of a product that are being cancelled, some hundreds at a time."""
+
+    __tablename__ = "bulk_cancels"
+    __table_args__ = (
+        Index("ix_bulk_cancels_open", "id", postgresql_where=text("finished_at is null")),
+    )
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    product_id: Mapped[int] = mapped_column(ForeignKey("products.id"))
+    # What else is looked for; NULL where everything will do.
+    user_text: Mapped[str | None] = mapped_column(Text)
+    reference: Mapped[str | None] = mapped_column(Text)
+    since: Mapped[datetime | None] = mapped_column(Timestamp)
+    until: Mapped[datetime | None] = mapped_column(Timestamp)
+    # What is sold later is left alone.
+    through_order_id: Mapped[int] = mapped_column(BigInteger)
+    # How many there were, as whoever began it has confirmed.
+    orders: Mapped[int] = mapped_column(BigInteger)
+    reason: Mapped[str] = mapped_column(Text)
+    actor: Mapped[str] = mapped_column(Text)
+    address: Mapped[str | None] = mapped_column(Text)
+    # Where the next batch begins, and what was done before it.
+    last_order_id: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    cancelled_orders: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    cancelled_units: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
+    stopped_at: Mapped[datetime | None] = mapped_column(Timestamp)
+    stopped_by: Mapped[str | None] = mapped_column(Text)
+    finished_at: Mapped[datetime | None] = mapped_column(Timestamp)
+
+    @property
+    def state(self) -> str:
+        if self.finished_at is None:
+            return "running"
+        return "stopped" if self.stopped_at else "done"
+
+
 class DeadLetter(OfUser, Model):
     """An order that could not be stored. Its stock stays held until a person decides."""
 
@@ -449,6 +487,8 @@ class ApiToken(Model):
     token_hash: Mapped[str] = mapped_column(String(64), unique=True)
     # The first characters, by which people tell tokens apart; older tokens have none.
     hint: Mapped[str | None] = mapped_column(String(16))
+    # What it may do, one word each (RFC 6749, 3.3).
+    scopes: Mapped[str] = mapped_column(Text, server_default="*")
     created_by: Mapped[str] = mapped_column(Text)
     created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
     last_used_at: Mapped[datetime | None] = mapped_column(Timestamp)

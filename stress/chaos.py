@@ -51,7 +51,7 @@ from app import create_app
 from app.audit import Actor
 from app.books import ledger
 from app.config import load_settings
-from app.orders import lookup as orders
+from app.orders import cancelling as orders
 from app.problems import Conflict, Unavailable, UnknownOrder
 from app.run.embedded import PostgresServer, RedisServer
 

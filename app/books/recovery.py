@@ -25,6 +25,7 @@ from ..feed import webhooks
 from ..generation import Held, held
 from ..locks import DRAIN_LOCK, EVENTS_LOCK, REBUILD_LOCK, SALE_LOCK
 from ..models import STANDING_STATUSES, Sale
+from ..orders import bulk, cancelling
 from ..orders.drain import BATCH_ORDERS, Row, store
 from ..problems import Conflict, Unavailable
 from ..products import catalogue, movements, sale, terms
@@ -82,13 +83,14 @@ def reset(actor: Actor) -> int:
     stock.clear()
     db.session.execute(
         text(
-            "TRUNCATE orders, order_intents, dead_letters, batches, stock_movements,"
+            "TRUNCATE orders, order_intents, bulk_cancels, dead_letters, batches, stock_movements,"
             " product_totals, products, sale, events, new_events, sold_out, webhook_deliveries,"
             " webhook_attempts RESTART IDENTITY"
         )
     )
     db.session.execute(text("UPDATE feed SET head = 0, floor = 0"))
-    idempotency.forget(catalogue.CREATE)
+    for route in (catalogue.CREATE, cancelling.CANCEL, bulk.START):
+        idempotency.forget(route)
     generation = secrets.token_hex(8)
     db.session.add(Sale(generation=generation, epoch=generation))
     webhooks.begin_anew(generation)

@@ -168,10 +168,18 @@ def _stored_orders(
 
 
 def as_stored(found: search.Found) -> search.Found:
-    if found.status == "CONFIRMED":
+    """Return an order as the drain stored it: nothing given back, and not paid for where held."""
+    status = "HELD" if found.held_until else "CONFIRMED"
+    if found.status == status and not found.returned_units:
         return found
     return replace(
-        found, status="CONFIRMED", cancelled_at=None, cancelled_by=None, cancel_reason=None
+        found,
+        status=status,
+        returned_units=0,
+        cancelled_at=None,
+        cancelled_by=None,
+        cancel_reason=None,
+        payment=None if found.held_until else found.payment,
     )
 
 

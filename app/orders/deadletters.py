@@ -22,7 +22,7 @@ from ..products.movements import apply_movement
 from ..reading import User
 from ..stock.entries import Entry
 from ..times import from_ms
-from . import events
+from . import events, intents
 from .lookup import MAX_LISTED
 
 log = logging.getLogger(__name__)
@@ -223,6 +223,8 @@ def abandon(ids: list[int], reason: str, actor: Actor) -> list[Resolved]:
         units = _returnable(letter)
         _mark(letter, "abandoned", reason, actor)
         events.record_letter("order.cancelled", letter, units=units, reason=reason)
+        if letter.order_id:
+            intents.give_up(letter.order_id, "the order was abandoned")
         record(
             actor,
             "dead-letter.abandon",

@@ -1,19 +1,15 @@
-"""Orders: a shopper's list, one order's story, and cancelling."""
+"""A shopper's own list of orders."""
 
 from datetime import datetime
 from typing import Any, cast
 
 from sqlalchemy import select
 
-from ..audit import Actor, record
 from ..extensions import db, stock
-from ..models import DeadLetter, Order, StockMovement
-from ..problems import Conflict
-from ..products.movements import apply_movement
+from ..models import DeadLetter, Order
 from ..reading import User
 from ..stock.entries import Entry
 from ..times import from_ms, utc_text
-from . import states
 from .search import MAX_LISTED
 
 # An order in the API's form.
@@ -74,30 +70,6 @@ def orders_of(
         found[order_id] = _listed(order_id, status, from_ms(entry.claimed_ms), entry)
     for order in db.session.scalars(stored):
         found[order.id] = _listed(order.id, order.status, order.claimed_at, order)
+        if order.returned_units:
+            found[order.id]["cancelledQuantity"] = order.returned_units
     return [found[order_id] for order_id in sorted(found, reverse=True)[:limit]]
-
-
-def cancel(order_id: int, reason: str, actor: Actor) -> Order:
-    """Cancel a persisted order; its units go back to free stock exactly once.
-
-    Raises UnknownOrder (also while it still waits to be persisted), Conflict when it is cancelled
-    already, and stock.Unavailable: recorded then, and the units follow when Redis is back.
-    """
-    order = states.lock(order_id)
-    try:
-        returned = states.give_back(
-            order, order.quantity - order.returned_units, "CANCELLED", reason, actor
-        )
-    except Conflict:
-        db.session.rollback()
-        raise
-    record(
-        actor,
-        "order.cancel",
-        f"order {order_id}",
-        before={"status": "CONFIRMED"},
-        after={"status": "CANCELLED", "reason": reason, "units": order.quantity},
-    )
-    db.session.commit()
-    apply_movement(db.session.get_one(StockMovement, returned.movement_id))
-    return db.session.get_one(Order, order_id)

@@ -20,7 +20,7 @@ from ..reading import REFERENCE, VALID_KEY, User, canonical
 from ..stock.entries import Entry
 from ..times import from_ms
 
-STATUSES = ("QUEUED", "CONFIRMED", "CANCELLED", "FAILED")
+STATUSES = ("QUEUED", "HELD", "CONFIRMED", "CANCELLED", "RELEASED", "EXPIRED", "FAILED")
 PAGE_ORDERS = 50
 # The most of one list, wherever an API or a page shows it.
 MAX_LISTED = 500
@@ -87,6 +87,13 @@ class Found:
     cancel_reason: str | None = None
     idempotency_key: str | None = None
     reference: str | None = None
+    returned_units: int = 0
+    held_until: datetime | None = None
+    payment: str | None = None
+
+    @property
+    def standing_units(self) -> int:
+        return self.quantity - self.returned_units
 
     @property
     def total_cents(self) -> int:
@@ -118,6 +125,9 @@ COLUMNS = (
     Order.cancel_reason,
     Order.idempotency_key,
     Order.reference,
+    Order.returned_units,
+    Order.held_until,
+    Order.payment,
 )
 
 
@@ -224,6 +234,7 @@ def from_letter(letter: DeadLetter) -> Found:
         cancelled_at=letter.resolved_at,
         cancelled_by=letter.resolved_by,
         cancel_reason=letter.resolve_reason,
+        returned_units=order.quantity,
     )
 
 
@@ -295,7 +306,8 @@ class Story:
 
     order: Found
     batch: Batch | None = None
-    returned: StockMovement | None = None
+    # Units given back, and taken again, in the order in which that was done.
+    movements: Sequence[StockMovement] = ()
     letter: DeadLetter | None = None
 
 
@@ -323,16 +335,18 @@ def story(order_id: int) -> Story:
         return Story(
             order,
             batch=db.session.get(Batch, row.batch_id) if row.batch_id else None,
-            returned=db.session.scalar(
-                select(StockMovement).where(StockMovement.order_id == order_id)
-            ),
+            movements=db.session.scalars(
+                select(StockMovement)
+                .where(StockMovement.order_id == order_id)
+                .order_by(StockMovement.act)
+            ).all(),
         )
     if letter is not None:
         return Story(
             from_letter(letter),
-            returned=db.session.scalar(
+            movements=db.session.scalars(
                 select(StockMovement).where(StockMovement.dead_letter_id == letter.id)
-            ),
+            ).all(),
             letter=letter,
         )
     if entry is not None:

@@ -14,17 +14,18 @@ from dataclasses import dataclass
 
 from sqlalchemy import select, text
 
-from ..audit import Actor
+from ..audit import Actor, record
 from ..extensions import db
 from ..models import Order
 from ..problems import Conflict, UnknownOrder
 from . import events
 
-# The status that giving back the last unit leads to, from which one, and how the event is called.
+# By the status that giving back the last unit leads to: from which one it does, and how that is
+# called in events and, where somebody does it, in the audit.
 ENDS = {
-    "CANCELLED": ("CONFIRMED", "order.cancelled"),
-    "RELEASED": ("HELD", "order.released"),
-    "EXPIRED": ("HELD", "order.expired"),
+    "CANCELLED": {"from": "CONFIRMED", "event": "order.cancelled", "action": "order.cancel"},
+    "RELEASED": {"from": "HELD", "event": "order.released", "action": "order.release"},
+    "EXPIRED": {"from": "HELD", "event": "order.expired"},
 }
 
 # The rows are locked by now, so that what is read here is what is changed. A clock of its own: the
@@ -76,21 +77,35 @@ def lock_all(order_ids: Sequence[int], skip_locked: bool = False) -> list[int]:
     return list(db.session.scalars(query.with_for_update(skip_locked=skip_locked)))
 
 
-def give_back(order: Order, units: int, status: str, reason: str | None, actor: Actor) -> Returned:
-    """Give back units of a locked order; `status` is what it becomes when none is left.
+def give_back(
+    order: Order, units: int | None, status: str, reason: str | None, actor: Actor
+) -> Returned:
+    """Give back units of a locked order, None for all; `status` is what it is when none is left.
 
     Raises Conflict when the order has another state, or fewer units, than that takes.
     """
-    former, _ = ENDS[status]
-    left = order.quantity - order.returned_units
-    if order.status == status:
+    before, left = order.status, order.quantity - order.returned_units
+    if before == status:
         raise Conflict(f"This order is {status.lower()} already", f"already_{status.lower()}")
-    if order.status != former:
-        raise Conflict(f"This order is {order.status.lower()}", f"order_{order.status.lower()}")
+    if before != ENDS[status]["from"]:
+        raise Conflict(f"This order is {before.lower()}", f"order_{before.lower()}")
+    units = left if units is None else units
     if not 1 <= units <= left:
-        raise Conflict(f"Of this order {left} of {order.quantity} units are left", "too_many_units")
+        raise too_many(left, order.quantity)
     (returned,) = give_back_all([order.id], status, reason, actor, units)
+    record(
+        actor,
+        ENDS[status]["action"],
+        f"order {order.id}",
+        before={"status": before, "units": left},
+        after={"status": order.status, "reason": reason, "units": units},
+    )
     return returned
+
+
+def too_many(left: int, quantity: int) -> Conflict:
+    """Return the error of who wants to give back more than is left."""
+    return Conflict(f"{left} of this order's {quantity} units are left", "too_many_units")
 
 
 def give_back_all(
@@ -104,17 +119,16 @@ def give_back_all(
 
     Those that are not in the state that `status` follows upon are left as they are.
     """
-    former, kind = ENDS[status]
     values = {
         "ids": list(order_ids),
         "units": units,
-        "former": former,
+        "former": ENDS[status]["from"],
         "status": status,
         "actor": actor.name,
         "reason": reason,
     }
     returned = [Returned(*row) for row in db.session.execute(GIVE_BACK, values)]
-    _tell(kind, returned, reason)
+    _tell(ENDS[status]["event"], returned, reason)
     return returned
 
 

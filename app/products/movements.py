@@ -4,6 +4,7 @@ PostgreSQL is told first, Redis second, and a mark in PostgreSQL says that Redis
 crash leaves in between is finished by `finish_pending`, any number of times.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -146,10 +147,13 @@ def apply_movement(movement: StockMovement) -> int:
     return free
 
 
-def _ended_by(movement: StockMovement) -> Ended | None:
-    """Return the order that a movement ends, or lets stand again, if it came with a key."""
+def _ended_by(movement: StockMovement, order: Order | None = None) -> Ended | None:
+    """Return the order that a movement ends, or lets stand again, if it came with a key.
+
+    `order` is the movement's, if it was just read.
+    """
     if movement.order_id:
-        order = db.session.get(Order, movement.order_id, populate_existing=True)
+        order = order or db.session.get(Order, movement.order_id, populate_existing=True)
         if order is None or order.idempotency_key is None:
             return None
         if movement.kind == "reclaim":
@@ -162,6 +166,47 @@ def _ended_by(movement: StockMovement) -> Ended | None:
         key = Entry.parse(letter.payload).idempotency_key
         return Ended(key, letter.order_id, "CANCELLED") if key and letter.order_id else None
     return None
+
+
+APPLIED = text("""
+UPDATE stock_movements m SET applied_at = clock_timestamp(), stock_after = done.free
+FROM unnest(CAST(:ids AS bigint[]), CAST(:free AS bigint[])) AS done (id, free) WHERE m.id = done.id
+""")
+
+
+def apply_together(movement_ids: Sequence[int]) -> None:
+    """Carry out recorded returns as `apply_movement` does each, with one round trip for all.
+
+    What can't be done is left to `finish_pending`. Raises stock.Unavailable.
+    """
+    db.session.execute(text(f"SELECT pg_advisory_xact_lock_shared({SALE_LOCK})"))
+    generation = on_record()
+    found = db.session.scalars(
+        select(StockMovement)
+        .where(StockMovement.id.in_(movement_ids), StockMovement.applied_at.is_(None))
+        .order_by(StockMovement.id)
+        .with_for_update()
+        .execution_options(populate_existing=True)
+    ).all()
+    # All in one statement, for _ended_by.
+    ids = [movement.order_id for movement in found]
+    orders = select(Order).where(Order.id.in_(ids)).execution_options(populate_existing=True)
+    by_id = {order.id: order for order in db.session.scalars(orders)}
+    moved = stock.move_all(
+        generation,
+        [
+            (m.id, m.product_id, m.units, m.user, _ended_by(m, by_id.get(m.order_id or 0)))
+            for m in found
+        ],
+    )
+    done = [
+        (movement.id, free)
+        for movement, (outcome, free) in zip(found, moved, strict=True)
+        if outcome in ("applied", "repeated")
+    ]
+    values = {"ids": [m for m, _ in done], "free": [free for _, free in done]}
+    db.session.execute(APPLIED, values)
+    db.session.commit()
 
 
 def finish_pending() -> int:

@@ -6,7 +6,7 @@ from flask.typing import ResponseReturnValue
 from ..extensions import csrf, db
 from ..feed import reading
 from . import polls
-from .access import token_required
+from .access import token_with
 from .api import query_integer
 from .parked import Wait
 
@@ -19,7 +19,7 @@ MOST_WAIT_SECONDS = 20
 
 
 @bp.get("/orders/events")
-@token_required
+@token_with("orders:read")
 def follow() -> ResponseReturnValue:
     """Events after a cursor; with `wait`, and none there, once one is there or the time is up.
 

@@ -1,6 +1,7 @@
 """What RQ runs. A job only says "drain": a lost or doubled one does no harm."""
 
 import logging
+from contextlib import suppress
 
 import psycopg2
 import redis
@@ -11,6 +12,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from ..database import is_unavailable, waiting_at_most
 from ..extensions import db, stock
 from ..feed import delivery
+from ..orders import intents
 from ..orders.drain import drain_batch
 from ..problems import Unavailable
 from ..watch import telemetry
@@ -63,6 +65,10 @@ def persist_orders() -> str:
     try:
         with waiting_at_most(DRAIN_WAIT_SECONDS):
             drained = drain_batch(job.id if job else "by hand", (job and job.worker_name) or "")
+            if drained.persisted:
+                # What fails here is done by the sweeper.
+                with suppress(SQLAlchemyError):
+                    intents.apply_open()
     except (Unavailable, SQLAlchemyError, psycopg2.Error) as error:
         reason = str(error).strip().partition("\n")[0]
         known = isinstance(error, Unavailable) or is_unavailable(error)

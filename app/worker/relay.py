@@ -21,6 +21,7 @@ from ..books import ledger, recovery
 from ..database import waiting_at_most
 from ..extensions import db, stock
 from ..feed import numbering
+from ..orders import bulk, intents
 from ..orders.drain import drain_batch
 from ..problems import Unavailable
 from ..products import brake, movements, observed, sale
@@ -109,6 +110,14 @@ class Sampler:
         self._kept = counts
 
 
+class Canceller:
+    """Cancels many orders at once, batch by batch, where somebody has asked for that."""
+
+    def run_once(self, stopped: threading.Event) -> None:
+        if not bulk.step():
+            stopped.wait(SWEEP_SECONDS)
+
+
 class Sweeper:
     """Once a second, with PostgreSQL: finishes what was left half done, and proves the ledger."""
 
@@ -124,6 +133,7 @@ class Sweeper:
         if sale.is_prepared():
             sale.publish_stale()
             movements.finish_pending()
+            intents.apply_open()
             self._shelf.renew()
             self._observer.run_once()
         ledger.check_in_turn()

@@ -10,7 +10,7 @@ from waiting import wait_until
 from app.audit import CLI
 from app.books import ledger
 from app.extensions import db, stock
-from app.orders import lookup as orders
+from app.orders import cancelling as orders
 from app.orders.drain import drain_batch
 from app.problems import Unprepared
 from app.products import movements

@@ -8,7 +8,7 @@ from occupied import occupy
 from app.audit import CLI
 from app.books import recovery
 from app.extensions import stock
-from app.orders import deadletters, lookup
+from app.orders import cancelling, deadletters
 from app.stock.entries import STANDING
 from app.stock.gateway import Ended
 from app.stock.keys import Keys
@@ -32,7 +32,7 @@ def test_a_cancelled_order_s_key_says_so_and_takes_no_unit(context, buy, drain, 
     first = buy(user, key="k")
     drain()
     assert buy(user, key="k").json == first.json
-    lookup.cancel(1, "test", CLI)
+    cancelling.cancel(1, "test", CLI)
     again = buy(user, key="k")
     assert again.status_code == 409
     assert told(again) == ENDED
@@ -55,7 +55,7 @@ def test_an_order_of_the_former_version_that_is_cancelled(context, buy, drain):
     replay = buy(7, key="k")
     assert (replay.status_code, replay.json) == (200, {"status": "queued", "orderId": 1})
     assert first.json["orderId"] == 1
-    lookup.cancel(1, "test", CLI)
+    cancelling.cancel(1, "test", CLI)
     assert told(buy(7, key="k")) == ENDED
     assert stock.client.hget(*Keys.idempotency(7, "k")) == "1 - - CANCELLED 1 1"
     assert stock.client.exists(Keys.former_idempotency(7, "k")) == 0

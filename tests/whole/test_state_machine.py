@@ -23,8 +23,8 @@ from app.audit import CLI
 from app.books import ledger, recovery
 from app.config import NO_LIMIT
 from app.extensions import db, stock
+from app.orders import cancelling as orders
 from app.orders import deadletters
-from app.orders import lookup as orders
 from app.orders.drain import drain_batch
 from app.problems import Conflict, Unavailable
 from app.products import catalogue, movements, sale
