@@ -10,6 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from standardwebhooks import Webhook
 
+from app.feed import numbering
+
 
 class Consumer:
     """Keeps what came; `behave` is called with the handler before it answers, if there is one."""
@@ -110,3 +112,10 @@ def endless(handler: BaseHTTPRequestHandler) -> bool:
         handler.wfile.write(b"400\r\n" + b"x" * 1024 + b"\r\n")
         time.sleep(0.001)
     return True
+
+
+def number() -> None:
+    """Number what is committed, as a worker does."""
+    numberer = numbering.Numberer()
+    while numberer.run_once():
+        pass

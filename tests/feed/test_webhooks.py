@@ -8,61 +8,19 @@ import time
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from consumer import Consumer, drip, endless, garbage, hang, reset
+from consumer import Consumer, drip, endless, garbage, hang, number, reset
 from people import API_TOKEN
 from sqlalchemy import text
 
 from app.audit import CLI
 from app.books import recovery
 from app.extensions import db
-from app.feed import delivery, numbering, reading, sending, webhooks
+from app.feed import delivery, reading, sending, webhooks
 from app.models import AuditEntry, WebhookDelivery, WebhookEndpoint
 from app.orders import lookup
-from app.orders.drain import drain_batch
 from app.worker import jobs
 
 HEADERS = {"Authorization": f"Bearer {API_TOKEN}"}
-
-
-@pytest.fixture
-def consumer():
-    started = Consumer()
-    yield started
-    started.close()
-
-
-@pytest.fixture
-def shop(make_app):
-    """The app, whose webhooks may be sent to this machine; no endpoint is left of another test."""
-    app = make_app(webhook_allow_private=True)
-    with app.app_context():
-        db.session.execute(text("TRUNCATE webhook_endpoints CASCADE"))
-        db.session.commit()
-        yield app
-        db.session.remove()
-        db.session.execute(text("TRUNCATE webhook_endpoints CASCADE"))
-        db.session.commit()
-
-
-@pytest.fixture
-def sell(shop):
-    """Have so many orders stored, and their events numbered."""
-    users = iter(range(1, 100_000))
-
-    def run(count: int = 1) -> None:
-        client = shop.test_client()
-        for _ in range(count):
-            client.post("/purchase", json={"userId": next(users), "productId": 1, "quantity": 1})
-        drain_batch("test", "test")
-        number()
-
-    return run
-
-
-def number() -> None:
-    numberer = numbering.Numberer()
-    while numberer.run_once():
-        pass
 
 
 def make(consumer: Consumer, **values) -> tuple[int, str]:

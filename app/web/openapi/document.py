@@ -46,6 +46,7 @@ answer came: it is made once, and answered the same.
 * `X-Request-Id` is taken over from a request, and found again in the server's log lines."""
 
 
+TAGS = ("Buying", "Orders", "Events", "Products", "Operation")
 SHOPPER: list[dict[str, list[str]]] = [{}, {"shopper": []}]
 ADMIN: list[dict[str, list[str]]] = [{"admin": ["products:write"]}]
 RATE_NOTE = (

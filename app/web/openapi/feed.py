@@ -32,7 +32,7 @@ EVENT = {
     "type": "order.cancelled",
     "at": "2026-11-27T09:14:07.120Z",
     "sequence": 1,
-    "order": {"id": 17, "status": "CANCELLED", "userId": "42", "productId": 1, "quantity": 1},
+    "order": SHOP_ORDER,
     "units": 1,
     "reason": "asked for",
 }
@@ -121,7 +121,8 @@ SCHEMAS: dict[str, dict[str, Any]] = {
             "sequence": integer(
                 0, 2**31 - 1, "the order's own count of its steps: 0 when it was stored"
             ),
-            "order": {"type": "object", "description": "the order as it was after this step"},
+            "order": ref("schemas", "ShopOrder")
+            | {"description": "the order as it was after this step"},
             "product": {
                 "type": "object",
                 "description": "of a product's event: id, name, freeUnits",
