@@ -4,6 +4,7 @@ from flask import Flask
 
 from . import (
     audit,
+    bulk_cancels,
     dashboard,
     dead_letters,
     display,
@@ -17,7 +18,9 @@ from . import (
     webhooks,
 )
 
-PAGES = (session, dashboard, products, orders, dead_letters, ledger, staff, webhooks, audit)
+PAGES = (
+    session, dashboard, products, orders, bulk_cancels, dead_letters, ledger, staff, webhooks, audit,
+)  # fmt: skip
 
 
 def init_app(app: Flask) -> None:

@@ -18,6 +18,7 @@ from flask.typing import ResponseReturnValue
 
 from .. import auth
 from ..extensions import limiter
+from ..models import ENDED_STATUSES
 from ..orders import cancelling, intents, search, sheet
 from ..problems import Conflict, InvalidRequest, KeyMismatch, Unavailable, UnknownOrder
 from ..products import catalogue
@@ -150,12 +151,12 @@ def cancel(order_id: int) -> ResponseReturnValue:
         flash(str(error) + ".", "error")
         return redirect(page)
     units_are = "1 unit is" if done.units == 1 else f"{done.units} units are"
+    ended = done.status in ENDED_STATUSES
+    what = f"Order {order_id} is {done.status.lower()}" if ended else "Accepted"
+    when = "again" if done.free else "as soon as Redis is back"
     if done.waits:
-        told = f"Accepted: {units_are} given back as soon as the order is stored."
-    elif done.free:
-        told = f"{units_are} cancelled, and free again."
-    else:
-        told = f"{units_are} cancelled, and free as soon as Redis is back."
+        when = "as soon as the order is stored"
+    told = f"{what}; {units_are} free {when}."
     return forms.done(told, page, "success" if done.free else "warning")
 
 

@@ -266,14 +266,13 @@ def _alone(endpoint_id: int) -> Iterator[Any]:
             raise Busy
         yield lambda: ask("SELECT 1")
     finally:
-        with suppress(psycopg2.Error):
+        try:
             connection.rollback()
             ask("SELECT pg_advisory_unlock_all() IS NULL")
-            pooled.close()
-            pooled = None
-        if pooled is not None:
+        except psycopg2.Error:
             # Never back to the pool with a lock.
             pooled.invalidate()
+        pooled.close()
 
 
 DUE = text("""
@@ -291,6 +290,7 @@ FORGET = text("""
       SELECT ctid FROM webhook_deliveries
       WHERE created_at < now() - make_interval(days => :days) AND NOT pending
       LIMIT :most))
+    RETURNING id
 """)
 FORGOTTEN_AT_ONCE = 1000
 
@@ -304,6 +304,7 @@ def due() -> list[tuple[int, bool]]:
 
 def forget_old(days: int) -> int:
     """Delete some of the deliveries that are older than that; return how many."""
-    deleted = db.session.execute(FORGET, {"days": days, "most": FORGOTTEN_AT_ONCE}).rowcount
+    values = {"days": days, "most": FORGOTTEN_AT_ONCE}
+    deleted = len(db.session.execute(FORGET, values).all())
     db.session.commit()
-    return int(deleted)
+    return deleted

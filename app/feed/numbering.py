@@ -6,6 +6,8 @@ after the commits, in one transaction after the other. A batch takes as many as 
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, date, datetime, timedelta
 from typing import Any, NamedTuple
 
@@ -79,7 +81,7 @@ def number_events() -> Numbered | None:
 
     Raises psycopg2.Error; nothing is numbered then, and the next run does the same again.
     """
-    with raw_connection(db.engine) as connection, connection.cursor() as cursor:
+    with _cursor() as (connection, cursor):
         cursor.execute(IS_ANY)
         is_any = _value(cursor)
         if is_any:
@@ -120,7 +122,7 @@ def keep_partitions() -> list[date]:
     Returns the days that were dropped. No reader waits for it longer than a second; a table that
     is in use then is left for the next time. Raises psycopg2.Error.
     """
-    with raw_connection(db.engine) as connection, connection.cursor() as cursor:
+    with _cursor() as (connection, cursor):
         cursor.execute("SELECT now()")
         today = _value(cursor).astimezone(UTC).date()
         cursor.execute(PARTITIONS)
@@ -164,6 +166,13 @@ def _drop(connection: Any, cursor: Any, day: date) -> None:
 
 def _day_of(partition: str) -> date:
     return datetime.strptime(partition, "events_%Y%m%d").replace(tzinfo=UTC).date()
+
+
+@contextmanager
+def _cursor() -> Iterator[tuple[Any, Any]]:
+    """Lend a connection of psycopg2's, and a cursor; what is not committed is rolled back."""
+    with raw_connection(db.engine) as connection:
+        yield connection, connection.cursor()
 
 
 def _value(cursor: Any) -> Any:

@@ -15,7 +15,7 @@ from sqlalchemy import select, text
 from ..extensions import db
 from ..models import Batch, Order
 from ..orders import search
-from ..orders.listing import describe
+from ..orders.search import describe
 from ..problems import Conflict, CursorExpired, InvalidRequest
 from ..times import utc_text
 

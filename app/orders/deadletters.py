@@ -23,7 +23,7 @@ from ..reading import User
 from ..stock.entries import Entry
 from ..times import from_ms
 from . import events, intents
-from .lookup import MAX_LISTED
+from .search import MAX_LISTED
 
 log = logging.getLogger(__name__)
 

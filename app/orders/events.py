@@ -14,7 +14,7 @@ from ..extensions import db
 from ..models import DeadLetter, Order
 from ..stock.entries import Entry
 from . import search
-from .listing import describe
+from .search import describe
 
 
 def record(kind: str, orders: Sequence[Order], **more: Any) -> None:
@@ -32,8 +32,8 @@ def record_ids(kind: str, ids: Sequence[int], **more: Any) -> None:
         select(*search.COLUMNS, Order.acts).where(Order.id.in_(ids)).order_by(Order.id)
     )
     add(
-        Happened(kind, {"order": describe(search.from_row(row[:-1]))} | more, row[0], row[-1])
-        for row in rows
+        Happened(kind, {"order": describe(search.from_row(found))} | more, found[0], acts)
+        for *found, acts in rows
     )
 
 

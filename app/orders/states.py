@@ -93,9 +93,10 @@ def give_back(
     if not 1 <= units <= left:
         raise too_many(left, order.quantity)
     (returned,) = give_back_all([order.id], status, reason, actor, units)
+    action = ENDS[status]["action"]
     record(
         actor,
-        ENDS[status]["action"],
+        action,
         f"order {order.id}",
         before={"status": before, "units": left},
         after={"status": order.status, "reason": reason, "units": units},

@@ -165,7 +165,7 @@ def show_bulk_cancel(bulk_id: int) -> ResponseReturnValue:
         return api_error(404, "Unknown bulk cancel", "not_found")
 
 
-@bp.post("/orders/bulk-cancels/<int:bulk_id>/stop")
+@bp.delete("/orders/bulk-cancels/<int:bulk_id>")
 @token_with("orders:write")
 def stop_bulk_cancel(bulk_id: int) -> ResponseReturnValue:
     """Let no further batch begin; what is cancelled stays so. Sent again, it changes nothing."""

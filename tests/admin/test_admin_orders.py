@@ -11,7 +11,7 @@ from sqlalchemy import text
 
 from app import sheet
 from app.extensions import db, stock
-from app.orders import search
+from app.orders import intents, search
 
 RESULTS = BROWSER | {"HX-Target": "results"}
 
@@ -147,14 +147,49 @@ def test_cancel_returns_the_units_once(client, support, buy, drain):
     assert client.get("/products/1").json["stockRemaining"] == 100
 
 
-def test_cancel_needs_a_reason_and_a_stored_order(client, support, buy, drain):
-    buy(7)
-    assert send(support, "/admin/orders/1/cancel", reason="early").status_code == 404
+def test_cancel_needs_a_reason_and_an_order(client, support, buy, drain):
+    buy(7, quantity=2)
     drain()
+    assert send(support, "/admin/orders/2/cancel", reason="x").status_code == 404
+    for field, value in (("reason", " "), ("quantity", "0"), ("quantity", "x"), ("key", " ")):
+        answer = send(support, "/admin/orders/1/cancel", **{"reason": "x", field: value})
+        assert answer.status_code == 422, field
     answer = send(support, "/admin/orders/1/cancel", reason=" ")
-    assert answer.status_code == 422
     assert 'id="e-reason"' in answer.text
-    assert client.get("/products/1").json["stockRemaining"] == 99
+    send(support, "/admin/orders/1/cancel", reason="x", quantity="3")
+    assert "2 of this order&#39;s 2 units are left" in support.get("/admin/orders/1").text
+    assert client.get("/products/1").json["stockRemaining"] == 98
+
+
+def test_a_part_is_cancelled_once_and_told(client, support, buy, drain):
+    buy(7, quantity=3)
+    drain()
+    for _ in range(2):
+        send(support, "/admin/orders/1/cancel", reason="broken", quantity="1", key="form-1")
+    page = support.get("/admin/orders/1").text
+    assert "1 unit is free again" in page
+    assert "1 unit cancelled by staff support-page@example.com" in page
+    assert "(1 given back)" in page
+    assert "Of the 2 that are left; empty for all." in page
+    assert client.get("/products/1").json["stockRemaining"] == 98
+    send(support, "/admin/orders/1/cancel", reason="the rest", quantity="")
+    page = support.get("/admin/orders/1").text
+    assert "Order 1 is cancelled; 2 units are free again." in page
+    assert "quantity" not in page
+    assert client.get("/products/1").json["stockRemaining"] == 100
+
+
+def test_a_queued_order_is_cancelled_when_it_is_stored(client, app, support, buy, drain):
+    buy(7, quantity=2)
+    send(support, "/admin/orders/1/cancel", reason="early")
+    page = support.get("/admin/orders/1").text
+    assert "2 units are free as soon as the order is stored" in page
+    assert "2 units will be given back as soon as it is stored." in page
+    drain()
+    with app.app_context():
+        intents.apply_open()
+    assert "Cancelled by staff" in support.get("/admin/orders/1").text
+    assert client.get("/products/1").json["stockRemaining"] == 100
 
 
 def export(browser, **query) -> list[dict]:

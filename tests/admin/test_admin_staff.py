@@ -195,7 +195,7 @@ def test_audit_finds_nothing_else(admin, query):
 
 
 def test_audit_by_person_and_by_token(admin, newcomer):
-    send(admin, "/admin/staff/tokens", name="checkout of berlin")
+    send(admin, "/admin/staff/tokens", name="checkout of berlin", scope="*")
     assert ">staff.create<" in admin.get("/admin/audit/?target=new@example.com").text
     page = admin.get("/admin/audit/?target=Berlin&action=token.create").text
     assert "checkout of berlin" in page
@@ -263,7 +263,9 @@ def test_audit_is_paged(app, admin):
 
 
 def test_tokens_of_one_name_can_be_told_apart(admin):
-    first, second = (secret_of(send(admin, "/admin/staff/tokens", name="twin")) for _ in "12")
+    first, second = (
+        secret_of(send(admin, "/admin/staff/tokens", name="twin", scope="*")) for _ in "12"
+    )
     page = admin.get("/admin/staff/").text
     for token in (first, second):
         assert f"{token[:10]}…" in page

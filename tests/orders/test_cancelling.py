@@ -378,7 +378,7 @@ ROUTES = {
     "orders:write": [
         ("POST", "/orders/1/cancel"),
         ("POST", "/orders/bulk-cancels"),
-        ("POST", "/orders/bulk-cancels/1/stop"),
+        ("DELETE", "/orders/bulk-cancels/1"),
     ],
     "products:write": [
         ("POST", "/products"),

@@ -19,6 +19,7 @@ from .components import (
     parameter,
     ref,
 )
+from .orders import ORDER
 
 ADMIN: list[dict[str, list[str]]] = [{"admin": []}]
 MOMENT = {"type": "string", "format": "date-time"}
@@ -32,7 +33,7 @@ EVENT = {
     "type": "order.cancelled",
     "at": "2026-11-27T09:14:07.120Z",
     "sequence": 1,
-    "order": SHOP_ORDER,
+    "order": ORDER | {"status": "CANCELLED", "cancelledQuantity": 3},
     "units": 1,
     "reason": "asked for",
 }

@@ -369,20 +369,18 @@ def paths() -> dict[str, Any]:
                 },
                 security=READ,
                 parameters=[BULK_ID, REQUEST_ID],
-            )
-        },
-        "/orders/bulk-cancels/{bulkId}/stop": {
-            "post": operation(
+            ),
+            "delete": operation(
                 "Orders",
                 "stopBulkCancel",
                 "Let no further batch begin",
                 {
                     "200": ok("The bulk cancel, which has ended", bulk),
-                    **failures(401, 403, 404, 408, 413, 429, 431, 503, s404=UNKNOWN_BULK),
+                    **failures(401, 403, 404, 429, 503, s404=UNKNOWN_BULK),
                 },
                 description="What is cancelled stays so. Sent again, it changes nothing more.",
                 security=WRITE,
                 parameters=[BULK_ID, REQUEST_ID],
-            )
+            ),
         },
     }
