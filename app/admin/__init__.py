@@ -19,7 +19,8 @@ from . import (
 )
 
 PAGES = (
-    session, dashboard, products, orders, bulk_cancels, dead_letters, ledger, staff, webhooks, audit,
+    session, dashboard, products, orders, bulk_cancels, dead_letters, ledger, staff, webhooks,
+    audit,
 )  # fmt: skip
 
 

@@ -72,6 +72,7 @@ class Run:
         # A copy: Python looks for modules where a script really lies.
         shutil.copy(ROOT / "web.py", tree)
         (tree / "worker.py").write_text(WORKER)
+        (tree / "webhooks.py").write_text(WORKER.replace("worker", "webhooks"))
         main = "import sys, pathlib; from app.run.supervisor import main; "
         main += "sys.exit(main(pathlib.Path(sys.argv[1])))"
         settings = {"DATA_DIR": self.data_dir, "PORT": self.port, "WEB_WORKERS": 1, "HOST": ""}
@@ -143,6 +144,7 @@ def test_a_run_from_start_to_end(run):
 
     for name, words in {
         "worker": ["worker.py"],
+        "webhooks": ["webhooks.py"],
         "web": ["app.run.serve"],
         "Redis": ["valkey-server"],
         "Postgres": ["bin/postgres"],

@@ -14,7 +14,9 @@ from app.config import ROOT
 
 pytestmark = pytest.mark.drill
 
-PARTS = ("app", "migrations", "stress", "templates", "web.py", "wsgi.py", "worker.py")
+PARTS = (
+    "app", "migrations", "stress", "templates", "web.py", "wsgi.py", "worker.py", "webhooks.py",
+)  # fmt: skip
 
 
 def run_chaos(*arguments: str, tree=ROOT) -> subprocess.CompletedProcess:
