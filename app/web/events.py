@@ -5,6 +5,7 @@ from flask.typing import ResponseReturnValue
 
 from ..extensions import csrf, db
 from ..feed import reading
+from ..problems import InvalidRequest
 from . import polls
 from .access import token_with
 from .api import query_integer
@@ -13,6 +14,7 @@ from .parked import Wait
 bp = Blueprint("events", __name__)
 csrf.exempt(bp)
 
+QUERY = {"after", "limit", "wait"}
 DEFAULT_EVENTS = 100
 # Below what proxies and clients commonly wait for an answer.
 MOST_WAIT_SECONDS = 20
@@ -25,6 +27,10 @@ def follow() -> ResponseReturnValue:
 
     Another server than ours (`flask run`) answers at once.
     """
+    for name in request.args:
+        # Left out in silence it would mean all.
+        if name not in QUERY or len(request.args.getlist(name)) > 1:
+            raise InvalidRequest(f"{name} is not known here, or given twice", name)
     limit = query_integer("limit", 1, reading.MOST_EVENTS) or DEFAULT_EVENTS
     seconds = query_integer("wait", 0, MOST_WAIT_SECONDS) or 0
     of = reading.ends()

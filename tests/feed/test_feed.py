@@ -215,7 +215,15 @@ def test_wrong_cursors(app, feed, after, status, code):
 
 
 @pytest.mark.parametrize(
-    "query", [{"limit": 0}, {"limit": 1001}, {"limit": "x"}, {"wait": 21}, {"wait": -1}]
+    "query",
+    [
+        {"type": "order.held"},
+        {"limit": 0},
+        {"limit": 1001},
+        {"limit": "x"},
+        {"wait": 21},
+        {"wait": -1},
+    ],
 )
 def test_wrong_queries(feed, query):
     answer = feed(**query)

@@ -160,7 +160,7 @@ def settle(rig: Rig) -> dict[int, dict]:
         orders |= {order["id"]: order for order in page["orders"]}
         if not page.get("next"):
             break
-        cursor = f"&after={page['next']}"
+        cursor = f"&cursor={page['next']}"
 
     def all_read() -> bool:
         while rig.read_page() > 0:
