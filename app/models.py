@@ -640,6 +640,7 @@ class WebhookDelivery(Model):
     __table_args__ = (
         CheckConstraint("kind in ('events', 'test')", name="kind"),
         Index("ix_webhook_deliveries_endpoint_id_id", "endpoint_id", "id"),
+        Index("ix_webhook_deliveries_endpoint_id_last_number", "endpoint_id", "last_number"),
         Index("ix_webhook_deliveries_created_at", "created_at"),
         # The one that an endpoint's next ones wait for.
         Index(

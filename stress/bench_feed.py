@@ -116,9 +116,31 @@ def number_all() -> None:
 
 
 @contextmanager
+def numbering_beside() -> Iterator[None]:
+    """Number events a few times a second beside what is measured, as a worker does."""
+    stopped = threading.Event()
+    app: Flask = current_app._get_current_object()  # type: ignore[attr-defined]
+
+    def number() -> None:
+        with app.app_context():
+            while not stopped.is_set():
+                if not (found := numbering.number_events()) or not found.more:
+                    stopped.wait(0.2)
+
+    thread = threading.Thread(target=number)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        thread.join()
+        number_all()
+
+
+@contextmanager
 def writing(dsn: str) -> Iterator[list[int]]:
-    """Write events at the rate of the goal, and number them, beside what is measured."""
-    stopped, written = threading.Event(), [0]
+    """Write steps of orders at the rate of the goal beside what is measured."""
+    written = [0]
     script = (
         "import sys, time, psycopg2\n"
         f"connection = psycopg2.connect({dsn!r}); cursor = connection.cursor()\n"
@@ -134,24 +156,13 @@ def writing(dsn: str) -> Iterator[list[int]]:
         for line in writer.stdout or ():
             written[0] = int(line)
 
-    def number(app: Flask) -> None:
-        with app.app_context():
-            while not stopped.is_set():
-                if not (found := numbering.number_events()) or not found.more:
-                    stopped.wait(0.2)
-
-    app: Flask = current_app._get_current_object()  # type: ignore[attr-defined]
-    threads = [threading.Thread(target=follow), threading.Thread(target=number, args=(app,))]
-    for thread in threads:
-        thread.start()
+    thread = threading.Thread(target=follow)
+    thread.start()
     try:
         yield written
     finally:
         writer.kill()
-        stopped.set()
-        for thread in threads:
-            thread.join()
-        number_all()
+        thread.join()
 
 
 @contextmanager
@@ -214,9 +225,14 @@ def measure(app: Flask, environ: dict[str, str], dsn: str, orders: int, rounds: 
         claim(DRAINED, ids)
         return timed(drain)
 
-    def beside_events() -> float:
+    def numbered() -> float:
         claim(DRAINED, ids)
-        with writing(dsn) as written:
+        with numbering_beside():
+            return timed(drain)
+
+    def beside_steps() -> float:
+        claim(DRAINED, ids)
+        with numbering_beside(), writing(dsn) as written:
             time.sleep(0.5)
             began, before = time.monotonic(), written[0]
             seconds = timed(drain)
@@ -224,8 +240,11 @@ def measure(app: Flask, environ: dict[str, str], dsn: str, orders: int, rounds: 
         return seconds
 
     plain()
-    paired("drain beside 20,000 events/s, seconds as a multiple", rounds, plain, beside_events)
-    print(f"  written meanwhile: {statistics.median(rate):,.0f} events/s")
+    fastest = min(plain() for _ in range(2))
+    print(f"drain without a feed: {DRAINED / fastest:,.0f} orders/s, each of them an event")
+    paired("the same with the feed, seconds as a multiple", rounds, plain, numbered)
+    paired("beside 20,000 steps/s of other orders, too", rounds, numbered, beside_steps)
+    print(f"  of which were written: {statistics.median(rate):,.0f}/s")
 
     def beside(url: str) -> Callable[[], float]:
         def run() -> float:

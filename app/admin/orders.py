@@ -1,5 +1,6 @@
 """The support desk: find an order, read its story, cancel it, take a list away."""
 
+import json
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
@@ -18,6 +19,7 @@ from flask.typing import ResponseReturnValue
 
 from .. import auth
 from ..extensions import limiter
+from ..feed import reading, webhooks
 from ..models import ENDED_STATUSES
 from ..orders import cancelling, intents, search, sheet
 from ..problems import Conflict, InvalidRequest, KeyMismatch, Unavailable, UnknownOrder
@@ -122,8 +124,12 @@ def show_story(
     order_id: int, template: str = "admin/order.html", errors: dict[str, str] | None = None
 ) -> str:
     story = search.story(order_id)
+    events = reading.of_order(order_id)
     return render_template(
         template,
+        events=[json.loads(event.json) for event in events],
+        deliveries=webhooks.deliveries_of([event.number for event in events]),
+        state_of=webhooks.state_of,
         story=story,
         product=catalogue.names().get(story.order.product_id),
         cancelling=(intents.units_given_back(order_id) if story.order.status == "QUEUED" else 0),

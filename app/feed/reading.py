@@ -13,7 +13,7 @@ import msgspec
 from sqlalchemy import select, text
 
 from ..extensions import db
-from ..models import Batch, Order
+from ..models import Order
 from ..orders import search
 from ..orders.search import describe
 from ..problems import Conflict, CursorExpired, InvalidRequest
@@ -33,6 +33,14 @@ SELECT_EVENTS = text(f"""
 SELECT_OF_ORDER = text(f"""
     SELECT {COLUMNS} FROM events WHERE order_id = :order ORDER BY number LIMIT :most
 """)  # noqa: S608
+# The number of an order's first event: its batch has the last one's, and here is its place in it.
+STORED_AT = text("""
+    SELECT b.event_number - (SELECT count(*) FROM orders WHERE batch_id = b.id
+                             AND id > o.id AND id <= b.last_order_id) AS number,
+           b.id AS batch_id, b.persisted_at
+    FROM orders o JOIN batches b ON b.id = o.batch_id
+    WHERE o.id = :order AND b.event_number > :floor
+""")
 STORED = "order.stored"
 encode = msgspec.json.encode
 
@@ -110,26 +118,11 @@ def read(after: int, limit: int, of: Ends) -> Page:
 def of_order(order_id: int, limit: int = 100) -> list[Event]:
     """Return what happened to one order, the oldest first, as far as it is kept."""
     of = ends()
-    stored = db.session.execute(
-        select(Batch.event_number, Batch.first_order_id, Batch.last_order_id, Batch.persisted_at)
-        .join(Order, Order.batch_id == Batch.id)
-        .where(Order.id == order_id, Batch.event_number > of.floor)
-    ).one_or_none()
-    events: list[Event] = []
+    stored = db.session.execute(STORED_AT, {"order": order_id, "floor": of.floor}).one_or_none()
+    events = []
     if stored:
-        found = db.session.execute(
-            text("SELECT count, batch_id FROM events WHERE number = :number"),
-            {"number": stored.event_number},
-        ).one_or_none()
-        if found:
-            before = stored.event_number - found.count
-            batch = _stored_orders(found.batch_id, stored.first_order_id, stored.last_order_id)
-            events = [
-                event
-                for index, order in enumerate(batch, before + 1)
-                if order.id == order_id
-                for event in [_of_stored(index, stored.persisted_at, order, of)]
-            ]
+        (order,) = _stored_orders(stored.batch_id, order_id, order_id)
+        events.append(_of_stored(stored.number, stored.persisted_at, order, of))
     rows = db.session.execute(SELECT_OF_ORDER, {"order": order_id, "most": limit})
     return events + [event for row in rows for event in _told(row, of, 0, 1)]
 

@@ -306,17 +306,32 @@ def attempts(delivery_id: int, limit: int = 100) -> list[WebhookAttempt]:
     return list(db.session.scalars(query.order_by(WebhookAttempt.id.desc()).limit(limit)))
 
 
-def deliveries_of(numbers: list[int]) -> list[WebhookDelivery]:
-    """Return the deliveries that hold any of these events, the newest first."""
-    if not numbers:
-        return []
-    query = text(
-        "SELECT DISTINCT d.id FROM webhook_deliveries d JOIN unnest(:numbers) AS number"
-        " ON number BETWEEN d.first_number AND d.last_number"
+# Of each endpoint the one delivery that may hold the number; it holds what was wanted then.
+HOLDING = text("""
+    SELECT DISTINCT d.id
+    FROM webhook_endpoints e CROSS JOIN unnest(CAST(:numbers AS bigint[])) AS n,
+      LATERAL (SELECT id, first_number FROM webhook_deliveries
+               WHERE endpoint_id = e.id AND last_number >= n ORDER BY last_number LIMIT 1) AS d
+    WHERE d.first_number <= n
+""")
+
+
+def deliveries_of(numbers: list[int]) -> list[tuple[WebhookEndpoint, WebhookDelivery]]:
+    """Return the deliveries that hold any of these events of the present sale."""
+    of = reading.ends()
+    ids = list(db.session.scalars(HOLDING, {"numbers": numbers}))
+    found = db.session.execute(
+        select(WebhookEndpoint, WebhookDelivery)
+        .join(WebhookDelivery, WebhookDelivery.endpoint_id == WebhookEndpoint.id)
+        .where(WebhookDelivery.id.in_(ids))
+        .order_by(WebhookEndpoint.id, WebhookDelivery.id)
     )
-    ids = list(db.session.scalars(query, {"numbers": numbers}))
-    found = select(WebhookDelivery).where(WebhookDelivery.id.in_(ids))
-    return list(db.session.scalars(found.order_by(WebhookDelivery.id.desc()).limit(100)))
+    named = [f'"{of.cursor(number)}"' for number in numbers]
+    return [
+        (endpoint, delivery)
+        for endpoint, delivery in found
+        if any(name in delivery.body for name in named)
+    ]
 
 
 def switched_off() -> list[WebhookEndpoint]:
@@ -341,6 +356,7 @@ def begin_anew(epoch: str) -> None:
 
 def describe(endpoint: WebhookEndpoint) -> dict[str, Any]:
     """Return the endpoint as the API shows it; no secret is in it."""
+    failing = endpoint.state == "on" and endpoint.failures
     return {
         "id": endpoint.id,
         "url": endpoint.url,
@@ -351,7 +367,7 @@ def describe(endpoint: WebhookEndpoint) -> dict[str, Any]:
         "after": f"{endpoint.epoch}-{endpoint.number}",
         "failures": endpoint.failures,
         "failingSince": endpoint.failing_since and utc_text(endpoint.failing_since),
-        "nextAttemptAt": utc_text(endpoint.next_at) if endpoint.failures else None,
+        "nextAttemptAt": utc_text(endpoint.next_at) if failing else None,
         "createdAt": utc_text(endpoint.created_at),
     }
 

@@ -68,6 +68,11 @@ def upgrade():
     op.create_index(
         "ix_webhook_deliveries_endpoint_id_id", "webhook_deliveries", ["endpoint_id", "id"]
     )
+    op.create_index(
+        "ix_webhook_deliveries_endpoint_id_last_number",
+        "webhook_deliveries",
+        ["endpoint_id", "last_number"],
+    )
     op.create_index("ix_webhook_deliveries_created_at", "webhook_deliveries", ["created_at"])
     op.create_index(
         "uq_webhook_deliveries_pending",
