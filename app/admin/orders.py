@@ -127,7 +127,7 @@ def show_story(
     events = reading.of_order(order_id)
     return render_template(
         template,
-        events=[json.loads(event.json) for event in events],
+        events=[_shown(event) for event in events],
         deliveries=webhooks.deliveries_of([event.number for event in events]),
         state_of=webhooks.state_of,
         story=story,
@@ -136,6 +136,11 @@ def show_story(
         job_is_known=story.batch is not None and jobs.is_known(story.batch.job_id),
         errors=errors or {},
     )
+
+
+def _shown(event: reading.Event) -> dict[str, Any]:
+    told: dict[str, Any] = json.loads(event.json)
+    return told | {"at": datetime.fromisoformat(told["at"])}
 
 
 @bp.post("/<id:order_id>/cancel")

@@ -1,5 +1,6 @@
 """Webhooks: where events are sent to, how that goes, and doing it once more."""
 
+import json
 from typing import Any
 
 from flask import Blueprint, render_template, request, url_for
@@ -183,6 +184,7 @@ def show_delivery(endpoint_id: int, delivery_id: int) -> ResponseReturnValue:
         "admin/delivery.html",
         endpoint=webhooks.get(endpoint_id),
         delivery=delivery,
+        contents=json.dumps(json.loads(delivery.body), indent=2, ensure_ascii=False),
         attempts=webhooks.attempts(delivery_id),
         state=webhooks.state_of(delivery),
     )
