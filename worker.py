@@ -1,6 +1,7 @@
 """One worker process: RQ's worker, the relay that calls for drains, the sampler and the sweeper.
 
-Run as many as you like, on as many machines as you like.
+Run as many as you like, on as many machines as you like. Who watches over one gives it a pipe to
+say that it works, and what was wrong with the worker before it, if anything was.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from types import FrameType
+from typing import Any
 
 from wsgi import app  # before all else: from here on what goes wrong is a log line
 
@@ -27,6 +29,7 @@ from rq.serializers import JSONSerializer
 from app.extensions import stock
 from app.problems import Unavailable
 from app.watch.telemetry import Meter
+from app.worker.alive import Heartbeat
 from app.worker.jobs import orders_queue
 from app.worker.relay import Canceller, Numberer, Relay, Sampler, Sweeper, run_forever
 
@@ -38,9 +41,14 @@ NEXT_WORKER_SECONDS = 1.0
 
 
 class Worker(SimpleWorker):
-    """RQ's worker, which knows whether it was asked to end."""
+    """RQ's worker, which knows whether it was asked to end, and tells when it gets on."""
 
     asked = False
+    turned: Callable[[], None] = staticmethod(lambda: None)
+
+    def heartbeat(self, *arguments: Any, **options: Any) -> None:
+        self.turned()
+        super().heartbeat(*arguments, **options)
 
     def request_stop(self, signum: int, frame: FrameType | None) -> None:
         self.asked = True
@@ -52,13 +60,14 @@ def new_name() -> str:
     return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
 
 
-def work(queue: rq.Queue) -> None:
+def work(queue: rq.Queue, turned: Callable[[], None]) -> None:
     """Run one RQ worker of a queue after the other until a signal comes.
 
     RQ's worker ends when it stumbles over what it finds in Redis. The process stays: the relay in
     it has to live for some seconds to see that nobody stores the orders, and to do so itself.
     """
     while True:
+        turned()
         reason = "it gave up"
         try:
             # No fork per job (19 ms). One queue: a worker of several can lose a job when killed.
@@ -69,6 +78,7 @@ def work(queue: rq.Queue) -> None:
                 serializer=JSONSerializer,
                 worker_ttl=WORKER_TTL_SECONDS,
             )
+            worker.turned = turned
             worker.max_connection_wait_time = 1.0
             worker.work(logging_level=None)
             if worker.asked:
@@ -83,7 +93,8 @@ def work(queue: rq.Queue) -> None:
         time.sleep(NEXT_WORKER_SECONDS)
 
 
-def main() -> None:
+def main(pipe: str | None = None, replaces: str = "") -> None:
+    """Work until a signal comes. `pipe` and `replaces`: see app/run/processes.py, `Watched`."""
     name = new_name()
     steps = (
         Relay().run_once,
@@ -93,30 +104,44 @@ def main() -> None:
         Canceller().run_once,
     )
     try:
-        run("worker", orders_queue, steps)
+        run("worker", orders_queue, steps, pipe, replaces)
     finally:
         with app.app_context(), contextlib.suppress(Unavailable):
             stock.board.gone(name)
 
 
 def run(
-    role: str, queue: Callable[[redis.Redis], rq.Queue], steps: Sequence[Callable[..., None]]
+    role: str,
+    queue: Callable[[redis.Redis], rq.Queue],
+    steps: Sequence[Callable[..., None]],
+    pipe: str | None = None,
+    replaces: str = "",
 ) -> None:
     """Work on a queue, with the steps beside it each in a thread, until a signal comes."""
-    Meter(role).start()
+    meter = Meter(role)
+    if replaces:
+        meter.count(f"worker-restart:{replaces}")
+    meter.start()
     stopped = threading.Event()
+    heartbeat = Heartbeat(int(pipe) if pipe else os.open(os.devnull, os.O_WRONLY))
     threads = [
-        threading.Thread(target=run_forever, args=(app, step, stopped), name=step.__qualname__)
+        threading.Thread(
+            target=run_forever,
+            args=(app, step, stopped, heartbeat.thread(step.__qualname__)),
+            name=step.__qualname__,
+            daemon=True,
+        )
         for step in steps
     ]
+    turned = heartbeat.thread("RQ")
     for thread in threads:
-        thread.daemon = True
         thread.start()
+    heartbeat.start()
     # RQ blocks on its queue for seconds, and raises this client's timeout for it: one of its own.
     connection = redis.Redis.from_url(app.config["SETTINGS"].redis_url, socket_connect_timeout=1)
     with app.app_context():
         try:
-            work(queue(connection))
+            work(queue(connection), turned)
         finally:
             stopped.set()
             for thread in threads:
@@ -124,4 +149,4 @@ def run(
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

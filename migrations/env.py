@@ -1,13 +1,7 @@
 """Run migrations on the app's own database connection (`flask db …`)."""
 
-import sys
-from pathlib import Path
-
 from alembic import context
 from flask import current_app
-
-# For what several versions share (online.py): they are no package.
-sys.path.append(str(Path(__file__).parent))
 
 migrate = current_app.extensions["migrate"]
 

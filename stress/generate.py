@@ -101,7 +101,7 @@ def generate(orders: int, users: int, products: int, texts: int) -> None:
         text("VACUUM ANALYZE orders, stock_movements, product_totals")
     )
     print("\nrebuilding the sale in Redis")
-    recovery.rebuild(ACTOR)
+    print(recovery.rebuild(ACTOR))
 
 
 def main() -> None:

@@ -163,10 +163,10 @@ def cancel(order_id: int) -> ResponseReturnValue:
         return redirect(page)
     units_are = "1 unit is" if done.units == 1 else f"{done.units} units are"
     ended = done.status in ENDED_STATUSES
-    what = f"Order {order_id} is {done.status.lower()}" if ended else "Accepted"
+    what = f"Order {order_id} is {done.status.lower()}" if ended else "A part is cancelled"
     when = "again" if done.free else "as soon as Redis is back"
     if done.waits:
-        when = "as soon as the order is stored"
+        what, when = "Accepted", "as soon as the order is stored"
     told = f"{what}; {units_are} free {when}."
     return forms.done(told, page, "success" if done.free else "warning")
 

@@ -42,11 +42,12 @@ SELECT coalesce((SELECT generation FROM sale), ''),
        (SELECT json_agg(json_build_array(id, product_id, units) ORDER BY id)
         FROM stock_movements WHERE applied_at IS NULL)
 """
-# Nobody writes while these are held. The drain takes tables in another order, hence its own lock.
+# Nobody writes while these are held. Whoever needs several tables takes them in this order, but for
+# the drain, hence its own lock.
 STANDSTILL = f"""
 SET LOCAL lock_timeout = '3s';
 SELECT pg_advisory_xact_lock({DRAIN_LOCK});
-LOCK TABLE dead_letters, orders, stock_movements IN SHARE MODE
+LOCK TABLE orders, dead_letters, stock_movements IN SHARE MODE
 """
 # The totals are kept by triggers; this counts the rows themselves.
 ROWS = """
@@ -174,6 +175,8 @@ def _consistent_view(count_up_to: int) -> tuple[Stored, Accounts]:
         before = _read_stored()
         for reading in range(READINGS):
             if reading == READINGS // 2:
+                # A reset holds the drain's lock while it waits for the tables that were read.
+                db.session.rollback()
                 db.session.execute(text(STANDSTILL))
                 before = _read_stored()
             accounts = stock.accounts(

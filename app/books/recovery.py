@@ -29,7 +29,7 @@ from ..orders import bulk, cancelling
 from ..orders.drain import BATCH_ORDERS, Row, store
 from ..problems import Conflict, Unavailable
 from ..products import catalogue, movements, sale, terms
-from ..stock.entries import STANDING, Entry, key_record
+from ..stock.entries import FAILED, STANDING, Entry, key_record
 from ..stock.place import place
 from . import ledger
 
@@ -75,12 +75,13 @@ def reset(actor: Actor) -> int:
     Staff, tokens, endpoints of webhooks and the audit stay. Ids start from 1 again. Raises
     stock.Unavailable before anything is deleted when Redis can't be reached.
     """
+    # Whoever holds a lock below may wait for a table that this transaction has read.
+    db.session.rollback()
     # A drain under way finishes first, and so does a movement; the next ones find nothing.
     db.session.execute(text(f"SELECT pg_advisory_xact_lock({REBUILD_LOCK})"))
     db.session.execute(text(f"SELECT pg_advisory_xact_lock({DRAIN_LOCK})"))
     db.session.execute(text(f"SELECT pg_advisory_xact_lock({EVENTS_LOCK})"))
     db.session.execute(text(f"SELECT pg_advisory_xact_lock({SALE_LOCK})"))
-    stock.clear()
     db.session.execute(
         text(
             "TRUNCATE orders, order_intents, bulk_cancels, dead_letters, batches, stock_movements,"
@@ -89,6 +90,8 @@ def reset(actor: Actor) -> int:
         )
     )
     db.session.execute(text("UPDATE feed SET head = 0, floor = 0"))
+    # What PostgreSQL refuses is refused by now, and what Redis refuses is rolled back.
+    stock.clear()
     for route in (catalogue.CREATE, cancelling.CANCEL, bulk.START):
         idempotency.forget(route)
     generation = secrets.token_hex(8)
@@ -433,7 +436,7 @@ def _put_keys(connection: Connection) -> int:
             (
                 e.user,
                 e.idempotency_key,
-                key_record(order_id, e, _GIVEN_UP if given_up else STANDING),
+                key_record(order_id, e, _GIVEN_UP if given_up else FAILED),
             )
             for e, order_id, given_up in parsed
             if e.idempotency_key

@@ -93,6 +93,7 @@ def _cancel(order_id: int, reason: str | None, actor: Actor, units: int | None) 
             found = from_entry(order_id, entry)
             waiting = describe(found) | {"cancelling": intents.units_given_back(order_id)}
             return Cancelled(waiting, given, waits=True)
+    intents.carry_out(order)
     held = order.status == "HELD"
     _whole(not held, units, order.quantity)
     status = "RELEASED" if held else "CANCELLED"

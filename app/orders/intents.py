@@ -114,7 +114,7 @@ def apply_to(order_id: int) -> bool:
     except UnknownOrder:
         db.session.rollback()
         return False
-    returned = [moved for intent in of_order(order_id) if (moved := _carry_out(order, intent))]
+    returned = carry_out(order)
     db.session.commit()
     for moved in returned:
         try:
@@ -123,6 +123,15 @@ def apply_to(order_id: int) -> bool:
             db.session.rollback()
             log.warning("the units of order %d return later: %s", order_id, error)
     return True
+
+
+def carry_out(order: Order) -> list[states.Returned]:
+    """Do what was accepted for a locked order, in this transaction.
+
+    Whoever acts on a stored order does this first: what was accepted earlier comes earlier.
+    """
+    waiting = of_order(order.id)
+    return [returned for intent in waiting if (returned := _carry_out(order, intent))]
 
 
 def _carry_out(order: Order, intent: OrderIntent) -> states.Returned | None:

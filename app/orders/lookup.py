@@ -10,7 +10,8 @@ from ..models import DeadLetter, Order
 from ..reading import User
 from ..stock.entries import Entry
 from ..times import from_ms, utc_text
-from .search import MAX_LISTED
+
+MAX_LISTED = 500
 
 # An order in the API's form.
 Listed = dict[str, Any]
@@ -29,6 +30,19 @@ def _listed(order_id: int, status: str, at: datetime, order: Entry | Order) -> L
     if order.reference is not None:
         listed["reference"] = order.reference
     return listed
+
+
+def columns_of(entry: Entry) -> dict[str, Any]:
+    """Return what an entry tells of an order beside its id and its user, by the columns' names."""
+    return {
+        "product_id": entry.product_id,
+        "quantity": entry.quantity,
+        "unit_price_cents": entry.unit_price_cents,
+        "currency": entry.currency,
+        "claimed_at": from_ms(entry.claimed_ms),
+        "idempotency_key": entry.idempotency_key,
+        "reference": entry.reference,
+    }
 
 
 def queued_orders_of(user: User, limit: int, before: int | None = None) -> list[Listed]:

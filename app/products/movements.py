@@ -5,10 +5,11 @@ crash leaves in between is finished by `finish_pending`, any number of times.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from sqlalchemy import select, text
+from sqlalchemy import inspect, select, text
 from sqlalchemy.exc import IntegrityError
 
 from ..audit import SYSTEM, Actor, record
@@ -107,11 +108,14 @@ def correct(product_id: int, units: int, reason: str, actor: Actor) -> int:
 def apply_movement(movement: StockMovement) -> int:
     """Carry a recorded movement out in Redis and mark it applied; return the free stock.
 
-    Safe to repeat, and safe for two at once: the second waits for the first. Raises
-    stock.Unavailable; raises Conflict, and removes the movement, when a correction would take more
-    than is free.
+    The movement is committed, and so is everything else. Safe to repeat, and safe for two at once:
+    the second waits for the first. Raises stock.Unavailable; raises Conflict, and removes the
+    movement, when a correction would take more than is free.
     """
-    movement_id = movement.id
+    (movement_id,) = inspect(movement).identity or ()
+    # What this transaction has read it holds against a reset, which holds the lock that is asked
+    # for now: each would wait for the other.
+    db.session.rollback()
     db.session.execute(text(f"SELECT pg_advisory_xact_lock_shared({SALE_LOCK})"))
     generation = on_record()
     found = db.session.get(StockMovement, movement_id, with_for_update=True, populate_existing=True)
@@ -168,16 +172,18 @@ def _ended_by(movement: StockMovement, order: Order | None = None) -> Ended | No
     return None
 
 
+PENDING_AT_ONCE = 1000
 APPLIED = text("""
 UPDATE stock_movements m SET applied_at = clock_timestamp(), stock_after = done.free
 FROM unnest(CAST(:ids AS bigint[]), CAST(:free AS bigint[])) AS done (id, free) WHERE m.id = done.id
 """)
 
 
-def apply_together(movement_ids: Sequence[int]) -> None:
+def apply_together(movement_ids: Sequence[int]) -> set[int]:
     """Carry out recorded returns as `apply_movement` does each, with one round trip for all.
 
-    What can't be done is left to `finish_pending`. Raises stock.Unavailable.
+    Returns those that Redis has now; the others it does not know the product of, and they are left
+    to `apply_movement`. Raises stock.Unavailable.
     """
     db.session.execute(text(f"SELECT pg_advisory_xact_lock_shared({SALE_LOCK})"))
     generation = on_record()
@@ -207,23 +213,25 @@ def apply_together(movement_ids: Sequence[int]) -> None:
     values = {"ids": [m for m, _ in done], "free": [free for _, free in done]}
     db.session.execute(APPLIED, values)
     db.session.commit()
+    return set(values["ids"])
 
 
 def finish_pending() -> int:
     """Apply the movements that a crash left between PostgreSQL and Redis; return their number."""
-    pending = list(
-        db.session.scalars(
-            select(StockMovement)
-            .where(StockMovement.applied_at.is_(None))
-            .order_by(StockMovement.id)
-            .limit(1000)
-        )
-    )
-    for movement in pending:
-        try:
-            apply_movement(movement)
-        except Conflict:
-            continue
+    pending = db.session.execute(
+        select(StockMovement.id, StockMovement.kind)
+        .where(StockMovement.applied_at.is_(None))
+        .order_by(StockMovement.id)
+        .limit(PENDING_AT_ONCE)
+    ).all()
+    # A bulk cancel that was killed leaves hundreds.
+    returns = [movement_id for movement_id, kind in pending if kind == "return"]
+    done = apply_together(returns) if returns else set()
+    for movement_id, _ in pending:
+        movement = None if movement_id in done else db.session.get(StockMovement, movement_id)
+        if movement is not None:
+            with suppress(Conflict):
+                apply_movement(movement)
     return len(pending)
 
 

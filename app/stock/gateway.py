@@ -22,7 +22,7 @@ from ..reading import User
 from .board import HISTORY_SAMPLES, Noticeboard
 from .brakes import BrakeGateway, Brakes
 from .doorkeeper import Doorkeeper
-from .entries import Entry, key_record
+from .entries import FAILED, Entry, former_key_record, key_record
 from .keys import Keys, cautious_options
 from .lines import Claim, ClaimScript, LoopLine, Request, ThreadLine
 from .outcomes import REFUSALS
@@ -223,13 +223,16 @@ class Stock:
         stream_ids: list[str],
         order_ids: list[int],
         products: dict[int, tuple[int, int, int]],
+        failed: Iterable[tuple[int, Entry]] = (),
     ) -> bool:
         """Take a stored batch out of the outbox; False when somebody did it already.
 
         `generation` is the sale that the batch was read from: a reset in between starts ids anew.
-        `products` maps a product id to (orders, units, orders persisted) of the batch.
+        `products` maps a product id to (orders, units, orders persisted) of the batch; `failed`
+        are (order id, order) of its dead letters.
         """
-        args = [stream_ids[0], stream_ids[-1], generation or "", len(order_ids), *order_ids]
+        args = [stream_ids[0], stream_ids[-1], generation or "", len(order_ids), len(products)]
+        args += order_ids
         for figures in products.values():
             args.extend(figures)
         keys = [
@@ -238,6 +241,12 @@ class Stock:
             Keys.generation,
             *(Keys.product(product) for product in products),
         ]
+        for order_id, entry in failed:
+            if key := entry.idempotency_key:
+                bucket, field = Keys.idempotency(entry.user, key)
+                keys += [bucket, Keys.former_idempotency(entry.user, key)]
+                args += [field, key_record(order_id, entry), former_key_record(order_id, entry)]
+                args.append(key_record(order_id, entry, FAILED))
         return bool(self._run("settle", keys, args))
 
     def view(
@@ -411,10 +420,16 @@ class Stock:
                 entries.append((int(stream_id.partition("-")[0]), entry))
         return entries
 
-    def history(self, since: int, most: int = HISTORY_SAMPLES) -> list[tuple[int, dict]]:
-        """Return the newest `most` samples from the second `since` on, oldest first."""
+    def history(
+        self, since: int, most: int = HISTORY_SAMPLES, by_minute: bool = False
+    ) -> list[tuple[int, dict]]:
+        """Return the newest `most` samples from the second `since` on, oldest first.
+
+        They are a second apart, or with `by_minute` a minute.
+        """
+        key = Keys.history_by_minute if by_minute else Keys.history
         try:
-            found = self.client.xrevrange(Keys.history, min=f"{since}-0", count=most)
+            found = self.client.xrevrange(key, min=f"{since}-0", count=most)
         except redis.RedisError as error:
             raise Unavailable(str(error)) from error
         return [
@@ -551,15 +566,24 @@ class Stock:
             raise Unprepared("the sale is not in Redis")
         return order_id
 
-    def rename_order(self, entry: Entry, former: int, order_id: int) -> None:
-        """Let a replay of the purchase tell the order's new id, if its key is still remembered."""
-        assert entry.idempotency_key is not None
-        name, field = Keys.idempotency(entry.user, entry.idempotency_key)
-        older = Keys.former_idempotency(entry.user, entry.idempotency_key)
-        with contextlib.suppress(redis.RedisError):
-            known = self.client.hget(name, field) or self.client.get(older)
-            if known and known.partition(" ")[0] == str(former):
-                self.client.hset(name, field, key_record(order_id, entry))
+    def stand(self, generation: str, stream_id: str, entry: Entry, order_id: int) -> bool:
+        """Let a replay of a dead letter's purchase tell `order_id`, under which it is stored.
+
+        False while its entry has not left the outbox. Raises Unavailable; Unprepared when Redis
+        holds another sale than `generation`.
+        """
+        if entry.idempotency_key is None:
+            return True
+        bucket, field = Keys.idempotency(entry.user, entry.idempotency_key)
+        former = Keys.former_idempotency(entry.user, entry.idempotency_key)
+        outcome = self._run(
+            "stand",
+            [Keys.generation, Keys.outbox, bucket, former],
+            [generation, stream_id, field, key_record(order_id, entry)],
+        )
+        if outcome == "unprepared":
+            raise Unprepared("the sale is not in Redis")
+        return outcome == "done"
 
     def open(self, generation: str, first_order_id: int) -> None:
         """Let claims in: from here on order ids start at `first_order_id`."""

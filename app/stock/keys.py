@@ -41,6 +41,7 @@ class Keys:
     products = "sale:{0}:products"
     refused = "sale:{0}:refused"
     history = "sale:{0}:history"
+    history_by_minute = "sale:{0}:history-by-minute"
     drain_lease = "sale:{0}:drain-lease"
     # The newest ledger check, as JSON; and whose turn the next one is.
     ledger = "sale:{0}:ledger"
@@ -123,6 +124,10 @@ def code_of(error: Exception) -> str:
     return getattr(error, "status_code", None) or str(error).partition(" ")[0]
 
 
+class Refused(redis.ConnectionError):
+    """Nobody was asked."""
+
+
 class _Cautious(AbstractConnection):
     """A connection that asks nothing of a Redis which let somebody wait in vain a moment ago.
 
@@ -135,26 +140,46 @@ class _Cautious(AbstractConnection):
     unfit = 0
     _unfit_before = 0
 
+    def _connect(self) -> Any:
+        self._admitted()
+        try:
+            return super()._connect()  # type: ignore[no-untyped-call, safe-super]  # redis-py's
+        except OSError as error:
+            self._failed(error)
+            raise
+
     def send_packed_command(self, command: Any, check_health: bool = True) -> None:
-        if not self.breaker.admits():
-            raise redis.ConnectionError("Redis did not answer a moment ago")
+        self._admitted()
         if self._unfit_before != _Cautious.unfit:
             self._unfit_before = _Cautious.unfit
-            self.disconnect()  # type: ignore[no-untyped-call]  # redis-py's
-        super().send_packed_command(command, check_health)  # type: ignore[no-untyped-call]  # the same
+            self.disconnect()  # type: ignore[no-untyped-call]  # the same
+        try:
+            super().send_packed_command(command, check_health)  # type: ignore[no-untyped-call]
+        except redis.RedisError as error:
+            self._failed(error)
+            raise
 
     def read_response(self, *arguments: Any, **options: Any) -> Any:
         try:
             response = super().read_response(*arguments, **options)
-        except redis.TimeoutError:
-            self.breaker.waited_in_vain()
-            raise
         except redis.RedisError as error:
+            self._failed(error)
             if code_of(error) in UNFIT:
                 leave_server()
             raise
         self.breaker.answered()
         return response
+
+    def _admitted(self) -> None:
+        if not self.breaker.admits():
+            raise Refused("Redis did not answer a moment ago")
+
+    def _failed(self, error: Exception) -> None:
+        """Tell the breaker; an error, a refusal or a cut connection is an answer, too."""
+        if isinstance(error, (redis.TimeoutError, TimeoutError)):
+            self.breaker.waited_in_vain()
+        elif not isinstance(error, Refused):
+            self.breaker.answered()
 
 
 def leave_server() -> None:

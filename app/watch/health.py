@@ -169,7 +169,7 @@ def _drain_is_locked() -> bool:
 @cache
 def newest_migration(directory: str) -> str | None:
     """Return the revision that the code expects."""
-    config = Config()
+    config = Config(f"{directory}/alembic.ini")
     config.set_main_option("script_location", directory)
     # As migrations/env.py does: what several versions share lies beside it.
     config.set_main_option("prepend_sys_path", directory)

@@ -12,7 +12,7 @@ from werkzeug.exceptions import UnsupportedMediaType
 from ..extensions import csrf, limiter, stock
 from ..models import Product
 from ..orders import lookup as orders
-from ..orders.search import MAX_LISTED
+from ..orders.lookup import MAX_LISTED
 from ..problems import AnotherShopper, InvalidRequest, UnknownProduct, Unprepared
 from ..products import catalogue, movements, terms
 from ..products.brake import brake

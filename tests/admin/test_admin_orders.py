@@ -287,6 +287,25 @@ def test_search_survives_a_dead_redis(support, many, monkeypatch):
     assert listed(answer)[0] == 1000
 
 
+def test_an_order_that_waits_deep_in_the_queue_is_found(support, app, buy, monkeypatch):
+    buy(1, key="first", reference="cart-1")
+    with app.app_context():
+        for user in range(1000, 1099):
+            assert stock.claim(user, 1, 1, None, f"192.0.2.{user % 250}").outcome == b"accepted"
+    monkeypatch.setattr(search, "WAITING_ORDERS", 10)
+    for wanted in ("first", "cart-1"):
+        answer = support.get(f"/admin/orders/?q={wanted}")
+        assert listed(answer) == [1]
+        assert "newest 10,000" not in answer.text
+    # Bounded, and said so.
+    monkeypatch.setattr(search, "MOST_WAITING", 60)
+    answer = support.get("/admin/orders/?q=first")
+    assert listed(answer) == []
+    assert "Only the newest 10,000 were searched" in answer.text
+    # Without a filter the newest page is enough.
+    assert "Only the newest" not in support.get("/admin/orders/").text
+
+
 def test_no_filter_reads_every_row(app, many):
     """Each kind of search is a range of an index, so that a million orders cost as little."""
     with app.app_context():
@@ -314,7 +333,9 @@ def test_a_stored_order_is_not_shown_as_queued(app, buy, drain, monkeypatch):
     with app.app_context():
         waiting = stock.newest_waiting(10)
     drain()
-    monkeypatch.setattr(type(stock), "newest_waiting", lambda *_: waiting)
+    monkeypatch.setattr(
+        type(stock), "newest_waiting", lambda stock, most, before: [] if before else waiting
+    )
     with app.app_context():
         found = search.search(search.Filter()).orders
         assert [(order.id, order.status) for order in found] == [(1, "CONFIRMED")]

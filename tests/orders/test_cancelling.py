@@ -432,3 +432,16 @@ def test_the_order_counts_its_acts(buy, drain, cancel, app):
         cancel(1, quantity=1)
     with app.app_context():
         assert db.session.get_one(Order, 1).acts == 3
+
+
+def test_what_was_accepted_early_comes_first(buy, drain, cancel, show, app):
+    """An act that meets the stored order before the sweeper does can't push it aside."""
+    buy(1, quantity=3)
+    assert cancel(1, quantity=2).status_code == 202
+    drain()
+    assert cancel(1, quantity=2).json["code"] == "too_many_units"
+    assert cancel(1, quantity=1).json["cancelledQuantity"] == 3
+    with app.app_context():
+        assert intents.apply_open() == 0
+    assert show(1).json["status"] == "CANCELLED"
+    assert proved(app) == 100

@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 from ...config import VERSION
-from ...orders.search import MAX_LISTED
+from ...orders.lookup import MAX_LISTED
 from . import feed, orders
 from .components import (
     CREATION_KEY,
