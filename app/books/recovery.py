@@ -82,6 +82,8 @@ def reset(actor: Actor) -> int:
     db.session.execute(text(f"SELECT pg_advisory_xact_lock({DRAIN_LOCK})"))
     db.session.execute(text(f"SELECT pg_advisory_xact_lock({EVENTS_LOCK})"))
     db.session.execute(text(f"SELECT pg_advisory_xact_lock({SALE_LOCK})"))
+    generation = secrets.token_hex(8)
+    webhooks.begin_anew(generation)
     db.session.execute(
         text(
             "TRUNCATE orders, order_intents, bulk_cancels, dead_letters, batches, stock_movements,"
@@ -94,9 +96,7 @@ def reset(actor: Actor) -> int:
     stock.clear()
     for route in (catalogue.CREATE, cancelling.CANCEL, bulk.START):
         idempotency.forget(route)
-    generation = secrets.token_hex(8)
     db.session.add(Sale(generation=generation, epoch=generation))
-    webhooks.begin_anew(generation)
     record(actor, "sale.reset", "sale", after=SEED_PRODUCT)
     db.session.commit()
     stock.open(generation, first_order_id=1)

@@ -85,9 +85,12 @@ class Job:
 
     def _step(self, sender: Sender) -> bool:
         """Send one message; False when there is none to be sent now."""
-        endpoint = db.session.get(WebhookEndpoint, self._endpoint_id, populate_existing=True)
+        # Locked before its deliveries are looked at, as a reset does: neither waits for the other.
+        endpoint = db.session.get(
+            WebhookEndpoint, self._endpoint_id, with_for_update=True, populate_existing=True
+        )
         if endpoint is None:
-            return False
+            return self._nothing()
         delivery = db.session.scalar(
             select(WebhookDelivery)
             .where(
@@ -98,10 +101,10 @@ class Job:
         )
         if delivery is None:
             if endpoint.state != "on" or endpoint.next_at > datetime.now(UTC):
-                return False
+                return self._nothing()
             delivery = self._pending(endpoint)
             if delivery is None:
-                return False
+                return self._nothing()
         try:
             headers = signed(endpoint, delivery)
         except Unreadable:
@@ -115,6 +118,10 @@ class Job:
         outcome = sender.post(url, headers, body)
         self._record(endpoint.id, delivery.id, outcome)
         return True
+
+    def _nothing(self) -> bool:
+        db.session.rollback()
+        return False
 
     def _pending(self, endpoint: WebhookEndpoint) -> WebhookDelivery | None:
         """Return the delivery that comes next, committed; None when there are no events."""
