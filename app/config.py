@@ -93,12 +93,6 @@ def _limit(highest: int) -> Callable[[str], RateLimit]:
     return parse
 
 
-def _switch(value: str) -> bool:
-    if value.lower() not in ("on", "off"):
-        raise ValueError("must be on or off")
-    return value.lower() == "on"
-
-
 def _units(value: str) -> int:
     return 0 if value.lower() == "off" else _integer(1, 1_000_000_000)(value)
 
@@ -111,6 +105,10 @@ def _networks(value: str) -> tuple[IPv4Network | IPv6Network, ...]:
         except ValueError as error:
             raise ValueError(f"must be networks with commas between them: {error}") from None
     return tuple(networks)
+
+
+def _switch(value: str) -> bool:
+    return _choice("on", "off")(value.lower()) == "on"
 
 
 def _redis_url(value: str) -> str:
