@@ -113,10 +113,10 @@ class Job:
             db.session.commit()
             return False
         # No transaction is open while somebody else's server takes its time.
-        url, body = endpoint.url, delivery.body.encode()
+        url, body, delivery_id = endpoint.url, delivery.body.encode(), delivery.id
         db.session.commit()
         outcome = sender.post(url, headers, body)
-        self._record(endpoint.id, delivery.id, outcome)
+        self._record(self._endpoint_id, delivery_id, outcome)
         return True
 
     def _nothing(self) -> bool:

@@ -15,7 +15,7 @@ from app.events import Happened, add
 from app.extensions import db, stock
 from app.feed import numbering, reading
 from app.locks import EVENTS_LOCK
-from app.orders import deadletters, lookup
+from app.orders import cancelling, deadletters
 from app.orders.drain import drain_batch
 from app.products import movements
 from app.products.observed import Observer
@@ -80,7 +80,7 @@ def test_an_event_tells_the_order_as_it_was_then(app, buy, drain, number, feed):
     buy(1)
     drain()
     with app.app_context():
-        lookup.cancel(1, "asked for", CLI)
+        cancelling.cancel(1, "asked for", CLI)
     number()
     stored, cancelled = follow(feed)[:2]
     assert (stored["type"], stored["order"]["status"]) == ("order.confirmed", "CONFIRMED")
@@ -122,7 +122,7 @@ def test_an_act_never_gets_a_number_before_its_order(app, buy, drain, number, fe
             if statement == plain:
                 with app.app_context():
                     drain_batch("test", "test")
-                    lookup.cancel(1, "at once", CLI)
+                    cancelling.cancel(1, "at once", CLI)
             return self.cursor.execute(statement, values)
 
     number_all = numbering._number

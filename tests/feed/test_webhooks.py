@@ -17,7 +17,7 @@ from app.books import recovery
 from app.extensions import db
 from app.feed import delivery, reading, sending, webhooks
 from app.models import AuditEntry, WebhookDelivery, WebhookEndpoint
-from app.orders import lookup
+from app.orders import cancelling
 from app.worker import jobs
 
 HEADERS = {"Authorization": f"Bearer {API_TOKEN}"}
@@ -53,7 +53,7 @@ def test_what_happens_is_sent_in_order_and_signed(shop, sell, consumer):
     run(endpoint)
     assert consumer.received == []
     sell(5)
-    lookup.cancel(4, "asked for", CLI)
+    cancelling.cancel(4, "asked for", CLI)
     number()
     job = run(endpoint)
     assert (job.delivered, job.events) == (1, 6)
@@ -74,7 +74,7 @@ def test_a_hundred_to_a_delivery_and_only_the_types_that_are_wanted(shop, sell, 
     endpoint, _ = make(consumer)
     cancels, _ = make(consumer, types=["order.cancelled"])
     sell(250)
-    lookup.cancel(7, "asked for", CLI)
+    cancelling.cancel(7, "asked for", CLI)
     number()
     run(endpoint)
     assert [len(json.loads(body)["data"]["events"]) for _, body in consumer.received] == [
