@@ -223,6 +223,8 @@ def spent(act: Callable[[], object]) -> float:
 
 def paired(name: str, rounds: int, plain: Callable[[], float], other: Callable[[], float]) -> None:
     """Print the median ratio of two measured runs, taken in turn."""
+    if not rounds:
+        return
     pairs = []
     for number in range(rounds):
         order = (plain, other) if number % 2 == 0 else (other, plain)
@@ -278,7 +280,8 @@ def measure(app: Flask, environ: dict[str, str], dsn: str, orders: int, rounds: 
     print(f"drain without a feed: {DRAINED / fastest:,.0f} orders/s, each of them an event")
     paired("the same with the feed, seconds as a multiple", rounds, plain, numbered)
     paired("beside 20,000 steps/s of other orders, too", rounds, numbered, beside_steps)
-    print(f"  of which were written: {statistics.median(rate):,.0f}/s")
+    if rate:
+        print(f"  of which were written: {statistics.median(rate):,.0f}/s")
 
     def beside(url: str) -> Callable[[], float]:
         def run() -> float:
@@ -349,7 +352,7 @@ def measure(app: Flask, environ: dict[str, str], dsn: str, orders: int, rounds: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--orders", type=int, default=50_000)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="pairs; 0 leaves them out")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -11,7 +11,7 @@ from online import add_index, lock_briefly
 from sqlalchemy.dialects import postgresql
 
 revision = "0012_events"
-down_revision = "0011_bulk_cancels"
+down_revision = "0008_shop"
 branch_labels = None
 depends_on = None
 
