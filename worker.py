@@ -93,7 +93,7 @@ def main() -> None:
         thread.daemon = True
         thread.start()
     # RQ blocks on its queue for seconds, and raises this client's timeout for it: one of its own.
-    connection = redis.Redis.from_url(app.config["SETTINGS"].redis_url, socket_connect_timeout=1)
+    connection = stock.server.client(decode=False, cautious=False, socket_timeout=None)
     with app.app_context():
         try:
             work(connection)

@@ -108,8 +108,14 @@ def _networks(value: str) -> tuple[IPv4Network | IPv6Network, ...]:
 
 
 def _redis_url(value: str) -> str:
-    if not re.match(r"(redis|rediss|unix)://", value):
-        raise ValueError("must start with redis://, rediss:// or unix://")
+    if not re.match(r"(rediss?(\+sentinel)?|unix)://", value):
+        raise ValueError("must start with redis://, rediss://, redis+sentinel:// or unix://")
+    if "+sentinel:" in value and not re.match(
+        r"[a-z+]+://([^/@]*@)?[^/@?,]+(,[^/@?,]+)*/[^/?]", value
+    ):
+        raise ValueError(
+            "must name Sentinels and their primary, like redis+sentinel://host:26379,host:26379/name"
+        )
     return value
 
 
@@ -155,6 +161,13 @@ class Settings:
     )
     redis_url: str | None = setting(
         "REDIS_URL", None, _redis_url, "a real Redis or Valkey; embedded when not set"
+    )
+    redis_replicas: int = setting(
+        "REDIS_REPLICAS",
+        0,
+        _integer(0, 5),
+        "replicas of Redis that must have an order before it is answered 200; with fewer, nothing "
+        "is sold",
     )
     database_url: str | None = setting(
         "DATABASE_URL", None, _database_url, "a real PostgreSQL; embedded when not set"
@@ -323,6 +336,8 @@ def with_secrets(settings: Settings) -> Settings:
     together.
     """
     check_shopper_auth(settings)
+    if settings.redis_replicas and settings.embedded_redis:
+        raise SettingsError("REDIS_REPLICAS needs REDIS_URL: the embedded Redis has no replicas")
     if settings.app_env == "production":
         check_production(settings)
     key = settings.secret_key

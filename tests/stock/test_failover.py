@@ -26,7 +26,8 @@ from app.extensions import stock
 from app.problems import Unavailable
 from app.products import movements
 from app.run.embedded import RedisServer
-from app.stock.keys import UNFIT, Keys, code_of
+from app.stock.keys import Keys
+from app.stock.servers import UNFIT, code_of
 from app.worker import relay
 
 WITHIN_SECONDS = 2.0

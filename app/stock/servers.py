@@ -1,0 +1,205 @@
+"""A Redis as this process sees it: where it is, how connections to it behave, how it has answered."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, cast
+from urllib.parse import unquote, urlsplit, urlunsplit
+
+import redis
+from redis.backoff import NoBackoff
+from redis.connection import AbstractConnection, parse_url
+from redis.retry import Retry
+from redis.sentinel import Sentinel
+
+from ..breaker import Breaker
+
+# A shopper gets an answer within 2 s even from a dead Redis; a healthy one needs about 1 ms.
+CONNECT_TIMEOUT_SECONDS = 0.5
+COMMAND_TIMEOUT_SECONDS = 1.0
+# Sentinels are asked one after the other: two dead ones must not use up the second.
+ASK_SENTINEL_SECONDS = 0.25
+SENTINEL_PORT = 26_379
+# How a server says that it can't do a primary's work any more, or not yet: it has become a replica,
+# lost its primary or its replicas, is loading, or another holds these keys. Who is told so leaves.
+UNFIT = frozenset(
+    (
+        "READONLY", "MASTERDOWN", "LOADING", "CLUSTERDOWN", "NOREPLICAS", "NOAUTH", "MOVED", "ASK",
+        "TRYAGAIN", "UNBLOCKED",
+    )
+)  # fmt: skip
+# Errors of a claim after which surely nothing has happened: Redis gives them before a script runs
+# or at its first write. UNDONE is the script's own. Any other may mean that it was cut off midway.
+NOTHING_RAN = UNFIT | {"NOSCRIPT", "OOM", "MISCONF", "BUSY", "NOPERM", "WRONGTYPE", "UNDONE"}
+
+
+def code_of(error: Exception) -> str:
+    """Return the code that an error of Redis begins with, such as READONLY."""
+    # redis-py cuts the codes that it knows off the message.
+    return getattr(error, "status_code", None) or str(error).partition(" ")[0]
+
+
+Address = tuple[str, int]
+
+
+class Server:
+    """One Redis, wherever it is at the moment; one object for each process.
+
+    A server that hangs or has become a replica is left by all connections to it, and by no others.
+    """
+
+    def __init__(self, url: str) -> None:
+        """`url` is a REDIS_URL. Raises ValueError when it can't be one."""
+        self.breaker = Breaker(COMMAND_TIMEOUT_SECONDS)
+        # How often it was told to be unfit; a connection older than the last time is not used.
+        self.unfit = 0
+        self.options, self._find = read_url(url)
+
+    @property
+    def moves(self) -> bool:
+        """Tell whether its address has to be asked for."""
+        return self._find is not None
+
+    def address(self) -> Address | None:
+        """Return where it is now; None where the URL itself says it.
+
+        Blocks, for up to a second. Raises redis.ConnectionError when nobody can tell.
+        """
+        return self._find() if self._find else None
+
+    def leave(self) -> None:
+        """Have every connection of requests connect anew before it is used again."""
+        self.unfit += 1
+
+    def client(self, decode: bool, cautious: bool = True, **more: object) -> redis.Redis:
+        """Return a client with connections of its own.
+
+        Not `cautious`, it waits as long as `more` says, and for a server that has just hung.
+        """
+        return redis.Redis.from_pool(self.pool(decode, cautious, **more))
+
+    def pool(self, decode: bool, cautious: bool = True, **more: object) -> redis.ConnectionPool:
+        """Return connections that look for the server whenever they connect."""
+        kind = self.options.get("connection_class", redis.Connection)
+        options: dict[str, Any] = {
+            **connection_options(decode),
+            **more,
+            **self.options,
+            "connection_class": _kind(_Cautious if cautious else _Found, kind),
+            "server": self,
+        }
+        return redis.ConnectionPool(**options)
+
+
+def connection_options(decode: bool) -> dict[str, Any]:
+    """Options of every connection: bounded waits, and no silent second try of a command."""
+    return {
+        "socket_connect_timeout": CONNECT_TIMEOUT_SECONDS,
+        "socket_timeout": COMMAND_TIMEOUT_SECONDS,
+        "retry": Retry(NoBackoff(), 0),
+        "decode_responses": decode,
+        "protocol": 2,
+    }
+
+
+def read_url(url: str) -> tuple[dict[str, Any], Callable[[], Address] | None]:
+    """Return a connection's options, and who tells its address where the options don't.
+
+    `redis+sentinel://user:password@host:port,host:port/name?db=0` asks Sentinels for the primary
+    that they know by this name; they may have a `sentinel_username` and a `sentinel_password`.
+    """
+    parts = urlsplit(url)
+    scheme, _, kind = parts.scheme.partition("+")
+    if kind != "sentinel":
+        return parse_url(url), None  # type: ignore[no-untyped-call]  # redis-py's
+    user, at, hosts = parts.netloc.rpartition("@")
+    plain = urlunsplit((scheme, f"{user}{at}{hosts.partition(',')[0]}", "", parts.query, ""))
+    options = dict(parse_url(plain))  # type: ignore[no-untyped-call]  # the same
+    for name in ("host", "port"):
+        options.pop(name, None)
+    theirs = {
+        name: options.pop(f"sentinel_{name}")
+        for name in ("username", "password")
+        if f"sentinel_{name}" in options
+    }
+    if scheme == "rediss":
+        theirs |= {name: value for name, value in options.items() if name.startswith("ssl_")}
+        theirs["ssl"] = True
+    service = unquote(parts.path.strip("/"))
+    if not service:
+        raise ValueError("a redis+sentinel:// URL ends with the name of the primary")
+    return options, _Sentinels([_host(each) for each in hosts.split(",")], service, theirs)
+
+
+def _host(text: str) -> Address:
+    parts = urlsplit(f"//{text}")
+    if not parts.hostname:
+        raise ValueError("a redis+sentinel:// URL names hosts with commas between them")
+    return parts.hostname, parts.port or SENTINEL_PORT
+
+
+class _Sentinels:
+    """Tells where the primary is, as the first Sentinel does that can be reached and knows one."""
+
+    def __init__(self, hosts: list[Address], service: str, options: dict[str, Any]) -> None:
+        self._service = service
+        options = {
+            **connection_options(decode=True),
+            "socket_connect_timeout": ASK_SENTINEL_SECONDS,
+            "socket_timeout": ASK_SENTINEL_SECONDS,
+            **options,
+        }
+        self._sentinels = Sentinel(hosts, sentinel_kwargs=options)  # type: ignore[no-untyped-call]  # redis-py's
+
+    def __call__(self) -> Address:
+        found = self._sentinels.discover_master(self._service)  # type: ignore[no-untyped-call]  # the same
+        return cast("Address", found)
+
+
+class _Found(AbstractConnection):
+    """A connection to wherever its server is when it connects."""
+
+    def __init__(self, *arguments: Any, server: Server, **options: Any) -> None:
+        self.server = server
+        super().__init__(*arguments, **options)
+
+    def _connect(self) -> Any:
+        if address := self.server.address():
+            self.host, self.port = address
+        return super()._connect()  # type: ignore[safe-super, no-untyped-call]  # the class beside it
+
+
+class _Cautious(_Found):
+    """A connection that asks nothing of a Redis which let somebody wait in vain a moment ago.
+
+    And nothing of one that can no longer do its work, whichever connection was told: all of them
+    connect anew before they are used again.
+    """
+
+    _unfit_before = 0
+
+    def send_packed_command(self, command: Any, check_health: bool = True) -> None:
+        if not self.server.breaker.admits():
+            raise redis.ConnectionError("Redis did not answer a moment ago")
+        if self._unfit_before != self.server.unfit:
+            self._unfit_before = self.server.unfit
+            self.disconnect()  # type: ignore[no-untyped-call]  # redis-py's
+        super().send_packed_command(command, check_health)  # type: ignore[no-untyped-call]  # the same
+
+    def read_response(self, *arguments: Any, **options: Any) -> Any:
+        try:
+            response = super().read_response(*arguments, **options)
+        except redis.TimeoutError:
+            self.server.breaker.waited_in_vain()
+            raise
+        except redis.RedisError as error:
+            if code_of(error) in UNFIT:
+                self.server.leave()
+            raise
+        self.server.breaker.answered()
+        return response
+
+
+@cache
+def _kind(manner: type[_Found], kind: type[AbstractConnection]) -> type[AbstractConnection]:
+    """Return a class of connections of this kind (TCP, TLS, Unix) that behave in this manner."""
+    return type(manner.__name__ + kind.__name__, (manner, kind), {})
