@@ -110,11 +110,10 @@ def _networks(value: str) -> tuple[IPv4Network | IPv6Network, ...]:
 def _redis_url(value: str) -> str:
     if not re.match(r"(rediss?(\+sentinel)?|unix)://", value):
         raise ValueError("must start with redis://, rediss://, redis+sentinel:// or unix://")
-    if "+sentinel:" in value and not re.match(
-        r"[a-z+]+://([^/@]*@)?[^/@?,]+(,[^/@?,]+)*/[^/?]", value
-    ):
+    sentinels = r"[a-z+]+://([^/@]*@)?[^/@?,]+(,[^/@?,]+)*/[^/?]"
+    if "+sentinel:" in value and not re.match(sentinels, value):
         raise ValueError(
-            "must name Sentinels and their primary, like redis+sentinel://host:26379,host:26379/name"
+            "must name Sentinels and their primary, like redis+sentinel://host:26379,host2:26379/name"
         )
     return value
 

@@ -590,13 +590,13 @@ class Stock:
         except redis.RedisError as error:
             raise Unavailable(str(error)) from error
 
-    def open(self, generation: str, first_order_id: int, made_on: str) -> None:
+    def open(self, generation: str, first_order_id: int, made_on: str | None = None) -> None:
         """Let claims in: from here on order ids start at `first_order_id`.
 
         `made_on` is the server_id from when the sale began to be made. Raises Unavailable where it
         is another by now: that one may have the first half of what was written, or the second.
         """
-        if self.server_id() != made_on:
+        if made_on is not None and self.server_id() != made_on:
             raise Unavailable("Redis has failed over or restarted meanwhile: start again")
         try:
             with self.client.pipeline() as pipe:

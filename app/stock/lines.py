@@ -413,7 +413,7 @@ class LoopLine:
         self._on_record = on_record
         # What goes out at the end of this turn of the loop.
         self._gathered: Batch = []
-        # Batches that replicas are waited for. The others gather meanwhile: they cost less together.
+        # Batches that wait for replicas. Other claims gather meanwhile, and cost less together.
         self._in_flight = 0
         # Is told of users who are over their limit.
         self.on_limited: Callable[[Request, Claim], None] = lambda request, claim: None

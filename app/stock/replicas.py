@@ -1,9 +1,9 @@
 """What may not leave a Redis before its replicas have it.
 
-Replication is in order, so a write that replicas have acknowledged says that they have all before
-it. WAIT looks at the writes of its own connection alone (https://valkey.io/commands/wait): after a
-mere read it returns at once, whatever others have just written. Hence the fence: a write and WAIT in
-one go, on the connection that has read or written what is to be sure.
+Replication is in order: replicas that have acknowledged a write have all before it. WAIT looks at
+the writes of its own connection alone (https://valkey.io/commands/wait), so that after a mere read
+it returns at once, whatever others have just written. Hence the fence: a write and WAIT in one go,
+on the connection that has read or written what is to be sure.
 """
 
 from typing import Any
@@ -14,13 +14,15 @@ import redis
 from ..problems import Unavailable
 from .keys import Keys
 
+Command = tuple[Any, ...]
+
 # Replicas mostly need 1 ms. Less than what a command may take (servers.py), so that a late replica
 # is not mistaken for a dead primary.
 WAIT_MS = 500
 # To put off the end of a key is a write that Redis takes however short of memory it is. 30 years.
 FENCE_MS = 1_000_000_000_000
-MAKE_FENCE = ("SET", Keys.fence, "1", "NX")
-FENCE = ("PEXPIRE", Keys.fence, str(FENCE_MS))
+MAKE_FENCE: Command = ("SET", Keys.fence, "1", "NX")
+FENCE: Command = ("PEXPIRE", Keys.fence, str(FENCE_MS))
 
 
 class Unreplicated(Unavailable):
@@ -35,11 +37,11 @@ class Replicas:
 
     def __init__(self, count: int) -> None:
         self.count = count
-        wait = ("WAIT", str(count), str(WAIT_MS))
+        wait: Command = ("WAIT", str(count), str(WAIT_MS))
         # Follows a claim, which is a write or a fence itself.
-        self.wait = hiredis.pack_command(wait) if count else b""
+        self.wait = _pack(wait) if count else b""
         # What a new connection is asked first; 3 answers.
-        self.fence = b"".join(map(hiredis.pack_command, (MAKE_FENCE, FENCE, wait)))
+        self.fence = _pack(MAKE_FENCE, FENCE, wait)
         self._commands = (MAKE_FENCE, FENCE, wait)
 
     def enough(self, answer: object) -> bool:
@@ -61,4 +63,8 @@ class Replicas:
                 raise answer
         if fenced != 1 or not self.enough(copied):
             raise Unreplicated(copied)
-        return answers
+        return list(answers)
+
+
+def _pack(*commands: Command) -> bytes:
+    return b"".join([bytes(hiredis.pack_command(command)) for command in commands])

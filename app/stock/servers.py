@@ -1,4 +1,4 @@
-"""A Redis as this process sees it: where it is, how connections to it behave, how it has answered."""
+"""A Redis as this process sees it: where it is, how connections behave, how it answers."""
 
 from collections.abc import Callable
 from functools import cache
@@ -111,8 +111,9 @@ def read_url(url: str) -> tuple[dict[str, Any], Callable[[], Address] | None]:
     scheme, _, kind = parts.scheme.partition("+")
     if kind != "sentinel":
         return parse_url(url), None  # type: ignore[no-untyped-call]  # redis-py's
-    user, at, hosts = parts.netloc.rpartition("@")
-    plain = urlunsplit((scheme, f"{user}{at}{hosts.partition(',')[0]}", "", parts.query, ""))
+    user, at, listed = parts.netloc.rpartition("@")
+    hosts = [_host(each) for each in listed.split(",")]
+    plain = urlunsplit((scheme, f"{user}{at}{listed.partition(',')[0]}", "", parts.query, ""))
     options = dict(parse_url(plain))  # type: ignore[no-untyped-call]  # the same
     for name in ("host", "port"):
         options.pop(name, None)
@@ -127,7 +128,7 @@ def read_url(url: str) -> tuple[dict[str, Any], Callable[[], Address] | None]:
     service = unquote(parts.path.strip("/"))
     if not service:
         raise ValueError("a redis+sentinel:// URL ends with the name of the primary")
-    return options, _Sentinels([_host(each) for each in hosts.split(",")], service, theirs)
+    return options, _Sentinels(hosts, service, theirs)
 
 
 def _host(text: str) -> Address:

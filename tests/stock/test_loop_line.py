@@ -101,8 +101,6 @@ def test_no_redis_at_all(app, tmp_path):
 
 
 def test_another_sale_in_redis_sells_nothing(app):
-    settings = app.config["SETTINGS"]
-
     async def claim():
         line = LoopLine(stock.server, stock.loop_line.line._script, lambda: ("another", 5))
         with pytest.raises(Unavailable):
