@@ -581,6 +581,13 @@ class Stock:
             if known and known.partition(" ")[0] == str(former):
                 self.client.hset(name, field, key_record(order_id, entry))
 
+    def attached_replicas(self) -> int:
+        """Return how many replicas Redis has, in step or not."""
+        try:
+            return int(self.client.info("replication")["connected_slaves"])
+        except redis.RedisError as error:
+            raise Unavailable(str(error)) from error
+
     def server_id(self) -> str:
         """Return what tells this Redis from every other, and from itself before a restart."""
         try:

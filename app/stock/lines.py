@@ -387,7 +387,7 @@ class ThreadLine:
         connection.read_response()
         copied = connection.read_response()
         if not self._replicas.enough(copied):
-            raise redis.ConnectionError(f"NOREPLICAS only {copied} replicas answered in time")
+            raise redis.ConnectionError(str(Unreplicated(copied)))
 
     def _sale_on_record(self) -> tuple[str, int] | None:
         now = time.monotonic()

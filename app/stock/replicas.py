@@ -29,7 +29,7 @@ class Unreplicated(Unavailable):
     """Too few replicas have it: what was done is done, and may be lost with the primary."""
 
     def __init__(self, found: object) -> None:
-        super().__init__(f"only {found} replicas answered in time")
+        super().__init__(f"NOREPLICAS only {found} answered in time")
 
 
 class Replicas:

@@ -101,6 +101,7 @@ def check(app: Flask) -> dict[str, dict[str, Any]]:
     try:
         redis_says = stock.view([]), stock.board.news(0)
         stock.board.try_write()
+        stock.check_replicas()
         parts["redis"] = _part(True, "reachable")
     except Unavailable as error:
         parts["redis"] = _part(False, in_words(error))
@@ -189,4 +190,13 @@ def weak_durability() -> list[str]:
             return ["this Redis does not show its configuration"]
         if found != wanted:
             weak.append(f"{name} is {found}, not {wanted}")
+    try:
+        attached = stock.attached_replicas() if stock.replicas.count else 0
+    except Unavailable:
+        return weak
+    if attached > stock.replicas.count:
+        weak.append(
+            f"it has {attached} replicas, and REDIS_REPLICAS is {stock.replicas.count}: a failover"
+            " to one that lags loses answered orders"
+        )
     return weak
