@@ -6,7 +6,7 @@ PIP = $(VENV)/pip install --quiet --disable-pip-version-check --require-hashes -
 JOBS = 2
 PYTEST = $(VENV)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
-.PHONY: run test drills coverage lint format types lock stress screenshots bench chaos fuzz
+.PHONY: run test drills attacks coverage lint format types lock stress screenshots bench chaos fuzz
 
 run: .venv/installed
 	@exec $(VENV)/python -m app.run.supervisor
@@ -18,6 +18,10 @@ test: .venv/installed-dev
 # make drills LONG=1: by the hundred, for hours
 drills: .venv/installed-dev
 	LONG=$(LONG) $(PYTEST) -m drill $(args)
+
+# The figures of docs/security.md
+attacks: .venv/installed-dev
+	$(VENV)/python -m pytest --quiet --capture=no tests/web/test_attacks.py
 
 coverage: .venv/installed-dev
 	rm -rf .coverage .coverage.*

@@ -1,6 +1,7 @@
 """One worker process: RQ's worker, the relay that calls for drains, the sampler and the sweeper.
 
-Run as many as you like, on as many machines as you like.
+Run as many as you like, on as many machines as you like. Who watches over one gives it a pipe to
+say that it works, and what was wrong with the worker before it, if anything was.
 """
 
 import contextlib
@@ -12,7 +13,9 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 from wsgi import app  # before all else: from here on what goes wrong is a log line
 
@@ -25,8 +28,9 @@ from rq.serializers import JSONSerializer
 from app.extensions import stock
 from app.problems import Unavailable
 from app.watch.telemetry import Meter
+from app.worker.alive import Heartbeat
 from app.worker.jobs import orders_queue
-from app.worker.relay import Relay, Sampler, Sweeper, run_forever
+from app.worker.relay import Canceller, Relay, Sampler, Sweeper, run_forever
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +40,14 @@ NEXT_WORKER_SECONDS = 1.0
 
 
 class Worker(SimpleWorker):
-    """RQ's worker, which knows whether it was asked to end."""
+    """RQ's worker, which knows whether it was asked to end, and tells when it gets on."""
 
     asked = False
+    turned: Callable[[], None] = staticmethod(lambda: None)
+
+    def heartbeat(self, *arguments: Any, **options: Any) -> None:
+        self.turned()
+        super().heartbeat(*arguments, **options)
 
     def request_stop(self, signum: int, frame: FrameType | None) -> None:
         self.asked = True
@@ -50,13 +59,14 @@ def new_name() -> str:
     return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
 
 
-def work(connection: redis.Redis) -> None:
+def work(connection: redis.Redis, turned: Callable[[], None]) -> None:
     """Run one RQ worker after the other until a signal comes.
 
     RQ's worker ends when it stumbles over what it finds in Redis. The process stays: the relay in
     it has to live for some seconds to see that nobody stores the orders, and to do so itself.
     """
     while True:
+        turned()
         reason = "it gave up"
         try:
             # No fork per job (19 ms). One queue: a worker of several can lose a job when killed.
@@ -67,6 +77,7 @@ def work(connection: redis.Redis) -> None:
                 serializer=JSONSerializer,
                 worker_ttl=WORKER_TTL_SECONDS,
             )
+            worker.turned = turned
             worker.max_connection_wait_time = 1.0
             worker.work(logging_level=None)
             if worker.asked:
@@ -81,22 +92,38 @@ def work(connection: redis.Redis) -> None:
         time.sleep(NEXT_WORKER_SECONDS)
 
 
-def main() -> None:
+def main(pipe: str | None = None, replaces: str = "") -> None:
+    """Work until a signal comes. `pipe` and `replaces`: see app/run/processes.py, `Watched`."""
     name = new_name()
-    Meter("worker").start()
+    meter = Meter("worker")
+    if replaces:
+        meter.count(f"worker-restart:{replaces}")
+    meter.start()
     stopped = threading.Event()
+    heartbeat = Heartbeat(int(pipe) if pipe else os.open(os.devnull, os.O_WRONLY))
     threads = [
-        threading.Thread(target=run_forever, args=(app, step, stopped), name=step.__qualname__)
-        for step in (Relay().run_once, Sampler(name).run_once, Sweeper().run_once)
+        threading.Thread(
+            target=run_forever,
+            args=(app, step, stopped, heartbeat.thread(step.__qualname__)),
+            name=step.__qualname__,
+            daemon=True,
+        )
+        for step in (
+            Relay().run_once,
+            Sampler(name).run_once,
+            Sweeper().run_once,
+            Canceller().run_once,
+        )
     ]
+    turned = heartbeat.thread("RQ")
     for thread in threads:
-        thread.daemon = True
         thread.start()
+    heartbeat.start()
     # RQ blocks on its queue for seconds, and raises this client's timeout for it: one of its own.
     connection = stock.server.client(decode=False, cautious=False, socket_timeout=None)
     with app.app_context():
         try:
-            work(connection)
+            work(connection, turned)
         finally:
             stopped.set()
             for thread in threads:
@@ -106,4 +133,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -50,18 +50,21 @@ def _started_first(callback: Callable[P, R]) -> Callable[P, R]:
     return carry_out
 
 
+# `flask` looks for its commands; for those that serve (run, shell, routes) it asks later.
+_asked = click.get_current_context(silent=True)
+_for_commands = _asked is not None and isinstance(_asked.command, click.Group)
+
 # A thousand modules, and nothing among them is garbage: to look for it takes a tenth of the time.
 gc.disable()
 try:
     settings = with_secrets(load_settings())
     logs.configure(settings)
-    app = create_app(with_servers(settings))
+    app = create_app(with_servers(settings), commands_only=_for_commands)
 except (SettingsError, EmbeddedError) as error:
     sys.exit(telling.fail(error))
 gc.enable()
 
-_asked = click.get_current_context(silent=True)
-if _asked is not None and isinstance(_asked.command, click.Group):
-    start_when_carried_out(app.cli.commands.values())  # `flask` looks for its commands
+if _for_commands:
+    start_when_carried_out(app.cli.commands.values())
 else:
     start_servers()

@@ -11,23 +11,19 @@ if TYPE_CHECKING:
     from .config import Settings
 
 
-def create_app(settings: Settings | None = None) -> Flask:
+def create_app(settings: Settings | None = None, commands_only: bool = False) -> Flask:
     """Build the app. The servers need not be up: nothing is connected before the first request.
 
-    Raises SettingsError for settings that can't work. What makes an app is imported only here:
-    programs that start others do without.
+    With `commands_only` it serves no request: the commands of cli.py need none of what does, and
+    to import that takes half of their time. Raises SettingsError for settings that can't work. What
+    makes an app is imported only here: programs that start others do without.
     """
     from flask import Flask, has_request_context
-    from werkzeug.middleware.proxy_fix import ProxyFix
 
-    from . import admin, cli, database, logs
+    from . import cli, database
     from .books import recovery
     from .config import ROOT, load_settings, with_secrets
-    from .extensions import csrf, db, limiter, login, migrate, stock
-    from .web import api, errors, front, headers
-    from .web.identity import Shoppers
-    from .web.lane import PurchaseLane
-    from .web.polls import Polls
+    from .extensions import db, limiter, migrate, stock
 
     settings = with_secrets(settings or load_settings())
     app = Flask(
@@ -36,15 +32,35 @@ def create_app(settings: Settings | None = None) -> Flask:
         static_folder=str(ROOT / "static"),
     )
     app.config.from_mapping(flask_config(settings))
-    cast("DefaultJSONProvider", app.json).sort_keys = False
-    # Such a path is not there; a redirect to the right one would be built from the client's Host.
-    app.url_map.merge_slashes = False
     database.limit_waits(has_request_context)
 
     db.init_app(app)
     migrate.init_app(app, db, directory=str(ROOT / "migrations"), compare_type=True)
     stock.init_app(settings, lambda: recovery.sale_on_record(app))
     app.config["RATELIMIT_STORAGE_OPTIONS"] = {"connection_pool": stock.server.pool(decode=False)}
+    cli.init_app(app)
+    if commands_only:
+        limiter.init_app(app)  # a new password ends the count of wrong ones
+    else:
+        _serve_requests(app, settings)
+    return app
+
+
+def _serve_requests(app: Flask, settings: Settings) -> None:
+    """Add the pages, the API and the purchase lane."""
+    from werkzeug.middleware.proxy_fix import ProxyFix
+
+    from . import admin, logs
+    from .extensions import csrf, limiter, login, stock
+    from .web import api, errors, front, headers, orders
+    from .web.identity import Shoppers
+    from .web.lane import PurchaseLane
+    from .web.polls import Polls
+
+    cast("DefaultJSONProvider", app.json).sort_keys = False
+    # Such a path is not there; a redirect to the right one would be built from the client's Host.
+    app.url_map.merge_slashes = False
+
     csrf.init_app(app)
     login.init_app(app)
     limiter.init_app(app)
@@ -53,9 +69,9 @@ def create_app(settings: Settings | None = None) -> Flask:
     errors.init_app(app)
 
     app.register_blueprint(api.bp)
+    app.register_blueprint(orders.bp)
     app.register_blueprint(front.bp)
     admin.init_app(app)
-    cli.init_app(app)
 
     app.extensions["polls"] = Polls()
     shoppers = Shoppers(settings) if settings.shopper_auth == "jwt" else None
@@ -68,7 +84,6 @@ def create_app(settings: Settings | None = None) -> Flask:
         # host is taken from Host alone, so that a client can't choose it.
         proxied = ProxyFix(lane, x_for=settings.trusted_proxies, x_proto=1, x_host=0)
         app.wsgi_app = proxied  # type: ignore[method-assign]  # the same
-    return app
 
 
 def flask_config(settings: Settings) -> dict[str, Any]:

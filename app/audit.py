@@ -14,7 +14,9 @@ from .models import ApiToken, AuditEntry, Product, Staff
 # Every action that is recorded somewhere; a test reads the calls.
 ACTIONS = (
     "product.create", "product.change", "product.restock", "product.correct", "movement.refused",
-    "order.cancel", "dead-letter.replay", "dead-letter.abandon", "ledger.repair",
+    "order.cancel", "order.release", "order.bulk-cancel",
+    "order.bulk-cancel.stop", "order.bulk-cancel.done", "dead-letter.replay",
+    "dead-letter.abandon", "ledger.repair",
     "sale.reset", "sale.rebuild.start", "sale.rebuild", "sale.rebuild.done",
     "sale.rebuild.failed",
     "session.begin", "session.refuse", "session.end",

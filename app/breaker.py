@@ -33,9 +33,14 @@ class Breaker:
         self._trying = thread
         return True
 
+    def is_tried(self) -> bool:
+        """Tell whether this thread's question is to find out if the server is well again."""
+        return self._trying == threading.get_ident()
+
     def waited_in_vain(self) -> None:
         self._trying = None
         self._closed_until = time.monotonic() + RETRY_AFTER_FAILURE_SECONDS
 
     def answered(self) -> None:
+        self._trying = None
         self._closed_until = 0.0

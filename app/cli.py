@@ -4,6 +4,7 @@ import functools
 import json
 import time
 from collections.abc import Callable
+from datetime import datetime
 from typing import Any
 
 import click
@@ -21,17 +22,18 @@ from .config import Settings, was_generated
 from .database import is_unavailable
 from .extensions import db
 from .locks import PREPARE_LOCK
-from .orders import deadletters
+from .orders import bulk, deadletters
 from .problems import Conflict, InvalidRequest, Unavailable, UnknownProduct
 from .products import brake as brakes
-from .products import movements
-from .reading import MAX_ID, MAX_REASON, read_text
+from .products import movements, terms
+from .reading import MAX_ID, MAX_REASON, USER_WORDS, User, canonical, read_text
 from .staff import people, tokens
 
 # Two starts at once must not migrate at once.
 PREPARE_SECONDS = 0.2
 
 ledger_commands = AppGroup("ledger", help="The proof that stock and orders agree to the unit.")
+orders = AppGroup("orders", help="Orders that were sold.")
 dead_letters = AppGroup("dead-letters", help="Orders that could not be stored.")
 stock_commands = AppGroup("stock", help="The stock of products.")
 staff = AppGroup("staff", help="People who may sign in to /admin.")
@@ -40,7 +42,8 @@ token = AppGroup("token", help="Bearer tokens of the admin API.")
 
 def init_app(app: Flask) -> None:
     for command in (
-        prepare, seed, rebuild, brake, ledger_commands, dead_letters, stock_commands, staff, token,
+        prepare, seed, rebuild, brake, ledger_commands, orders, dead_letters, stock_commands, staff,
+        token,
     ):  # fmt: skip
         app.cli.add_command(_told_in_words(command))
 
@@ -244,6 +247,70 @@ def show_repair(step: ledger.Repair, verb: str) -> None:
         click.echo(f"  {step.held_back} units stay held back; `flask rebuild` releases them")
 
 
+def read_moment(context: click.Context, option: click.Option, text: str | None) -> datetime | None:
+    """Return a time as the API would take it, or refuse it."""
+    try:
+        return None if text is None else terms.moment(text, option.name or "")
+    except InvalidRequest as error:
+        raise click.BadParameter(str(error)) from None
+
+
+def read_shopper(context: click.Context, option: click.Option, text: str | None) -> User | None:
+    try:
+        return None if text is None else canonical(text)
+    except ValueError:
+        raise click.BadParameter(f"must be {USER_WORDS}") from None
+
+
+@orders.command("cancel")
+@click.option("--product", "product_id", type=click.IntRange(1, MAX_ID), required=True)
+@click.option("--user", callback=read_shopper, help="Those of this shopper alone.")
+@click.option("--reference", help="Those of this reference alone.")
+@click.option("--from", "since", callback=read_moment, help="Claimed at this time or later.")
+@click.option("--to", "until", callback=read_moment, help="Claimed before this time.")
+@click.option("--reason", required=True, callback=read_reason)
+@click.option("--count", type=int, help="How many that are, exactly; without it you are asked.")
+@with_appcontext
+def cancel_orders(
+    product_id: int,
+    user: User | None,
+    reference: str | None,
+    since: datetime | None,
+    until: datetime | None,
+    reason: str,
+    count: int | None,
+) -> None:
+    """Cancel all stored orders of a product, or those of a filter; their units go back on sale.
+
+    Interrupted, it is gone on with by the worker; `/admin/bulk-cancels` shows and stops it.
+    """
+    try:
+        plan = bulk.plan(bulk.Wanted(product_id, user, reference, since, until))
+        click.echo(
+            f"{plan.orders} orders with {plan.units} units, up to order {plan.through_order_id}."
+        )
+        if not plan.orders:
+            return
+        if count is None:
+            count = click.prompt("Type how many orders to cancel", type=int)
+        begun, _ = bulk.start(plan.wanted, count, reason, CLI, plan.through_order_id)
+        bulk_id = begun.id
+        while (found := bulk.get(bulk_id)).finished_at is None:
+            click.echo(f"\r{found.cancelled_orders} of {found.orders}", nl=False)
+            if not bulk.step(bulk_id):
+                # A worker is at it.
+                time.sleep(PREPARE_SECONDS)
+    except UnknownProduct:
+        raise click.ClickException(f"There is no product {product_id}") from None
+    except (Conflict, Unavailable) as error:
+        raise click.ClickException(str(error)) from None
+    click.echo(
+        f"\r{found.cancelled_orders} orders are cancelled, with {found.cancelled_units} units."
+    )
+    if found.state == "stopped":
+        raise click.ClickException(f"It was stopped by {found.stopped_by}.")
+
+
 @dead_letters.command("list")
 @click.option("--state", type=click.Choice(["open", "replayed", "abandoned", "all"]),
               default="open", show_default=True)  # fmt: skip
@@ -353,10 +420,18 @@ def change_password(email: str, password: str) -> None:
 
 @token.command("create")
 @click.argument("name")
-def create_token(name: str) -> None:
+@click.option(
+    "--scope",
+    "scopes",
+    multiple=True,
+    required=True,
+    type=click.Choice([*tokens.SCOPES, tokens.ALL]),
+    help="What it may do; may be given more than once. * is everything.",
+)
+def create_token(name: str, scopes: tuple[str, ...]) -> None:
     """Create a token and show it, this once."""
     try:
-        created, secret = tokens.create(name, CLI)
+        created, secret = tokens.create(name, scopes, CLI)
     except InvalidRequest as error:
         raise click.ClickException(str(error)) from None
     click.echo(f"Token {created.id}: {secret}")
@@ -367,7 +442,7 @@ def list_tokens() -> None:
     """Show the tokens, without their text."""
     for found in tokens.all_tokens():
         state = "revoked" if found.revoked_at else f"last used {found.last_used_at or 'never'}"
-        click.echo(f"{found.id}  {found.hint or ''}…  {found.name}  {state}")
+        click.echo(f"{found.id}  {found.hint or ''}…  {found.name}  {found.scopes}  {state}")
 
 
 @token.command("revoke")

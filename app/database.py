@@ -3,11 +3,13 @@
 A server that can no longer do its work (read-only, full, ending) is a lost connection.
 """
 
+import math
 import select
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import flask_sqlalchemy.session
 import psycopg2
@@ -20,6 +22,9 @@ from .breaker import Breaker
 
 # With one second for Redis this keeps the slowest refusal below two seconds.
 REQUEST_WAIT_SECONDS = 0.9
+# Of a server that has just let somebody wait in vain: requests have gathered meanwhile, and whoever
+# tries has waited for a thread.
+TRY_WAIT_SECONDS = 0.4
 # A session opened while PostgreSQL was read-only may stay so when the server is well again: it is
 # used for so long, then renewed.
 READ_ONLY_SECONDS = 1.0
@@ -112,14 +117,15 @@ def _renew_read_only(
 
 
 @contextmanager
-def raw_connection(engine: Engine) -> Iterator[PoolProxiedConnection]:
+def raw_connection(engine: Engine) -> Iterator[extensions.connection]:
     """Lend a connection past SQLAlchemy, for psycopg2's own cursors; not committed is rolled back.
 
     Its errors are psycopg2's. After one of a lost server no connection of the pool is used again.
     """
     connection = engine.raw_connection()
     try:
-        yield connection
+        # The pool's proxy has all that psycopg2's own has.
+        yield cast("extensions.connection", connection)
     except psycopg2.Error as error:
         driver: extensions.connection = connection.dbapi_connection  # type: ignore[assignment]  # psycopg2's
         if sqlstate(error).startswith(LOST) or driver.closed:
@@ -131,17 +137,22 @@ def raw_connection(engine: Engine) -> Iterator[PoolProxiedConnection]:
 
 
 class Session(flask_sqlalchemy.session.Session):
-    """A session whose end never fails: what a lost connection can't roll back, PostgreSQL does."""
+    """A session whose end never fails: what a lost connection can't roll back, PostgreSQL does.
+
+    Nor does it wait for long. Flask's request may be over by then, and its client still waits.
+    """
 
     def rollback(self) -> None:
         try:
-            super().rollback()
+            with waiting_at_most(REQUEST_WAIT_SECONDS):
+                super().rollback()
         except DBAPIError:
             self.invalidate()
 
     def close(self) -> None:
         try:
-            super().close()
+            with waiting_at_most(REQUEST_WAIT_SECONDS):
+                super().close()
         except DBAPIError:
             self.invalidate()
 
@@ -165,24 +176,28 @@ _thread = threading.local()
 
 @contextmanager
 def waiting_at_most(seconds: float) -> Iterator[None]:
-    """Bound what this thread waits for PostgreSQL inside the context, all waits together."""
-    _thread.deadline = time.monotonic() + seconds
+    """Bound what this thread waits for PostgreSQL inside the context, all waits together.
+
+    Of several, one inside the other, the one that ends first holds.
+    """
+    outer = getattr(_thread, "deadline", math.inf)
+    _thread.deadline = min(outer, time.monotonic() + seconds)
     try:
         yield
     finally:
-        del _thread.deadline
+        _thread.deadline = outer
 
 
 def _wait(connection: extensions.connection) -> None:
-    now = time.monotonic()
-    _wait_for(connection, getattr(_thread, "deadline", now + OTHER_WAIT_SECONDS) - now)
+    left = getattr(_thread, "deadline", math.inf) - time.monotonic()
+    _wait_for(connection, min(left, OTHER_WAIT_SECONDS))
 
 
 def _wait_in_request(connection: extensions.connection) -> None:
     if not _breaker.admits():
         raise Unanswered("PostgreSQL did not answer a moment ago")
     try:
-        _wait_for(connection, REQUEST_WAIT_SECONDS)
+        _wait_for(connection, TRY_WAIT_SECONDS if _breaker.is_tried() else REQUEST_WAIT_SECONDS)
     except Unanswered:
         _breaker.waited_in_vain()
         raise

@@ -1,7 +1,8 @@
 """PostgreSQL's advisory locks: every one there is, and the order in which they are taken.
 
 Whoever needs several takes them from the top down, so that no two wait for each other; tables are
-locked after them. What only tries a lock, and goes away where it is held, may do so at any point.
+locked after them, and to read one is to lock it against a reset: first in a transaction stands the
+lock. What only tries a lock, and goes away where it is held, may do so at any point.
 Nothing else here may use the numbers.
 """
 
@@ -13,6 +14,6 @@ REBUILD_LOCK = 7_316_004
 REPAIR_LOCK = 7_316_005
 # One drainer at a time; held too by whoever needs that no order is stored meanwhile.
 DRAIN_LOCK = 7_316_001
-# Held shared while a movement is carried out, alone while the sale in Redis is replaced: a movement
-# applied to the old sale is never marked as applied to the new one.
+# Held shared while a movement is carried out or a dead letter replayed, alone while the sale in
+# Redis is replaced: what was applied to the old sale is never marked as applied to the new one.
 SALE_LOCK = 7_316_003

@@ -12,6 +12,7 @@ from sqlalchemy import (
     BigInteger,
     CheckConstraint,
     ColumnElement,
+    Computed,
     ForeignKey,
     Identity,
     Index,
@@ -41,6 +42,12 @@ def user_columns(user: User | None) -> dict[str, User | None]:
     """Return the values of the columns that say whose a row is."""
     number = isinstance(user, int)
     return {"user_id": user if number else None, "user_name": None if number else user}
+
+
+# The statuses of a stored order: it has all or a part of its units, or gave all of them back.
+# (One that waits in Redis is QUEUED, one that could not be stored FAILED: neither is a row.)
+STANDING_STATUSES = ("CONFIRMED", "HELD")
+ENDED_STATUSES = ("CANCELLED", "RELEASED", "EXPIRED")
 
 
 class OfUser:
@@ -100,10 +107,18 @@ class Product(Model):
     )
 
 
+def _sum_of(what: str) -> str:
+    return " + ".join(
+        f"{s}_{what}" for s in ("confirmed", "held", "cancelled", "released", "expired")
+    )
+
+
 class ProductTotals(Model):
     """A product's sums of orders, dead letters, movements; kept by triggers in the same commit.
 
-    They make every figure of a page a read of one row, however many orders there are.
+    They make every figure of a page a read of one row, however many orders there are. Every status
+    of an order has its columns. Units count where they are: those of an order that were given back
+    as how it ended, and as cancelled where a part of it still stands.
     """
 
     __tablename__ = "product_totals"
@@ -115,6 +130,15 @@ class ProductTotals(Model):
     confirmed_units: Mapped[int] = mapped_column(BigInteger, server_default="0")
     cancelled_orders: Mapped[int] = mapped_column(BigInteger, server_default="0")
     cancelled_units: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    held_orders: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    held_units: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    released_orders: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    released_units: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    expired_orders: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    expired_units: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    # All orders that were ever stored, and the units that they took when they were claimed.
+    stored_orders: Mapped[int] = mapped_column(BigInteger, Computed(_sum_of("orders")))
+    stored_units: Mapped[int] = mapped_column(BigInteger, Computed(_sum_of("units")))
     dead_orders: Mapped[int] = mapped_column(BigInteger, server_default="0")
     dead_units: Mapped[int] = mapped_column(BigInteger, server_default="0")
     moved_units: Mapped[int] = mapped_column(BigInteger, server_default="0")
@@ -127,18 +151,21 @@ class StockMovement(OfUser, Model):
 
     __tablename__ = "stock_movements"
     __table_args__ = (
-        CheckConstraint("kind in ('initial', 'restock', 'return', 'correction')", name="kind"),
-        CheckConstraint("num_nonnulls(user_id, user_name) <= 1", name="one_user"),
         CheckConstraint(
-            "units > 0 or kind = 'correction' or (kind = 'initial' and units = 0)", name="units"
+            "case kind when 'initial' then units >= 0 when 'restock' then units > 0"
+            " when 'return' then units > 0 when 'reclaim' then units < 0"
+            " when 'correction' then true else false end",
+            name="what",
         ),
+        CheckConstraint("num_nonnulls(user_id, user_name) <= 1", name="one_user"),
         Index("ix_stock_movements_product_id_id", "product_id", "id"),
         # What a crash left between the row and Redis; the sweeper reads only this.
         Index("ix_stock_movements_pending", "id", postgresql_where=text("applied_at is null")),
-        # An order, or a dead letter, gives its units back once.
+        # Each act of an order moves units once, and so does a dead letter.
         Index(
-            "uq_stock_movements_order_id",
+            "uq_stock_movements_order_id_act",
             "order_id",
+            "act",
             unique=True,
             postgresql_where=text("order_id is not null"),
         ),
@@ -163,6 +190,8 @@ class StockMovement(OfUser, Model):
     reason: Mapped[str | None] = mapped_column(Text)
     actor: Mapped[str] = mapped_column(Text)
     order_id: Mapped[int | None] = mapped_column(BigInteger)
+    # Which of the order's acts, counted from 1.
+    act: Mapped[int] = mapped_column(Integer, server_default="1")
     dead_letter_id: Mapped[int | None] = mapped_column(BigInteger)
     idempotency_key: Mapped[str | None] = mapped_column(String(255))
     created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
@@ -197,11 +226,16 @@ class Order(OfUser, Model):
         CheckConstraint("length(reference) between 1 and 64", name="reference"),
         CheckConstraint("quantity > 0", name="quantity"),
         CheckConstraint("unit_price_cents >= 0", name="unit_price"),
+        CheckConstraint("returned_units between 0 and quantity", name="returned_units"),
         CheckConstraint(
-            "(status = 'CONFIRMED' and cancelled_at is null) or "
-            "(status = 'CANCELLED' and cancelled_at is not null)",
-            name="status",
+            f"case when status in {STANDING_STATUSES}"
+            " then returned_units < quantity and cancelled_at is null"
+            f" when status in {ENDED_STATUSES}"
+            " then returned_units = quantity and cancelled_at is not null else false end",
+            name="state",
         ),
+        CheckConstraint("status <> 'HELD' or held_until is not null", name="held"),
+        CheckConstraint("length(payment) between 1 and 128", name="payment"),
         Index("ix_orders_user_id_id", "user_id", "id"),
         Index(
             "ix_orders_user_name_id",
@@ -217,7 +251,10 @@ class Order(OfUser, Model):
         ),
         Index("ix_orders_product_id_id", "product_id", "id"),
         Index("ix_orders_claimed_at", "claimed_at"),
-        Index("ix_orders_cancelled", "id", postgresql_where=text("status = 'CANCELLED'")),
+        Index(
+            "ix_orders_status_id", "status", "id", postgresql_where=text("status <> 'CONFIRMED'")
+        ),
+        Index("ix_orders_held_until", "held_until", "id", postgresql_where=text("status = 'HELD'")),
         # One order for each (user, Idempotency-Key), also after Redis has forgotten the key.
         Index(
             "uq_orders_user_id_idempotency_key",
@@ -254,9 +291,85 @@ class Order(OfUser, Model):
     claimed_at: Mapped[datetime] = mapped_column(Timestamp)
     persisted_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
     batch_id: Mapped[int | None] = mapped_column(BigInteger)
+    # So many of `quantity`, which never changes, were given back.
+    returned_units: Mapped[int] = mapped_column(Integer, server_default="0")
+    # How often its state was changed, counted under its row's lock: (order, act) names a change.
+    acts: Mapped[int] = mapped_column(Integer, server_default="0")
+    # When, by whom and why it ended, if it did: cancelled, released or expired.
     cancelled_at: Mapped[datetime | None] = mapped_column(Timestamp)
     cancelled_by: Mapped[str | None] = mapped_column(Text)
     cancel_reason: Mapped[str | None] = mapped_column(Text)
+    # Of an order that is, or was, held until it is paid for; and what paid it.
+    held_until: Mapped[datetime | None] = mapped_column(Timestamp)
+    payment: Mapped[str | None] = mapped_column(Text)
+
+
+class OrderIntent(Model):
+    """An act that was accepted for an order that still waits in Redis, and is done once stored.
+
+    `applied_at` says that it was done or, with a `refusal`, that it could not be.
+    """
+
+    __tablename__ = "order_intents"
+    __table_args__ = (
+        CheckConstraint("act in ('cancel', 'confirm', 'release')", name="act"),
+        CheckConstraint("units > 0", name="units"),
+        Index("ix_order_intents_open", "order_id", postgresql_where=text("applied_at is null")),
+    )
+
+    # Of the sale, whose order ids these are: see Sale.
+    epoch: Mapped[str] = mapped_column(String(32), primary_key=True)
+    order_id: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    # In the order in which they came, from 1.
+    number: Mapped[int] = mapped_column(Integer, primary_key=True)
+    act: Mapped[str] = mapped_column(String(9))
+    # To give back; None for all that are left.
+    units: Mapped[int | None] = mapped_column(Integer)
+    reason: Mapped[str | None] = mapped_column(Text)
+    payment: Mapped[str | None] = mapped_column(Text)
+    actor: Mapped[str] = mapped_column(Text)
+    address: Mapped[str | None] = mapped_column(Text)
+    created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
+    applied_at: Mapped[datetime | None] = mapped_column(Timestamp)
+    refusal: Mapped[str | None] = mapped_column(Text)
+
+
+class BulkCancel(Model):
+    """Many orders of a product that are being cancelled, some hundreds at a time."""
+
+    __tablename__ = "bulk_cancels"
+    __table_args__ = (
+        Index("ix_bulk_cancels_open", "id", postgresql_where=text("finished_at is null")),
+    )
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    product_id: Mapped[int] = mapped_column(ForeignKey("products.id"))
+    # What else is looked for; NULL where everything will do.
+    user_text: Mapped[str | None] = mapped_column(Text)
+    reference: Mapped[str | None] = mapped_column(Text)
+    since: Mapped[datetime | None] = mapped_column(Timestamp)
+    until: Mapped[datetime | None] = mapped_column(Timestamp)
+    # What is sold later is left alone.
+    through_order_id: Mapped[int] = mapped_column(BigInteger)
+    # How many there were, as whoever began it has confirmed.
+    orders: Mapped[int] = mapped_column(BigInteger)
+    reason: Mapped[str] = mapped_column(Text)
+    actor: Mapped[str] = mapped_column(Text)
+    address: Mapped[str | None] = mapped_column(Text)
+    # Where the next batch begins, and what was done before it.
+    last_order_id: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    cancelled_orders: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    cancelled_units: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
+    stopped_at: Mapped[datetime | None] = mapped_column(Timestamp)
+    stopped_by: Mapped[str | None] = mapped_column(Text)
+    finished_at: Mapped[datetime | None] = mapped_column(Timestamp)
+
+    @property
+    def state(self) -> str:
+        if self.finished_at is None:
+            return "running"
+        return "stopped" if self.stopped_at else "done"
 
 
 class DeadLetter(OfUser, Model):
@@ -317,6 +430,8 @@ class Sale(Model):
 
     id: Mapped[int] = mapped_column(Integer, primary_key=True, server_default="1")
     generation: Mapped[str] = mapped_column(String(32))
+    # The sale whose order ids these are. A reset begins another one; a rebuild goes on with it.
+    epoch: Mapped[str | None] = mapped_column(String(32))
     # Copied from Redis once a second; bounds what a loss of Redis can have taken with it.
     last_order_id: Mapped[int] = mapped_column(BigInteger, server_default="0")
     # Where this generation's ids begin: those between the last one's and these never were.
@@ -366,6 +481,8 @@ class ApiToken(Model):
     token_hash: Mapped[str] = mapped_column(String(64), unique=True)
     # The first characters, by which people tell tokens apart; older tokens have none.
     hint: Mapped[str | None] = mapped_column(String(16))
+    # What it may do, one word each (RFC 6749, 3.3).
+    scopes: Mapped[str] = mapped_column(Text, server_default="*")
     created_by: Mapped[str] = mapped_column(Text)
     created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
     last_used_at: Mapped[datetime | None] = mapped_column(Timestamp)

@@ -1,15 +1,46 @@
 // What htmx does not do by itself: local times, polling that stops when nobody looks, the notice when
 // the server is away, confirmations, notes that go. Every page works in its essentials without this.
 (() => {
-  // Times: written in UTC by the server, shown in the browser's zone; UTC stays in the tooltip.
-  const clock = new Intl.DateTimeFormat(undefined, {
-    year: "numeric",
-    month: "short",
-    day: "numeric",
-    hour: "2-digit",
-    minute: "2-digit",
-    second: "2-digit",
-  });
+  // Times: written in UTC by the server, shown in the zone that was chosen here, else in the
+  // browser's; UTC stays in the tooltip.
+  const OWN_ZONE = Intl.DateTimeFormat().resolvedOptions().timeZone;
+  const zoneChosen = () => {
+    try {
+      // Throws for a zone that this browser does not know.
+      const timeZone = localStorage.getItem("zone") || OWN_ZONE;
+      return new Intl.DateTimeFormat(undefined, { timeZone }).resolvedOptions().timeZone;
+    } catch {
+      return OWN_ZONE;
+    }
+  };
+  let zone;
+  let clock;
+  let isoClock;
+  const useZone = () => {
+    const two = "2-digit";
+    zone = zoneChosen();
+    clock = new Intl.DateTimeFormat(undefined, {
+      year: "numeric",
+      month: "short",
+      day: "numeric",
+      hour: two,
+      minute: two,
+      second: two,
+      timeZone: zone,
+      timeZoneName: zone === OWN_ZONE ? undefined : "short",
+    });
+    // Swedes write 2026-11-25 22:00:00.
+    isoClock = new Intl.DateTimeFormat("sv-SE", {
+      year: "numeric",
+      month: two,
+      day: two,
+      hour: two,
+      minute: two,
+      second: two,
+      timeZone: zone,
+    });
+  };
+  useZone();
   const localise = (root) => {
     const times = root.matches?.("time") ? [root] : (root.querySelectorAll?.("time") ?? []);
     for (const time of times) {
@@ -18,26 +49,36 @@
     }
   };
 
-  // Time fields: a person types the time of their zone, and what is sent is the instant it names, in
+  // Time fields: a person types the time of the zone, and what is sent is the instant it names, in
   // UTC as without a script, and beside it exactly. What nobody touched goes back as it came, to the
   // microsecond.
-  const two = (n) => String(n).padStart(2, "0");
-  const wallOf = (moment) =>
-    `${String(moment.getFullYear()).padStart(4, "0")}-${two(moment.getMonth() + 1)}-` +
-    `${two(moment.getDate())}T${two(moment.getHours())}:${two(moment.getMinutes())}:${two(moment.getSeconds())}`;
+  const DAY = 86400000;
   const isTime = (moment) => !Number.isNaN(moment.getTime());
+  const wallOf = (moment) => isoClock.format(moment).replace(" ", "T");
+  const offsetAt = (moment) =>
+    Date.parse(`${wallOf(moment)}Z`) - Math.floor(moment.getTime() / 1000) * 1000;
+  // The instants that a wall clock may mean, by the offsets of the day before and the day after.
+  const momentsOf = (typed) => {
+    const utc = Date.parse(`${typed}Z`);
+    if (Number.isNaN(utc)) return [new Date(Number.NaN)];
+    return [-1, 1].map((days) => new Date(utc - offsetAt(new Date(utc + days * DAY))));
+  };
+  // As browsers read a local time: the first of two, and a time that is skipped by the old offset.
+  const momentOf = (typed) => {
+    const meant = momentsOf(typed);
+    return meant.find((moment) => isTime(moment) && wallOf(moment) === typed) ?? meant[0];
+  };
+  const typedIn = (input) =>
+    input.value.length === 16 ? `${input.value}:00` : input.value.slice(0, 19);
   // Where clocks are put forward a time is missing, where they are put back it comes twice.
-  const oddity = (wall, moment) => {
-    const typed = wall.length === 16 ? `${wall}:00` : wall.slice(0, 19);
+  const oddity = (typed, moment) => {
     if (wallOf(moment) !== typed)
       return ` · ${typed.slice(11, 16)} is skipped that day; ${wallOf(moment).slice(11, 16)} is meant`;
-    for (const near of [-1, 1]) {
-      const offset = new Date(moment.getTime() + near * 86400000).getTimezoneOffset();
-      const other = new Date(Date.parse(`${typed}Z`) + offset * 60000);
-      if (other.getTime() === moment.getTime() || wallOf(other) !== typed) continue;
-      return ` · ${typed.slice(11, 16)} comes twice that day; the ${moment < other ? "first" : "second"} is meant`;
-    }
-    return "";
+    const other = momentsOf(typed).find(
+      (each) => each.getTime() !== moment.getTime() && wallOf(each) === typed,
+    );
+    if (!other) return "";
+    return ` · ${typed.slice(11, 16)} comes twice that day; the ${moment < other ? "first" : "second"} is meant`;
   };
   const localInput = (input) => {
     const { name } = input;
@@ -54,7 +95,7 @@
     }
     let touched = false;
     const tell = () => {
-      const moment = new Date(input.value);
+      const moment = momentOf(typedIn(input));
       if (input.validity.badInput || (input.value && !isTime(moment))) instant.value = "incomplete";
       else if (!touched || (input.value && input.value === first.wall))
         instant.value = first.instant;
@@ -63,7 +104,7 @@
       utc.value = isTime(told) ? told.toISOString().slice(0, 19) : instant.value;
       if (note)
         note.textContent = isTime(told)
-          ? `${told.toISOString().slice(0, 19).replace("T", " ")} UTC${oddity(input.value, told)}`
+          ? `${told.toISOString().slice(0, 19).replace("T", " ")} UTC${oddity(typedIn(input), told)}`
           : "";
     };
     tell();
@@ -73,12 +114,41 @@
     });
     // A date that was half typed tells nobody until now.
     input.form.addEventListener("submit", tell, true);
+    // In another zone the same instant is written otherwise.
+    document.addEventListener("zonechange", () => {
+      const told = new Date(instant.value);
+      if (!isTime(told)) return;
+      input.value = wallOf(told);
+      if (instant.value === first.instant) first.wall = input.value;
+      tell();
+    });
   };
   const localInputs = (root) => {
     for (const input of root.querySelectorAll?.('input[type="datetime-local"][name]') ?? [])
       localInput(input);
-    const zone = Intl.DateTimeFormat().resolvedOptions().timeZone;
     for (const place of root.querySelectorAll?.("[data-zone]") ?? []) place.textContent = zone;
+  };
+
+  const chooseZone = () => {
+    const choice = document.getElementById("zone");
+    if (!choice) return;
+    const zones = [OWN_ZONE, "UTC", ...(Intl.supportedValuesOf?.("timeZone") ?? [])];
+    for (const each of new Set([zone, ...zones]))
+      choice.add(new Option(each === OWN_ZONE ? `${each} · here` : each, each));
+    choice.value = zone;
+    choice.hidden = false;
+    choice.addEventListener("change", () => {
+      try {
+        if (choice.value === OWN_ZONE) localStorage.removeItem("zone");
+        else localStorage.setItem("zone", choice.value);
+      } catch {
+        return; // what can't be kept is not chosen
+      }
+      useZone();
+      localise(document);
+      document.dispatchEvent(new CustomEvent("zonechange"));
+      localInputs(document);
+    });
   };
 
   // Morphing: new content is made local first, so that nothing is written twice; what a person has
@@ -166,7 +236,7 @@
     notice.hidden = yes;
     document.body.classList.toggle("stale", !yes);
   };
-  window.pages = { reachable };
+  window.pages = { reachable, zone: () => zone };
 
   // Notes: what was done, and what went wrong. One speaks of the newest act: the next act takes the
   // others away. An error stays until it is read and closed, and is not said twice.
@@ -217,19 +287,21 @@
     if (link) link.href = link.dataset.export + location.search;
   });
 
-  // Spans of time, from now back or by the browser's day: they fill the two fields of the filter.
+  // Spans of time, from now back or by the zone's day: they fill the two fields of the filter.
+  const startOfDay = (now, days) => {
+    const noon = Date.parse(`${wallOf(now).slice(0, 10)}T12:00:00Z`) + days * DAY;
+    return momentOf(`${new Date(noon).toISOString().slice(0, 10)}T00:00:00`);
+  };
   const spans = {
     hour: (now) => [new Date(now - 3600000), null],
-    today: (now) => [new Date(now.getFullYear(), now.getMonth(), now.getDate()), null],
-    yesterday: (now) =>
-      [1, 0].map((days) => new Date(now.getFullYear(), now.getMonth(), now.getDate() - days)),
+    today: (now) => [startOfDay(now, 0), null],
+    yesterday: (now) => [startOfDay(now, -1), startOfDay(now, 0)],
   };
   const fillSpan = ({ form, dataset }) => {
     spans[dataset.span](new Date()).forEach((moment, index) => {
       // By id: its name has gone to the field that is sent.
       const input = form.querySelector(`#f-${["from", "to"][index]}`);
-      const local = moment && new Date(moment - moment.getTimezoneOffset() * 60000);
-      input.value = local ? local.toISOString().slice(0, 19) : "";
+      input.value = moment ? wallOf(moment) : "";
       input.dispatchEvent(new Event("input", { bubbles: true }));
     });
     form.requestSubmit();
@@ -350,6 +422,9 @@
     ageNotes();
     if (root.matches?.("form.inline-panel")) showForm(root);
   };
-  document.addEventListener("DOMContentLoaded", () => prepare(document));
+  document.addEventListener("DOMContentLoaded", () => {
+    chooseZone();
+    prepare(document);
+  });
   document.addEventListener("htmx:load", ({ detail }) => prepare(detail.elt));
 })();

@@ -1,10 +1,16 @@
-// The last 15 minutes: fetched once, then a sample a second. The server keeps them, so a reload, or
-// another browser, shows the same.
+// The last 15 minutes of all products, or what is chosen: fetched once, then a sample a second. The
+// server keeps them, so a reload, or another browser, shows the same.
 (() => {
-  const WINDOW_SECONDS = 15 * 60;
-  // A sample a second; where more than one is missing nobody looked, and no line is drawn.
-  const GAP_SECONDS = 2;
-  const columns = { second: [], accepted: [], refused: [], waiting: [], free: [] };
+  // Where more than one sample is missing nobody looked, and no line is drawn.
+  const gapSeconds = () => (shown.minutes ? 150 : 2);
+  // A longer span has a sample a minute, and is asked for so often.
+  const MINUTES_MS = 20000;
+  let shown = { span: "15m", seconds: 15 * 60, minutes: false, product: "" };
+  let columns;
+  const empty = () => {
+    columns = { second: [], accepted: [], refused: [], waiting: [], free: [] };
+  };
+  empty();
 
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const fade = (css, share) => {
@@ -48,13 +54,14 @@
   const range = (_, _low, high) => [0, Math.max(high * 1.12, 4)];
 
   // The time axis: steps in seconds, and seconds in the labels only where the minutes would repeat.
-  const STEPS = [1, 2, 5, 10, 15, 30, 60, 120, 180, 300, 600, 900];
+  const STEPS = [1, 2, 5, 10, 15, 30, 60, 120, 180, 300, 600, 900, 1800, 3600, 7200, 10800, 21600];
   const clock = (step) => {
     const second = step < 60 ? "2-digit" : undefined;
     const format = new Intl.DateTimeFormat(undefined, {
       hour: "2-digit",
       minute: "2-digit",
       second,
+      timeZone: window.pages.zone(),
     });
     return (moment) => format.format(new Date(moment * 1000));
   };
@@ -119,7 +126,7 @@
     const data = names.map(() => []);
     columns.second.forEach((second, index) => {
       const before = columns.second[index - 1];
-      if (second - before > GAP_SECONDS)
+      if (second - before > gapSeconds())
         for (const [place, column] of data.entries()) column.push(place ? null : before + 1);
       for (const [place, name] of names.entries()) data[place].push(columns[name][index]);
     });
@@ -152,7 +159,9 @@
       const place = document.getElementById(`chart-${chart.id}`);
       if (columns.second.length < 2) {
         place.innerHTML = '<p class="chart-none"></p>';
-        place.firstChild.textContent = document.getElementById("charts").dataset.none;
+        const { none, noneOfMinutes } = document.getElementById("charts").dataset;
+        place.firstChild.textContent = shown.minutes ? noneOfMinutes : none;
+        legend(chart);
       } else if (chart.plot) {
         chart.plot.setData(dataOf(chart));
         legend(chart);
@@ -166,35 +175,81 @@
       if (second <= last) return;
       for (const name of Object.keys(columns)) columns[name].push(fresh[name][index]);
     });
-    while (columns.second.length && columns.second[0] < columns.second.at(-1) - WINDOW_SECONDS) {
+    while (columns.second.length && columns.second[0] < columns.second.at(-1) - shown.seconds) {
       for (const name of Object.keys(columns)) columns[name].shift();
     }
   };
 
-  let asking = false;
+  let asking = null;
+  let askedAt = 0;
   const update = async () => {
-    if (asking || document.hidden) return;
+    if (asking === shown || document.hidden) return;
     // Each answer to the page's polling brings the newest seconds; only what came before is asked for.
     const newest = JSON.parse(document.getElementById("board").dataset.samples);
-    if (columns.second.length && columns.second.at(-1) >= newest.second[0] - 1) {
+    const polled = shown.span === "15m" && !shown.product;
+    if (polled && columns.second.length && columns.second.at(-1) >= newest.second[0] - 1) {
       add(newest);
       show();
       return;
     }
-    asking = true;
+    if (shown.minutes && columns.second.length && Date.now() - askedAt < MINUTES_MS) return;
+    const wanted = shown;
+    asking = wanted;
+    askedAt = Date.now();
     try {
-      const source = document.getElementById("charts").dataset.source;
+      const { span, product } = wanted;
       const since = columns.second.at(-1) ?? 0;
-      const answer = await fetch(`${source}?since=${since}`, { headers: { "X-Poll": "1" } });
+      const source = document.getElementById("charts").dataset.source;
+      const query = new URLSearchParams({ since, span, product });
+      const answer = await fetch(`${source}?${query}`, { headers: { "X-Poll": "1" } });
       if (answer.ok && !answer.redirected) {
-        add(await answer.json());
-        show();
+        const found = await answer.json();
+        // Something else may have been chosen meanwhile.
+        if (wanted === shown) {
+          add(found);
+          show();
+        }
       }
     } catch {
       // The page's own polling tells that the server is away.
     } finally {
-      asking = false;
+      if (asking === wanted) asking = null;
     }
+  };
+
+  // What is chosen stands in the address, so that a reload keeps it, and a link tells it.
+  const choices = () => ["span", "product"].map((name) => document.getElementById(`chart-${name}`));
+  const choose = () => {
+    const [span, product] = choices();
+    const { seconds, minutes } = span.selectedOptions[0].dataset;
+    shown = {
+      span: span.value,
+      seconds: Number(seconds),
+      minutes: minutes !== undefined,
+      product: product.value,
+    };
+    empty();
+  };
+  const prepareChoice = () => {
+    const asked = new URLSearchParams(location.search);
+    for (const select of choices()) {
+      const value = asked.get(select.id.replace("chart-", ""));
+      if ([...select.options].some((option) => option.value === value)) select.value = value;
+      select.addEventListener("change", () => {
+        choose();
+        const address = new URL(location.href);
+        for (const name of ["span", "product"]) {
+          const standard = name === "span" ? "15m" : "";
+          if (shown[name] === standard) address.searchParams.delete(name);
+          else address.searchParams.set(name, shown[name]);
+        }
+        history.replaceState(history.state, "", address);
+        again();
+        update();
+      });
+    }
+    choose();
+    document.querySelector(".chart-choice").hidden = false;
   };
 
   const again = () => {
@@ -205,6 +260,7 @@
     show();
   };
   document.addEventListener("DOMContentLoaded", () => {
+    prepareChoice();
     update();
     let timer;
     new ResizeObserver(() => {
@@ -221,4 +277,5 @@
   });
   document.addEventListener("tick", update);
   document.addEventListener("themechange", again);
+  document.addEventListener("zonechange", again);
 })();

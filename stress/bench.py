@@ -24,6 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "stress")]
 
+import bench_claim
 from bench_growth import growth_figures
 from bench_report import write_report
 from client import sign_in
@@ -249,6 +250,7 @@ def main() -> int:
                     results[name] = round_of_peer(peer, users, wanted.seconds)
                     print(f"  {name} {results[name]['rate']:,.0f}/s", flush=True)
                 rounds.append(results)
+            claims = {fsync: bench_claim.figures(20_000, fsync) for fsync in ("no", "always")}
             single = single_figures(folder / "ours", wanted.port, users)
             growth = None
             if not wanted.no_growth:
@@ -256,7 +258,7 @@ def main() -> int:
         except Broken as error:
             print(f"the run does not count: {error}", file=sys.stderr)
             return 1
-    write_report(rounds, single, growth, wanted.seconds)
+    write_report(rounds, single, growth, claims, wanted.seconds)
     return 0
 
 

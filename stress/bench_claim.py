@@ -116,6 +116,18 @@ def measure(sale: Sale, size: int, count: int) -> dict[str, tuple[float, float]]
     return found
 
 
+def figures(claims: int, fsync: str, sizes=SIZES, limited: bool = True) -> dict[int, dict]:
+    """Return what `measure` finds, by the size of the batches."""
+    with tempfile.TemporaryDirectory() as folder:
+        server = RedisServer(Path(folder))
+        server.start()
+        try:
+            sale = Sale(server, fsync, limited)
+            return {size: measure(sale, size, claims) for size in sizes}
+        finally:
+            server.stop()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--claims", type=int, default=20_000)
@@ -123,19 +135,12 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
     parser.add_argument("--unlimited", action="store_true", help="no user or address limit")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        server = RedisServer(Path(folder))
-        server.start()
-        try:
-            sale = Sale(server, options.fsync, not options.unlimited)
-            rows = {size: measure(sale, size, options.claims) for size in options.sizes}
-        finally:
-            server.stop()
+    rows = figures(options.claims, options.fsync, options.sizes, not options.unlimited)
     names = list(next(iter(rows.values())))
     print("claims in a batch".ljust(22), *(f"{size:>7}" for size in rows), "   bytes")
     for name in names:
-        figures = [f"{rows[size][name][0]:7.1f}" for size in rows]
-        print(name.ljust(22), *figures, f"{rows[options.sizes[-1]][name][1]:8.0f}")
+        columns = [f"{rows[size][name][0]:7.1f}" for size in rows]
+        print(name.ljust(22), *columns, f"{rows[options.sizes[-1]][name][1]:8.0f}")
 
 
 if __name__ == "__main__":

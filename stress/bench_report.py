@@ -39,7 +39,13 @@ def ratio(rounds: list[dict], figure: Callable[[dict], float], others: list[str]
     )
 
 
-def tables(rounds: list[dict], single: dict, growth: dict | None, seconds: float) -> str:
+def tables(
+    rounds: list[dict],
+    single: dict,
+    growth: dict | None,
+    claims: dict[str, dict[int, dict]],
+    seconds: float,
+) -> str:
     systems = [name for name in NAMES if name in rounds[0]]
     # The best of each kind: with and without Node.js, the Go peer with the same fsync as ours.
     kinds = {"Express": ["peer1", "peer2"], "Go, fsync": ["go"]}
@@ -164,6 +170,23 @@ def tables(rounds: list[dict], single: dict, growth: dict | None, seconds: float
             ],
         ],
     )
+    lines.append(
+        "A claim's CPU time in Redis, µs, by how many are in one batch, user and address limits on "
+        "(`python stress/bench_claim.py` alone):\n"
+    )
+    for fsync, rows in claims.items():
+        largest = rows[max(rows)]
+        table(
+            [f"appendfsync {fsync}", *map(str, rows), "bytes that the sale then holds for each"],
+            [
+                [
+                    name,
+                    *(f"{figures[name][0]:.0f}" for figures in rows.values()),
+                    f"{largest[name][1]:.0f}" if "accepted" in name else "",
+                ]
+                for name in largest
+            ],
+        )
     if growth:
         lines.append("What a million orders change:\n")
         table(
@@ -222,11 +245,19 @@ def plot(rounds: list[dict]) -> str:
     return "\n".join([*parts, "</svg>\n"])
 
 
-def write_report(rounds: list[dict], single: dict, growth: dict | None, seconds: float) -> None:
+def write_report(
+    rounds: list[dict],
+    single: dict,
+    growth: dict | None,
+    claims: dict[str, dict[int, dict]],
+    seconds: float,
+) -> None:
     """Put the figures between the marks of docs/performance.md, and draw the plot."""
     text = DOCUMENT.read_text()
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    DOCUMENT.write_text(before + BEGIN + tables(rounds, single, growth, seconds) + END + after)
+    DOCUMENT.write_text(
+        before + BEGIN + tables(rounds, single, growth, claims, seconds) + END + after
+    )
     PLOT.write_text(plot(rounds))
     print(f"written to {DOCUMENT}")

@@ -51,7 +51,7 @@ from app import create_app
 from app.audit import Actor
 from app.books import ledger
 from app.config import load_settings
-from app.orders import lookup as orders
+from app.orders import cancelling as orders
 from app.problems import Conflict, Unavailable, UnknownOrder
 from app.run.embedded import PostgresServer, RedisServer
 
@@ -159,7 +159,7 @@ class System:
             if kind == "web":
                 return "app.run.serve" in words or "web.py" in words
             if kind == "worker":
-                return words[-1] == "worker.py"
+                return words[1:2] == ["worker.py"]
             if kind == "redis":
                 return "valkey-server" in words[0]
             if kind == "postgres":
@@ -342,20 +342,23 @@ class Clients:
             if not wanted:
                 continue
             order_id = choose.choice(wanted)
+            units = choose.choice([None, None, 1])
             outcome = UNKNOWN
             try:
                 with self.app.app_context():
-                    orders.cancel(order_id, "chaos", actor)
+                    orders.cancel(order_id, "chaos", actor, units)
                 outcome = OK
-                done.add(order_id)
+                if units is None:
+                    done.add(order_id)
             except UnknownOrder:
                 outcome = REFUSED
             except Conflict:
+                # There is nothing left of it; an attempt of an unknown end was the last.
                 done.add(order_id)
             except Exception as error:
                 if not isinstance(error, Unavailable) and "psycopg2" not in repr(error):
                     self.statuses[f"cancel: {type(error).__name__}"] += 1
-            self.history.cancels.append(Cancel(order_id, outcome))
+            self.history.cancels.append(Cancel(order_id, outcome, units))
 
 
 @dataclass

@@ -38,6 +38,7 @@ class Restock:
 class Cancel:
     order: int
     outcome: str
+    units: int | None = None  # None: all that were left
 
 
 @dataclass
@@ -189,7 +190,7 @@ def _check_movements(history: History, stored: Stored):
         if movement.kind == "restock":
             restocks[movement.key].append(movement)
         if movement.order is not None:
-            returns[movement.order] += 1
+            returns[movement.order] += movement.units
     outcomes = defaultdict(set)
     for restock in history.restocks:
         outcomes[restock.key].add(restock.outcome)
@@ -203,20 +204,33 @@ def _check_movements(history: History, stored: Stored):
     for key in restocks.keys() - outcomes.keys():
         yield Violation("unasked", f"restock {key}")
 
+    quantities = {order.id: order.quantity for order in stored.orders}
     cancelled = {order.id for order in stored.orders if order.status == "CANCELLED"}
-    cancels = defaultdict(set)
+    cancels = defaultdict(list)
     for cancel in history.cancels:
-        cancels[cancel.order].add(cancel.outcome)
-    for order_id, seen in cancels.items():
-        if OK in seen and order_id not in cancelled:
-            yield Violation("cancel", f"order {order_id} was cancelled and is not")
-        if seen == {REFUSED} and order_id in cancelled:
-            yield Violation("cancel", f"order {order_id} is cancelled, though that was refused")
+        cancels[cancel.order].append(cancel)
+    for order_id, asked in cancels.items():
+        quantity = quantities.get(order_id, 0)
+        surely = _units(quantity, [c for c in asked if c.outcome == OK])
+        perhaps = _units(quantity, [c for c in asked if c.outcome != REFUSED])
+        if not surely <= returns[order_id] <= perhaps or (
+            not quantity and any(c.outcome == OK for c in asked)
+        ):
+            yield Violation(
+                "cancel",
+                f"of order {order_id} {returns[order_id]} of {quantity} units came back,"
+                f" not {surely} to {perhaps}",
+            )
     for order_id in cancelled | returns.keys():
         if order_id not in cancels:
             yield Violation("unasked", f"order {order_id} is cancelled")
-        if order_id not in cancelled or returns[order_id] != 1:
-            yield Violation("cancel", f"order {order_id} has {returns[order_id]} returns")
+        if (order_id in cancelled) != (returns[order_id] == quantities.get(order_id)):
+            yield Violation("cancel", f"order {order_id} returned {returns[order_id]} units")
+
+
+def _units(quantity: int, cancels: list[Cancel]) -> int:
+    """Return the units of an order that these gave back, those of the whole order included."""
+    return min(quantity, sum(quantity if c.units is None else c.units for c in cancels))
 
 
 def _check_stock(stored: Stored):
@@ -228,10 +242,11 @@ def _check_stock(stored: Stored):
         moved[movement.product] += movement.units
         if movement.kind != "return":
             ever[movement.product] += movement.units
+        elif movement.order is not None:
+            held[movement.product] -= movement.units
     for order in stored.orders:
         taken[order.product] += order.quantity
-        if order.status != "CANCELLED":
-            held[order.product] += order.quantity
+        held[order.product] += order.quantity
     for letter in stored.dead_letters:
         taken[letter.product] += letter.quantity
     for product, free in stored.free.items():

@@ -27,12 +27,13 @@ CHUNK = 100_000
 # Of each hundred users `texts` have a UUID for a name, which is made of their number.
 ORDERS = text("""
     INSERT INTO orders (id, user_id, user_name, product_id, quantity, unit_price_cents, currency,
-                        status, idempotency_key, reference, claimed_at, persisted_at, cancelled_at,
-                        cancelled_by)
+                        status, returned_units, acts, idempotency_key, reference, claimed_at,
+                        persisted_at, cancelled_at, cancelled_by)
     SELECT :base + n, CASE WHEN who % 100 >= :texts THEN who END,
            CASE WHEN who % 100 < :texts THEN md5(who::text)::uuid::text END,
            (:products)[1 + n % cardinality(:products)],
            1 + n % 3, 1999, 'EUR', CASE WHEN n % 50 = 0 THEN 'CANCELLED' ELSE 'CONFIRMED' END,
+           CASE WHEN n % 50 = 0 THEN 1 + n % 3 ELSE 0 END, (n % 50 = 0)::int,
            CASE WHEN n % 8 = 0 THEN 'generated-' || (:base + n) END,
            CASE WHEN n % 4 = 0 THEN 'cart-' || (:base + n) END,
            moment, moment + interval '0.2 s',
@@ -100,7 +101,7 @@ def generate(orders: int, users: int, products: int, texts: int) -> None:
         text("VACUUM ANALYZE orders, stock_movements, product_totals")
     )
     print("\nrebuilding the sale in Redis")
-    recovery.rebuild(ACTOR)
+    print(recovery.rebuild(ACTOR))
 
 
 def main() -> None:

@@ -4,11 +4,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import flask_migrate
+import psycopg2
 import pytest
 import redis
 from documented import DocumentedClient
 from people import API_TOKEN, PASSWORD, sign_in_once
-from system import Server, start_system, stop_system
+from system import UNLIMITED, Server, start_system, stop_system
 
 from app import create_app
 from app.audit import CLI
@@ -128,6 +129,20 @@ def _signed_in(app, role: str):
 
 
 @pytest.fixture
+def connect(settings):
+    """Open a session beside the app's own."""
+    opened = []
+
+    def one():
+        opened.append(psycopg2.connect(settings.database_url.replace("+psycopg2", "")))
+        return opened[-1].cursor()
+
+    yield one
+    for connection in opened:
+        connection.close()
+
+
+@pytest.fixture
 def drain(app) -> Callable[[], int]:
     """Persist everything that waits, as a worker's jobs would; return the number persisted."""
 
@@ -151,6 +166,14 @@ def buy(client):
         return client.post("/purchase", json=body, headers=headers)
 
     return post
+
+
+@pytest.fixture(scope="module")
+def system(tmp_path_factory) -> Iterator[Server]:
+    """A running system for one module: two web processes, and no limit of attempts."""
+    started = start_system(tmp_path_factory.mktemp("run"), **UNLIMITED, WEB_WORKERS="2")
+    yield started
+    stop_system(started)
 
 
 @pytest.fixture(scope="session")

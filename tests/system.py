@@ -21,6 +21,8 @@ from waiting import patience, wait_until
 from app.config import ROOT
 from app.run.processes import leashed
 
+# For tests that buy more than shoppers may.
+UNLIMITED = {"PURCHASE_USER_LIMIT": "off", "PURCHASE_ADDRESS_LIMIT": "off"}
 # What a run must not inherit from whoever started the tests.
 OF_A_RUN = ("REDIS_URL", "DATABASE_URL", "SECRET_KEY")
 

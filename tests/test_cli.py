@@ -112,7 +112,7 @@ def test_staff(runner, app):
 
 
 def test_tokens(runner, client, app):
-    result = runner.invoke(args=["token", "create", "checkout"])
+    result = runner.invoke(args=["token", "create", "checkout", "--scope", "products:write"])
     assert result.exit_code == 0
     number, secret = result.output.removeprefix("Token ").strip().split(": ")
     headers = {"Authorization": f"Bearer {secret}"}

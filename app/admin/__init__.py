@@ -4,6 +4,7 @@ from flask import Flask
 
 from . import (
     audit,
+    bulk_cancels,
     dashboard,
     dead_letters,
     display,
@@ -16,7 +17,7 @@ from . import (
     staff,
 )
 
-PAGES = (session, dashboard, products, orders, dead_letters, ledger, staff, audit)
+PAGES = (session, dashboard, products, orders, bulk_cancels, dead_letters, ledger, staff, audit)
 
 
 def init_app(app: Flask) -> None:

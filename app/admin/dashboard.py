@@ -1,4 +1,4 @@
-"""The sale at a glance: products, rates, queue, health, and the last 15 minutes."""
+"""The sale at a glance: products, rates, queue, health, and charts."""
 
 import re
 
@@ -110,9 +110,14 @@ def told(done: brakes.Braked, product_id: int | None) -> str:
 
 @bp.get("/chart.json")
 def chart() -> ResponseReturnValue:
-    """The samples from `since` (seconds since 1970) on, as columns."""
+    """The samples from `since` (seconds since 1970) on, as columns; of all products or of one."""
     since = request.args.get("since", 0, type=int)
+    span = samples.SPANS.get(request.args.get("span", "15m"))
+    product = request.args.get("product", "")
+    if span is None or (product and not PRODUCT_ID(product)):
+        abort(404)
+    product_id = int(product) if product else None
     try:
-        return jsonify(samples.chart(max(0, min(since, 2**40))))
+        return jsonify(samples.chart(max(0, min(since, 2**40)), span, product_id))
     except Unavailable:
         return api_error(503, "Service unavailable")

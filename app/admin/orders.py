@@ -18,11 +18,11 @@ from flask.typing import ResponseReturnValue
 
 from .. import auth
 from ..extensions import limiter
-from ..orders import lookup as orders
-from ..orders import search, sheet
-from ..problems import Conflict, InvalidRequest, Unavailable, UnknownOrder
+from ..models import ENDED_STATUSES
+from ..orders import cancelling, intents, search, sheet
+from ..problems import Conflict, InvalidRequest, KeyMismatch, Unavailable, UnknownOrder
 from ..products import catalogue
-from ..reading import MAX_ID, VALID_KEY, read_digits
+from ..reading import MAX_ID, MAX_QUANTITY, VALID_KEY, read_digits
 from . import forms, jobs
 
 bp = Blueprint("orders", __name__, url_prefix="/admin/orders")
@@ -126,6 +126,7 @@ def show_story(
         template,
         story=story,
         product=catalogue.names().get(story.order.product_id),
+        cancelling=(intents.units_given_back(order_id) if story.order.status == "QUEUED" else 0),
         job_is_known=story.batch is not None and jobs.is_known(story.batch.job_id),
         errors=errors or {},
     )
@@ -133,20 +134,38 @@ def show_story(
 
 @bp.post("/<id:order_id>/cancel")
 def cancel(order_id: int) -> ResponseReturnValue:
-    """Cancel an order; its units go back on sale exactly once."""
+    """Give an order back, whole or in part; its units go on sale again exactly once."""
     page = url_for("orders.show", order_id=order_id)
+    key = request.form.get("key")
     try:
         reason = forms.reason()
+        units = read_units()
+        if key and not VALID_KEY(key):
+            raise InvalidRequest(forms.USED_UP, "key")
+        done = cancelling.cancel(order_id, reason, auth.staff_actor(), units, key)
     except InvalidRequest as error:
-        return show_story(order_id, errors={"reason": str(error)}), 422
-    try:
-        order = orders.cancel(order_id, reason, auth.staff_actor())
+        return show_story(order_id, errors={error.field or "reason": str(error)}), 422
+    except KeyMismatch:
+        return show_story(order_id, errors={"reason": forms.USED_UP}), 422
     except Conflict as error:
         flash(str(error) + ".", "error")
         return redirect(page)
-    except Unavailable:
-        flash("Cancelled, if the page says so. The units return when Redis is back.", "warning")
-        return redirect(page)
-    units = "unit is" if order.quantity == 1 else "units are"
-    flash(f"Order {order_id} is cancelled; {order.quantity} {units} free again.", "success")
-    return redirect(page)
+    units_are = "1 unit is" if done.units == 1 else f"{done.units} units are"
+    ended = done.status in ENDED_STATUSES
+    what = f"Order {order_id} is {done.status.lower()}" if ended else "A part is cancelled"
+    when = "again" if done.free else "as soon as Redis is back"
+    if done.waits:
+        what, when = "Accepted", "as soon as the order is stored"
+    told = f"{what}; {units_are} free {when}."
+    return forms.done(told, page, "success" if done.free else "warning")
+
+
+def read_units() -> int | None:
+    """Return how many units the form gives back, None for all. Raises InvalidRequest."""
+    text = request.form.get("quantity", "").strip()
+    if not text:
+        return None
+    units = read_digits(text, 1, MAX_QUANTITY)
+    if units is None:
+        raise InvalidRequest("The quantity is a whole number, 1 or more", "quantity")
+    return units

@@ -21,12 +21,13 @@ limiter.limit(CHANGE_LIMIT, methods=["POST"])(bp)
 
 def page(status: int = 200, **more: object) -> ResponseReturnValue:
     """The page; secrets are shown in the very answer that made them, and stored nowhere."""
-    shown = {"errors": {}, "token_errors": {}, "values": {}, "secret": None} | more
+    shown = {"errors": {}, "token_errors": {}, "values": {}, "secret": None, "ticked": []} | more
     return render_template(
         "admin/staff.html",
         people=people.everybody(),
         tokens=tokens.all_tokens(),
         roles=people.ROLES,
+        scopes=tokens.SCOPES,
         **shown,
     ), status
 
@@ -118,13 +119,17 @@ def reset_password(staff_id: int) -> ResponseReturnValue:
 
 @bp.post("/tokens")
 def create_token() -> ResponseReturnValue:
+    ticked = request.form.getlist("scope")
     try:
         if forms.used_before("staff.create_token", "name"):
             return shown_once(f"The token {request.form['name']} was created already, and its text")
-        token, text = tokens.create(request.form.get("name", ""), staff_actor())
+        token, text = tokens.create(request.form.get("name", ""), ticked, staff_actor())
     except InvalidRequest as error:
-        message = str(error).replace("name must", "The name must", 1)
-        return page(422, token_errors={"name": message}, values=request.form)
+        if error.field == "scopes":
+            errors = {"scopes": "Choose what the token may do"}
+        else:
+            errors = {"name": str(error).replace("name must", "The name must", 1)}
+        return page(422, token_errors=errors, values=request.form, ticked=ticked)
     return page(secret=("token", token.name, text))
 
 

@@ -23,11 +23,12 @@ from ..database import waiting_at_most
 from ..extensions import db, stock
 from ..generation import Held, held
 from ..locks import DRAIN_LOCK, REBUILD_LOCK, SALE_LOCK
-from ..models import Sale
+from ..models import STANDING_STATUSES, Sale
+from ..orders import bulk, cancelling
 from ..orders.drain import BATCH_ORDERS, Row, store
 from ..problems import Conflict, Unavailable
 from ..products import catalogue, movements, sale, terms
-from ..stock.entries import STANDING, Entry, key_record
+from ..stock.entries import FAILED, STANDING, Entry, key_record
 from ..stock.place import place
 from . import ledger
 
@@ -61,7 +62,7 @@ def what_a_reset_deletes() -> tuple[int, int, int]:
     products, stored = db.session.execute(
         text(
             "SELECT (SELECT count(*) FROM products),"
-            " (SELECT coalesce(sum(confirmed_orders + cancelled_orders), 0) FROM product_totals)"
+            " (SELECT coalesce(sum(stored_orders), 0) FROM product_totals)"
         )
     ).one()
     return products, int(stored), stock.waiting()
@@ -73,21 +74,25 @@ def reset(actor: Actor) -> int:
     Staff, tokens and the audit stay. Ids start from 1 again. Raises stock.Unavailable before
     anything is deleted when Redis can't be reached.
     """
+    # Whoever holds a lock below may wait for a table that this transaction has read.
+    db.session.rollback()
     # A drain under way finishes first, and so does a movement; the next ones find nothing.
     db.session.execute(text(f"SELECT pg_advisory_xact_lock({REBUILD_LOCK})"))
     db.session.execute(text(f"SELECT pg_advisory_xact_lock({DRAIN_LOCK})"))
     db.session.execute(text(f"SELECT pg_advisory_xact_lock({SALE_LOCK})"))
     made_on = stock.server_id()
-    stock.clear()
     db.session.execute(
         text(
-            "TRUNCATE orders, dead_letters, batches, stock_movements, product_totals, products,"
-            " sale RESTART IDENTITY"
+            "TRUNCATE orders, order_intents, bulk_cancels, dead_letters, batches, stock_movements,"
+            " product_totals, products, sale RESTART IDENTITY"
         )
     )
-    idempotency.forget(catalogue.CREATE)
+    # What PostgreSQL refuses is refused by now, and what Redis refuses is rolled back.
+    stock.clear()
+    for route in (catalogue.CREATE, cancelling.CANCEL, bulk.START):
+        idempotency.forget(route)
     generation = secrets.token_hex(8)
-    db.session.add(Sale(generation=generation))
+    db.session.add(Sale(generation=generation, epoch=generation))
     record(actor, "sale.reset", "sale", after=SEED_PRODUCT)
     db.session.commit()
     stock.open(generation, first_order_id=1, made_on=made_on)
@@ -237,7 +242,7 @@ def rebuild(actor: Actor, replace: bool = False) -> Rebuilt:
         generation=generation,
         products=len(products),
         free_units=sum(free for _, free in catalogue.products_with_stock()),
-        orders=sum(total.confirmed_orders + total.cancelled_orders for total in totals),
+        orders=sum(total.stored_orders for total in totals),
         dead_letters=sum(total.dead_orders for total in totals),
         idempotency_keys=keys,
         seconds=time.monotonic() - started,
@@ -326,8 +331,8 @@ def _take_over(generation: str, loss: Loss, actor: Actor) -> None:
     db.session.execute(text(f"SELECT pg_advisory_xact_lock({SALE_LOCK})"))
     db.session.execute(
         text(
-            "INSERT INTO sale (id, generation, first_order_id, last_order_id, sampled_at)"
-            " VALUES (1, :generation, :first, :first - 1, now())"
+            "INSERT INTO sale (id, generation, epoch, first_order_id, last_order_id, sampled_at)"
+            " VALUES (1, :generation, :generation, :first, :first - 1, now())"
             " ON CONFLICT (id) DO UPDATE SET generation = excluded.generation,"
             " first_order_id = excluded.first_order_id, last_order_id = excluded.last_order_id,"
             " sampled_at = excluded.sampled_at"
@@ -352,8 +357,8 @@ def _snapshot(connection: Connection) -> dict[int, dict[str, int]]:
               t.moved_units - coalesce((SELECT sum(units) FROM stock_movements m
                                         WHERE m.product_id = t.product_id
                                           AND m.applied_at IS NULL), 0),
-              t.confirmed_units + t.cancelled_units + t.dead_units + t.abandoned_units,
-              t.confirmed_orders + t.cancelled_orders,
+              t.stored_units + t.dead_units + t.abandoned_units,
+              t.stored_orders,
               coalesce(letters, 0)
             FROM product_totals t
             LEFT JOIN (SELECT product_id, count(*) AS letters FROM dead_letters
@@ -388,17 +393,20 @@ def _put_movements(connection: Connection) -> None:
 
 
 def _put_bought(connection: Connection) -> None:
-    """Count what each user has bought, whether or not the product has a cap: it may get one."""
+    """Count what each user has bought, whether or not the product has a cap: it may get one.
+
+    What was given back, and Redis is still to be told, counts until it is.
+    """
     query = """
         SELECT product_id, user_id, user_name, sum(units)::bigint FROM (
-          SELECT product_id, user_id, user_name, quantity AS units FROM orders
+          SELECT product_id, user_id, user_name, quantity - returned_units AS units FROM orders
           UNION ALL
           SELECT product_id, user_id, user_name, quantity FROM dead_letters
           WHERE product_id IS NOT NULL AND num_nonnulls(user_id, user_name) = 1
-            AND resolution IS DISTINCT FROM 'replayed'
+            AND resolution IS NULL
           UNION ALL
-          SELECT product_id, user_id, user_name, -units FROM stock_movements
-          WHERE num_nonnulls(user_id, user_name) = 1 AND applied_at IS NOT NULL
+          SELECT product_id, user_id, user_name, units FROM stock_movements
+          WHERE num_nonnulls(user_id, user_name) = 1 AND applied_at IS NULL AND kind = 'return'
         ) flows GROUP BY 1, 2, 3 HAVING sum(units) > 0
         -- Neighbours share a bucket: few commands.
         ORDER BY 1, 2
@@ -426,7 +434,7 @@ def _put_keys(connection: Connection) -> int:
             (
                 e.user,
                 e.idempotency_key,
-                key_record(order_id, e, _GIVEN_UP if given_up else STANDING),
+                key_record(order_id, e, _GIVEN_UP if given_up else FAILED),
             )
             for e, order_id, given_up in parsed
             if e.idempotency_key
@@ -435,11 +443,12 @@ def _put_keys(connection: Connection) -> int:
     orders = """
         SELECT user_id, user_name, idempotency_key,
                concat_ws(' ', id, unit_price_cents, currency,
-                         CASE status WHEN 'CONFIRMED' THEN %(standing)s ELSE status END,
+                         CASE WHEN status = ANY(%(statuses)s) THEN %(standing)s ELSE status END,
                          product_id, quantity, reference)
         FROM orders WHERE idempotency_key IS NOT NULL
     """
-    for rows in _pages(connection, orders, {"standing": STANDING}):
+    values = {"standing": STANDING, "statuses": list(STANDING_STATUSES)}
+    for rows in _pages(connection, orders, values):
         count += stock.put_keys(
             (name if number is None else number, key, record) for number, name, key, record in rows
         )

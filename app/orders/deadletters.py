@@ -6,23 +6,26 @@ returns its units, by a movement, exactly once.
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import cast
 
-from sqlalchemy import insert, select
+from sqlalchemy import insert, select, text
 from sqlalchemy.exc import DBAPIError
 
 from ..audit import Actor, record
 from ..database import is_unavailable
 from ..extensions import db, stock
+from ..generation import on_record
+from ..locks import SALE_LOCK
 from ..models import DeadLetter, Order, Product, StockMovement, user_columns
 from ..problems import Conflict, Unavailable
 from ..products.movements import apply_movement
 from ..reading import User
 from ..stock.entries import Entry
-from ..times import from_ms
-from .lookup import MAX_LISTED
+from . import intents
+from .lookup import MAX_LISTED, columns_of
 
 log = logging.getLogger(__name__)
 
@@ -79,8 +82,22 @@ def effect_of(ids: list[int]) -> list[Effect]:
         select(DeadLetter)
         .where(DeadLetter.id.in_(ids), DeadLetter.resolution.is_(None))
         .order_by(DeadLetter.id)
-    )
+    ).all()
+    for letter in letters:
+        _read_again(letter)
     return [Effect(letter, _returnable(letter), _obstacle(letter)) for letter in letters]
+
+
+def _read_again(letter: DeadLetter) -> None:
+    """Fill in what an older worker could not read: 0.1.0 knew no texts for users, no references."""
+    if letter.order_id is None:
+        with suppress(ValueError):
+            entry = Entry.parse(letter.payload)
+            letter.order_id = int(letter.stream_id.partition("-")[0])
+            for name, value in user_columns(entry.user).items():
+                setattr(letter, name, value)
+            letter.product_id, letter.quantity = entry.product_id, entry.quantity
+            letter.reference = entry.reference
 
 
 def _returnable(letter: DeadLetter) -> int:
@@ -141,6 +158,7 @@ def _resolve_each(ids: list[int], resolve: Callable[[DeadLetter], Resolved]) -> 
         elif letter.resolution:
             results.append(Resolved(letter_id, False, f"It was {letter.resolution} already."))
         else:
+            _read_again(letter)
             results.append(resolve(letter))
     return results
 
@@ -155,34 +173,34 @@ def _mark(letter: DeadLetter, resolution: str, reason: str, actor: Actor) -> Non
 def replay(ids: list[int], reason: str, actor: Actor) -> list[Resolved]:
     """Try to store the orders after all; each succeeds or fails by itself.
 
-    An order whose id was taken by another one gets a new id. Raises stock.Unavailable when a new id
-    is needed and Redis can't be reached; then nothing is changed.
+    An order whose id was taken by another one gets a new id. Raises stock.Unavailable when Redis
+    can't be reached and has to know: it gives new ids, and tells an Idempotency-Key's order. Then
+    nothing is changed.
     """
-    moved: list[tuple[Entry, int, int]] = []
+    # A rebuild waits for it, or has begun and Redis refuses: it reads the keys before or after.
+    db.session.execute(text(f"SELECT pg_advisory_xact_lock_shared({SALE_LOCK})"))
+    generation = on_record()
 
     def resolve(letter: DeadLetter) -> Resolved:
         if obstacle := _obstacle(letter):
             return Resolved(letter.id, False, obstacle)
         entry = Entry.parse(letter.payload)
         # What has no obstacle was read as an order, with an id.
-        order_id = former = cast("int", letter.order_id)
+        order_id = cast("int", letter.order_id)
         if db.session.get(Order, order_id) is not None:
             order_id = stock.new_order_id()
         try:
             with db.session.begin_nested():
                 db.session.execute(
                     insert(Order).values(
-                        id=order_id,
-                        **user_columns(entry.user),
-                        product_id=entry.product_id,
-                        quantity=entry.quantity,
-                        unit_price_cents=entry.unit_price_cents,
-                        currency=entry.currency,
-                        claimed_at=from_ms(entry.claimed_ms),
-                        idempotency_key=entry.idempotency_key,
-                        reference=entry.reference,
+                        id=order_id, **user_columns(entry.user), **columns_of(entry)
                     )
                 )
+                # Before the commit: killed in between, a stored order must not be told as failed.
+                if not stock.stand(generation, letter.stream_id, entry, order_id):
+                    raise Conflict("A worker is still at it; try again in a second", "waiting")
+        except Conflict as error:
+            return Resolved(letter.id, False, f"{error}.")
         except (DBAPIError, ValueError, OverflowError) as error:
             if is_unavailable(error):
                 raise
@@ -191,7 +209,6 @@ def replay(ids: list[int], reason: str, actor: Actor) -> list[Resolved]:
         _mark(letter, "replayed", reason, actor)
         if order_id != letter.order_id:
             letter.replayed_as = order_id
-            moved.append((entry, former, order_id))
         record(
             actor,
             "dead-letter.replay",
@@ -203,10 +220,6 @@ def replay(ids: list[int], reason: str, actor: Actor) -> list[Resolved]:
 
     results = _resolve_each(ids, resolve)
     db.session.commit()
-    for entry, former, order_id in moved:
-        # A replay of the purchase is to name the order that really exists.
-        if entry.idempotency_key:
-            stock.rename_order(entry, former, order_id)
     return results
 
 
@@ -220,6 +233,8 @@ def abandon(ids: list[int], reason: str, actor: Actor) -> list[Resolved]:
     def resolve(letter: DeadLetter) -> Resolved:
         units = _returnable(letter)
         _mark(letter, "abandoned", reason, actor)
+        if letter.order_id:
+            intents.give_up(letter.order_id, "the order was abandoned")
         record(
             actor,
             "dead-letter.abandon",

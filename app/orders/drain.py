@@ -5,17 +5,18 @@ either nothing stored, or orders stored that are still in the outbox and are rec
 """
 
 import logging
-from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import cast
 
 import psycopg2
 from psycopg2 import errors
+from psycopg2.extensions import cursor as Cursor
 
 from ..database import raw_connection
 from ..extensions import db, stock
 from ..locks import DRAIN_LOCK
-from ..stock.entries import Columns, split
+from ..stock.entries import Columns, Entry, split
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ def drain_batch(job_id: str, worker: str, most: int = BATCH_ORDERS) -> Drained:
     with raw_connection(db.engine) as connection:
         with connection.cursor() as cursor:
             cursor.execute(BEGIN)
-            locked, generation = cursor.fetchone()
+            ((locked, generation),) = cursor.fetchall()
             if not locked:
                 return Drained(busy=True)
             if stock.generation() != generation:
@@ -117,17 +118,17 @@ def drain_batch(job_id: str, worker: str, most: int = BATCH_ORDERS) -> Drained:
     return replace(drained, more=len(rows) == most)
 
 
-def store(cursor, rows: list[Row], job_id: str, worker: str) -> tuple[set[str], Drained]:
+def store(cursor: Cursor, rows: list[Row], job_id: str, worker: str) -> tuple[set[str], Drained]:
     """Store a batch in the current transaction; return the stream ids of its dead letters too."""
     cursor.execute(INSERT_BATCH, (job_id, worker, rows[0].order_id, rows[-1].order_id, len(rows)))
-    batch_id = cursor.fetchone()[0]
+    ((batch_id,),) = cursor.fetchall()
     dead, inserted = _insert_all(cursor, batch_id, rows)
     if inserted != len(rows):
         cursor.execute(UPDATE_BATCH, (inserted, len(dead), batch_id))
     return dead, Drained(inserted, len(rows) - inserted - len(dead), len(dead))
 
 
-def _insert_all(cursor, batch_id: int, rows: list[Row]) -> tuple[set[str], int]:
+def _insert_all(cursor: Cursor, batch_id: int, rows: list[Row]) -> tuple[set[str], int]:
     """Insert the rows; return the stream ids of the dead letters and the number inserted."""
     orders = [row for row in rows if row.parts]
     dead = {row.stream_id: "not an order" for row in rows if not row.parts}
@@ -156,28 +157,29 @@ def _insert_all(cursor, batch_id: int, rows: list[Row]) -> tuple[set[str], int]:
     return set(dead), inserted
 
 
-def _insert(cursor, batch_id: int, rows: list[Row], refused: dict[str, str]) -> int:
+def _insert(cursor: Cursor, batch_id: int, rows: list[Row], refused: dict[str, str]) -> int:
     """Insert what can be; halve a refused batch until the rows at fault stand alone."""
     if not rows:
         return 0
     cursor.execute("SAVEPOINT batch")
     try:
         ids = _array(str(row.order_id) for row in rows)
-        columns = Columns._make(zip(*(row.parts for row in rows if row.parts), strict=True))
+        entries = zip(*(row.parts for row in rows if row.parts), strict=True)
+        columns = dict(zip(Columns._fields, entries, strict=True))
         cursor.execute(
             INSERT_ORDERS,
             (
                 batch_id,
                 ids,
-                _array(columns.user_id),
-                list(columns.user_name),
-                _array(columns.product_id),
-                _array(columns.quantity),
-                _array(columns.unit_price_cents),
-                list(columns.currency),
-                _array(columns.claimed_ms),
-                list(columns.idempotency_key),
-                list(columns.reference),
+                _array(columns["user_id"]),
+                list(columns["user_name"]),
+                _array(columns["product_id"]),
+                _array(columns["quantity"]),
+                _array(columns["unit_price_cents"]),
+                list(columns["currency"]),
+                _array(columns["claimed_ms"]),
+                list(columns["idempotency_key"]),
+                list(columns["reference"]),
             ),
         )
     except (psycopg2.IntegrityError, psycopg2.DataError, errors.RaiseException) as error:
@@ -197,7 +199,7 @@ def _array(numbers: Iterable[str | None]) -> str:
     return "{" + ",".join([number or "NULL" for number in numbers]) + "}"
 
 
-def _tell_conflicts(cursor, rows: list[Row], refused: dict[str, str]) -> dict[str, str]:
+def _tell_conflicts(cursor: Cursor, rows: list[Row], refused: dict[str, str]) -> dict[str, str]:
     """Return what is wrong with the rows that are not stored, neither now nor by an earlier run.
 
     An order that is stored is none of them, even when PostgreSQL would refuse it today.
@@ -206,7 +208,7 @@ def _tell_conflicts(cursor, rows: list[Row], refused: dict[str, str]) -> dict[st
     cursor.execute(SELECT_STORED, ([row.order_id for row in rows],))
     stored = {found[0]: found[1:] for found in cursor.fetchall()}
     for row in rows:
-        of = row.parts
+        of = cast("Columns", row.parts)  # what is no order was told already
         found = stored.get(row.order_id)
         if found is None:
             dead[row.stream_id] = refused.get(
@@ -226,16 +228,21 @@ def _tell_conflicts(cursor, rows: list[Row], refused: dict[str, str]) -> dict[st
 
 
 def _settle(generation: str | None, rows: list[Row], dead: set[str]) -> None:
-    figures: dict[int, list[int]] = defaultdict(lambda: [0, 0, 0])
+    figures: dict[int, tuple[int, int, int]] = {}
     for row in rows:
         if row.parts:
-            of_product = figures[int(row.parts.product_id)]
-            of_product[0] += 1
-            of_product[1] += int(row.parts.quantity)
-            of_product[2] += row.stream_id not in dead
+            product, quantity = int(row.parts.product_id), int(row.parts.quantity)
+            orders, units, persisted = figures.get(product, (0, 0, 0))
+            stored = row.stream_id not in dead
+            figures[product] = orders + 1, units + quantity, persisted + stored
     stock.settle(
         generation,
         [row.stream_id for row in rows],
         [row.order_id for row in rows],
         figures,
+        [
+            (row.order_id, Entry.parse(row.payload))
+            for row in rows
+            if row.parts and row.stream_id in dead
+        ],
     )

@@ -1,15 +1,12 @@
-"""Orders: a shopper's list, one order's story, and cancelling."""
+"""A shopper's own list of orders."""
 
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, cast
 
-from sqlalchemy import select, update
+from sqlalchemy import select
 
-from ..audit import Actor, record
 from ..extensions import db, stock
-from ..models import DeadLetter, Order, StockMovement
-from ..problems import Conflict, UnknownOrder
-from ..products.movements import apply_movement
+from ..models import DeadLetter, Order
 from ..reading import User
 from ..stock.entries import Entry
 from ..times import from_ms, utc_text
@@ -33,6 +30,19 @@ def _listed(order_id: int, status: str, at: datetime, order: Entry | Order) -> L
     if order.reference is not None:
         listed["reference"] = order.reference
     return listed
+
+
+def columns_of(entry: Entry) -> dict[str, Any]:
+    """Return what an entry tells of an order beside its id and its user, by the columns' names."""
+    return {
+        "product_id": entry.product_id,
+        "quantity": entry.quantity,
+        "unit_price_cents": entry.unit_price_cents,
+        "currency": entry.currency,
+        "claimed_at": from_ms(entry.claimed_ms),
+        "idempotency_key": entry.idempotency_key,
+        "reference": entry.reference,
+    }
 
 
 def queued_orders_of(user: User, limit: int, before: int | None = None) -> list[Listed]:
@@ -74,48 +84,6 @@ def orders_of(
         found[order_id] = _listed(order_id, status, from_ms(entry.claimed_ms), entry)
     for order in db.session.scalars(stored):
         found[order.id] = _listed(order.id, order.status, order.claimed_at, order)
+        if order.returned_units:
+            found[order.id]["cancelledQuantity"] = order.returned_units
     return [found[order_id] for order_id in sorted(found, reverse=True)[:limit]]
-
-
-def cancel(order_id: int, reason: str, actor: Actor) -> Order:
-    """Cancel a persisted order; its units go back to free stock exactly once.
-
-    Raises UnknownOrder (also while it still waits to be persisted), Conflict when it is cancelled
-    already, and stock.Unavailable: recorded then, and the units follow when Redis is back.
-    """
-    order = db.session.get(Order, order_id, with_for_update=True)
-    if order is None:
-        raise UnknownOrder(order_id)
-    if order.status == "CANCELLED":
-        db.session.rollback()
-        raise Conflict("This order is cancelled already", "already_cancelled")
-    db.session.execute(
-        update(Order)
-        .where(Order.id == order_id)
-        .values(
-            status="CANCELLED",
-            cancelled_at=datetime.now(UTC),
-            cancelled_by=actor.name,
-            cancel_reason=reason,
-        )
-    )
-    movement = StockMovement(
-        product_id=order.product_id,
-        kind="return",
-        units=order.quantity,
-        reason=reason,
-        actor=actor.name,
-        user=order.user,
-        order_id=order_id,
-    )
-    db.session.add(movement)
-    record(
-        actor,
-        "order.cancel",
-        f"order {order_id}",
-        before={"status": "CONFIRMED"},
-        after={"status": "CANCELLED", "reason": reason, "units": order.quantity},
-    )
-    db.session.commit()
-    apply_movement(movement)
-    return db.session.get_one(Order, order_id)

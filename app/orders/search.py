@@ -11,20 +11,23 @@ from datetime import datetime
 from itertools import islice
 from typing import Any, cast
 
-from sqlalchemy import Select, select
+from sqlalchemy import ColumnElement, Select, select
 
 from ..extensions import db, stock
 from ..models import Batch, DeadLetter, Order, StockMovement
 from ..problems import Unavailable, UnknownOrder
 from ..reading import REFERENCE, VALID_KEY, User, canonical
 from ..stock.entries import Entry
-from ..times import from_ms
-from .lookup import MAX_LISTED
+from .lookup import MAX_LISTED, columns_of
 
-STATUSES = ("QUEUED", "CONFIRMED", "CANCELLED", "FAILED")
+STATUSES = ("QUEUED", "HELD", "CONFIRMED", "CANCELLED", "RELEASED", "EXPIRED", "FAILED")
 PAGE_ORDERS = 50
 # An export's step: few statements, and little memory however long the export.
 EXPORT_ORDERS = 2000
+# So many waiting orders are looked at for a filter, a step at a time, some 0.1 s in all: what waits
+# more than that deep is found once it is stored.
+MOST_WAITING = 10_000
+WAITING_ORDERS = 1000
 # Ids are given in the order of the claims, so a time is an id. This many more are looked at on
 # either side, and judged by their own time, in case the clock was set back a little.
 ID_MARGIN = 2000
@@ -86,6 +89,13 @@ class Found:
     cancel_reason: str | None = None
     idempotency_key: str | None = None
     reference: str | None = None
+    returned_units: int = 0
+    held_until: datetime | None = None
+    payment: str | None = None
+
+    @property
+    def standing_units(self) -> int:
+        return self.quantity - self.returned_units
 
     @property
     def total_cents(self) -> int:
@@ -94,11 +104,15 @@ class Found:
 
 @dataclass(frozen=True)
 class Page:
-    """`before` continues the list; it is None on the last page. `incomplete`: Redis was away."""
+    """`before` continues the list; it is None on the last page.
+
+    `incomplete`: Redis was away. `unseen`: there are older waiting orders that were not looked at.
+    """
 
     orders: list[Found]
     before: int | None = None
     incomplete: bool = False
+    unseen: bool = False
 
 
 COLUMNS = (
@@ -117,6 +131,9 @@ COLUMNS = (
     Order.cancel_reason,
     Order.idempotency_key,
     Order.reference,
+    Order.returned_units,
+    Order.held_until,
+    Order.payment,
 )
 
 
@@ -132,12 +149,14 @@ def search(wanted: Filter, before: int | None = None, limit: int = PAGE_ORDERS) 
     Redis is read first: an order leaves it only after it was stored, so none is missed between.
     """
     found: dict[int, Found] = {}
-    incomplete = False
+    incomplete = unseen = False
     branches = wanted.branches()
     if wanted.status in (None, "QUEUED"):
         try:
             for branch in branches:
-                found |= {order.id: order for order in _waiting(branch, before, limit + 1)}
+                waiting, more = _waiting(branch, before, limit + 1)
+                found |= {order.id: order for order in waiting}
+                unseen |= more
         except Unavailable:
             incomplete = True
     for branch in branches:
@@ -151,34 +170,46 @@ def search(wanted: Filter, before: int | None = None, limit: int = PAGE_ORDERS) 
     orders = [found[order_id] for order_id in sorted(found, reverse=True)[: limit + 1]]
     more = len(orders) > limit
     orders = orders[:limit]
-    return Page(orders, orders[-1].id if more else None, incomplete)
+    return Page(orders, orders[-1].id if more else None, incomplete, unseen)
 
 
-def _waiting(wanted: Filter, before: int | None, limit: int) -> Iterator[Found]:
+def _waiting(wanted: Filter, before: int | None, limit: int) -> tuple[list[Found], bool]:
+    """Return the newest of what waits in Redis, and whether more than was looked at waits there."""
     if wanted.user is not None:
         entries = stock.queued_orders(wanted.user, MAX_LISTED)
-    else:
-        entries = stock.newest_waiting(limit, before)
-    for order_id, entry in entries:
-        order = from_entry(order_id, entry)
-        if (before is None or order_id < before) and wanted.admits(order):
-            yield order
+        orders = (from_entry(*entry) for entry in entries if before is None or entry[0] < before)
+        return [order for order in orders if wanted.admits(order)], False
+    found: list[Found] = []
+    step, looked_at = limit, 0
+    while entries := stock.newest_waiting(step, before):
+        orders = (from_entry(*entry) for entry in entries)
+        found += [order for order in orders if wanted.admits(order)]
+        looked_at += len(entries)
+        if len(found) >= limit:
+            return found, False
+        if looked_at >= MOST_WAITING:
+            return found, True
+        step, before = WAITING_ORDERS, entries[-1][0]
+    return found, False
 
 
 def from_entry(order_id: int, entry: Entry) -> Found:
     """Return an order of the outbox."""
-    return Found(
-        id=order_id,
-        status="QUEUED",
-        user=entry.user,
-        product_id=entry.product_id,
-        quantity=entry.quantity,
-        unit_price_cents=entry.unit_price_cents,
-        currency=entry.currency,
-        claimed_at=from_ms(entry.claimed_ms),
-        idempotency_key=entry.idempotency_key,
-        reference=entry.reference,
-    )
+    return Found(id=order_id, status="QUEUED", user=entry.user, **columns_of(entry))
+
+
+def _conditions(
+    table: type[Order] | type[DeadLetter], wanted: Filter, before: int | None
+) -> Iterator[ColumnElement[bool]]:
+    """Yield what both tables are asked for in the same words."""
+    if before is not None:
+        yield (Order.id if table is Order else DeadLetter.order_id) < before
+    if wanted.user is not None:
+        yield table.is_of(wanted.user)
+    if wanted.product_id is not None:
+        yield table.product_id == wanted.product_id
+    if wanted.reference is not None:
+        yield table.reference == wanted.reference
 
 
 def _never_stored(wanted: Filter, before: int | None, limit: int) -> Iterator[Found]:
@@ -193,16 +224,9 @@ def _never_stored(wanted: Filter, before: int | None, limit: int) -> Iterator[Fo
             query = query.where(DeadLetter.not_replayed())
         case _:
             return
-    if before is not None:
-        query = query.where(DeadLetter.order_id < before)
-    if wanted.user is not None:
-        query = query.where(DeadLetter.is_of(wanted.user))
-    if wanted.product_id is not None:
-        query = query.where(DeadLetter.product_id == wanted.product_id)
+    query = query.where(*_conditions(DeadLetter, wanted, before))
     if wanted.key is not None:
         query = query.where(DeadLetter.payload.contains(wanted.key, autoescape=True))
-    if wanted.reference is not None:
-        query = query.where(DeadLetter.reference == wanted.reference)
     if wanted.until is not None and (last := _id_at(wanted.until)) is not None:
         query = query.where(DeadLetter.order_id < last + ID_MARGIN)
     # Its time of claim stands in the payload alone, so the limit can't be the statement's.
@@ -223,6 +247,7 @@ def from_letter(letter: DeadLetter) -> Found:
         cancelled_at=letter.resolved_at,
         cancelled_by=letter.resolved_by,
         cancel_reason=letter.resolve_reason,
+        returned_units=order.quantity,
     )
 
 
@@ -239,19 +264,12 @@ def stored_query(
     """Return the statement that finds stored orders; None when there can be none."""
     if wanted.status in ("QUEUED", "FAILED"):
         return None
-    query = select(*COLUMNS).order_by(Order.id.desc()).limit(limit)
-    if before is not None:
-        query = query.where(Order.id < before)
-    if wanted.user is not None:
-        query = query.where(Order.is_of(wanted.user))
-    if wanted.product_id is not None:
-        query = query.where(Order.product_id == wanted.product_id)
+    query = select(*COLUMNS).where(*_conditions(Order, wanted, before))
+    query = query.order_by(Order.id.desc()).limit(limit)
     if wanted.status is not None:
         query = query.where(Order.status == wanted.status)
     if wanted.key is not None:
         query = query.where(Order.idempotency_key == wanted.key)
-    if wanted.reference is not None:
-        query = query.where(Order.reference == wanted.reference)
     if wanted.since is not None:
         first = _id_at(wanted.since)
         if first is None:
@@ -294,7 +312,8 @@ class Story:
 
     order: Found
     batch: Batch | None = None
-    returned: StockMovement | None = None
+    # Units given back, and taken again, in the order in which that was done.
+    movements: Sequence[StockMovement] = ()
     letter: DeadLetter | None = None
 
 
@@ -322,16 +341,18 @@ def story(order_id: int) -> Story:
         return Story(
             order,
             batch=db.session.get(Batch, row.batch_id) if row.batch_id else None,
-            returned=db.session.scalar(
-                select(StockMovement).where(StockMovement.order_id == order_id)
-            ),
+            movements=db.session.scalars(
+                select(StockMovement)
+                .where(StockMovement.order_id == order_id)
+                .order_by(StockMovement.act)
+            ).all(),
         )
     if letter is not None:
         return Story(
             from_letter(letter),
-            returned=db.session.scalar(
+            movements=db.session.scalars(
                 select(StockMovement).where(StockMovement.dead_letter_id == letter.id)
-            ),
+            ).all(),
             letter=letter,
         )
     if entry is not None:

@@ -10,7 +10,7 @@ from .search import Found
 HEADER = (
     "order", "status", "user", "product", "product name", "quantity", "unit price", "currency",
     "total", "claimed at", "persisted at", "cancelled at", "cancelled by", "cancel reason",
-    "idempotency key", "reference",
+    "idempotency key", "reference", "cancelled quantity", "held until", "payment",
 )  # fmt: skip
 
 
@@ -38,4 +38,7 @@ def row_of(order: Found, names: dict[int, str]) -> tuple[object, ...]:
         order.cancel_reason,
         order.idempotency_key,
         order.reference,
+        order.returned_units,
+        order.held_until and utc_text(order.held_until),
+        order.payment,
     )

@@ -94,5 +94,5 @@ def _rank(now: datetime) -> ColumnElement[int]:
 def _free() -> ColumnElement[int]:
     """Return the units put on sale less those of stored orders and dead letters."""
     t = ProductTotals
-    taken = t.confirmed_units + t.cancelled_units + t.dead_units + t.abandoned_units
+    taken = t.stored_units + t.dead_units + t.abandoned_units
     return t.moved_units - taken

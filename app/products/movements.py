@@ -4,20 +4,22 @@ PostgreSQL is told first, Redis second, and a mark in PostgreSQL says that Redis
 crash leaves in between is finished by `finish_pending`, any number of times.
 """
 
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from sqlalchemy import select, text
+from sqlalchemy import inspect, select, text
 from sqlalchemy.exc import IntegrityError
 
 from ..audit import SYSTEM, Actor, record
 from ..extensions import db, stock
 from ..generation import on_record
 from ..locks import SALE_LOCK
-from ..models import DeadLetter, Order, Product, ProductTotals, StockMovement
+from ..models import ENDED_STATUSES, DeadLetter, Order, Product, ProductTotals, StockMovement
 from ..problems import Conflict, InvalidRequest, KeyMismatch, UnknownProduct
 from ..reading import MAX_RESTOCK, MAX_STOCK
-from ..stock.entries import Entry
+from ..stock.entries import STANDING, Entry
 from ..stock.gateway import Ended
 from .sale import publish, require_sale
 
@@ -105,11 +107,14 @@ def correct(product_id: int, units: int, reason: str, actor: Actor) -> int:
 def apply_movement(movement: StockMovement) -> int:
     """Carry a recorded movement out in Redis and mark it applied; return the free stock.
 
-    Safe to repeat, and safe for two at once: the second waits for the first. Raises
-    stock.Unavailable; raises Conflict, and removes the movement, when a correction would take more
-    than is free.
+    The movement is committed, and so is everything else. Safe to repeat, and safe for two at once:
+    the second waits for the first. Raises stock.Unavailable; raises Conflict, and removes the
+    movement, when a correction would take more than is free.
     """
-    movement_id = movement.id
+    (movement_id,) = inspect(movement).identity or ()
+    # What this transaction has read it holds against a reset, which holds the lock that is asked
+    # for now: each would wait for the other.
+    db.session.rollback()
     db.session.execute(text(f"SELECT pg_advisory_xact_lock_shared({SALE_LOCK})"))
     generation = on_record()
     found = db.session.get(StockMovement, movement_id, with_for_update=True, populate_existing=True)
@@ -143,11 +148,20 @@ def apply_movement(movement: StockMovement) -> int:
     return free
 
 
-def _ended_by(movement: StockMovement) -> Ended | None:
-    """Return the order that a return ends, if it came with an Idempotency-Key."""
-    if movement.order_id and (order := db.session.get(Order, movement.order_id)):
-        key = order.idempotency_key
-        return Ended(key, order.id, order.status) if key else None
+def _ended_by(movement: StockMovement, order: Order | None = None) -> Ended | None:
+    """Return the order that a movement ends, or lets stand again, if it came with a key.
+
+    `order` is the movement's, if it was just read.
+    """
+    if movement.order_id:
+        order = order or db.session.get(Order, movement.order_id, populate_existing=True)
+        if order is None or order.idempotency_key is None:
+            return None
+        if movement.kind == "reclaim":
+            return Ended(order.idempotency_key, order.id, STANDING)
+        # One that gave back a part still stands: its key's record is as it was.
+        ended = order.status in ENDED_STATUSES
+        return Ended(order.idempotency_key, order.id, order.status) if ended else None
     if movement.dead_letter_id:
         letter = db.session.get_one(DeadLetter, movement.dead_letter_id)
         key = Entry.parse(letter.payload).idempotency_key
@@ -155,21 +169,66 @@ def _ended_by(movement: StockMovement) -> Ended | None:
     return None
 
 
+PENDING_AT_ONCE = 1000
+APPLIED = text("""
+UPDATE stock_movements m SET applied_at = clock_timestamp(), stock_after = done.free
+FROM unnest(CAST(:ids AS bigint[]), CAST(:free AS bigint[])) AS done (id, free) WHERE m.id = done.id
+""")
+
+
+def apply_together(movement_ids: Sequence[int]) -> set[int]:
+    """Carry out recorded returns as `apply_movement` does each, with one round trip for all.
+
+    Returns those that Redis has now; the others it does not know the product of, and they are left
+    to `apply_movement`. Raises stock.Unavailable.
+    """
+    db.session.execute(text(f"SELECT pg_advisory_xact_lock_shared({SALE_LOCK})"))
+    generation = on_record()
+    found = db.session.scalars(
+        select(StockMovement)
+        .where(StockMovement.id.in_(movement_ids), StockMovement.applied_at.is_(None))
+        .order_by(StockMovement.id)
+        .with_for_update()
+        .execution_options(populate_existing=True)
+    ).all()
+    # All in one statement, for _ended_by.
+    ids = [movement.order_id for movement in found]
+    orders = select(Order).where(Order.id.in_(ids)).execution_options(populate_existing=True)
+    by_id = {order.id: order for order in db.session.scalars(orders)}
+    moved = stock.move_all(
+        generation,
+        [
+            (m.id, m.product_id, m.units, m.user, _ended_by(m, by_id.get(m.order_id or 0)))
+            for m in found
+        ],
+    )
+    done = [
+        (movement.id, free)
+        for movement, (outcome, free) in zip(found, moved, strict=True)
+        if outcome in ("applied", "repeated")
+    ]
+    values = {"ids": [m for m, _ in done], "free": [free for _, free in done]}
+    db.session.execute(APPLIED, values)
+    db.session.commit()
+    return set(values["ids"])
+
+
 def finish_pending() -> int:
     """Apply the movements that a crash left between PostgreSQL and Redis; return their number."""
-    pending = list(
-        db.session.scalars(
-            select(StockMovement)
-            .where(StockMovement.applied_at.is_(None))
-            .order_by(StockMovement.id)
-            .limit(1000)
-        )
-    )
-    for movement in pending:
-        try:
-            apply_movement(movement)
-        except Conflict:
-            continue
+    pending = db.session.execute(
+        select(StockMovement.id, StockMovement.kind)
+        .where(StockMovement.applied_at.is_(None))
+        .order_by(StockMovement.id)
+        .limit(PENDING_AT_ONCE)
+    ).all()
+    # A bulk cancel that was killed leaves hundreds.
+    returns = [movement_id for movement_id, kind in pending if kind == "return"]
+    done = apply_together(returns) if returns else set()
+    for movement_id, _ in pending:
+        movement = None if movement_id in done else db.session.get(StockMovement, movement_id)
+        if movement is not None:
+            with suppress(Conflict):
+                apply_movement(movement)
     return len(pending)
 
 

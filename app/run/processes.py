@@ -5,17 +5,21 @@ import os
 import select
 import signal
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from app.run.leash import leashed
+from app.run.pulse import Pulse, Trouble
 
 log = logging.getLogger("app.run")
 
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
+# What a process is told that comes after one which ended by itself.
+DIED = "died"
 FIRST_DELAY_SECONDS, LAST_DELAY_SECONDS = 0.2, 5.0
 HEALTHY_SECONDS = 10
 
@@ -87,6 +91,54 @@ class Program:
         )
 
 
+class Watched(Program):
+    """A program that shows by a pipe of its own whether it works (pulse.py)."""
+
+    # Each trouble's name among the causes of restarts that are counted.
+    causes: ClassVar[Mapping[Trouble, str]] = {}
+    pulse: Pulse | None = None
+    given_up = False
+    # What was wrong with the process before this one; the next one is told.
+    replaces = ""
+
+    def trouble(self) -> Trouble | None:
+        """Return what ails the process, once; from then on it is given up."""
+        if self.pulse is None or self.process is None or self.given_up:
+            return None
+        trouble = self.pulse.feel(time.monotonic())
+        self.given_up = trouble is not None
+        return trouble
+
+    def end_for(self, trouble: Trouble) -> None:
+        """Kill a process that would not hear a signal; the next one counts why."""
+        self.replaces = self.causes[trouble]
+        self.send_signal(signal.SIGKILL)
+
+    def kill(self) -> None:
+        super().kill()
+        self._close()
+
+    def _spawn_watched(
+        self, argv: Sequence[str], directory: Path, files: Sequence[int] = (), **options: Any
+    ) -> None:
+        """Start it with these open files, the pipe's end, and `replaces` as further arguments."""
+        self._close()
+        ours, theirs = os.pipe()
+        self.pulse, self.given_up = Pulse(ours, time.monotonic()), False
+        try:
+            given = *files, theirs
+            argv = [*argv, *map(str, given), self.replaces]
+            self._spawn(argv, directory, pass_fds=given, **options)
+        finally:
+            os.close(theirs)
+        self.replaces = DIED  # whoever comes after it, if nothing else is known by then
+
+    def _close(self) -> None:
+        if self.pulse is not None:
+            self.pulse.close()
+            self.pulse = None
+
+
 class Command(Program):
     """A program of the project itself."""
 
@@ -95,6 +147,15 @@ class Command(Program):
 
     def launch(self) -> None:
         self._spawn(self.argv, self.cwd, env=self.environ)
+
+
+class Worker(Command, Watched):
+    """A worker process, which says whether its threads get on (app/worker/alive.py)."""
+
+    causes: ClassVar = {Trouble.SILENT: "standstill", Trouble.STUCK: "thread"}
+
+    def launch(self) -> None:
+        self._spawn_watched(self.argv, self.cwd, env=self.environ)
 
 
 class Signals:

@@ -1,15 +1,16 @@
-"""The pulse of a web process: bytes down a pipe of its own, while it can work (app/web/alive.py).
+"""The pulse of a process: bytes down a pipe of its own, while it can work.
 
-The port tells nothing of one process: the kernel spreads connections over all of them, and a
-neighbour answers for one that hangs. uvicorn's own ping is answered by a thread of its own, also
-while the event loop stands still.
+Written by app/web/alive.py and app/worker/alive.py. The port tells nothing of one web process: the
+kernel spreads connections over all of them, and a neighbour answers for one that hangs. uvicorn's
+own ping is answered by a thread of its own, also while the event loop stands still.
 """
 
 import os
 from contextlib import suppress
+from enum import Enum, auto
 
-# What a process says: that it can work; that its event loop turns, but none of its page threads.
-ALIVE, PAGES_STUCK = b".", b"!"
+# What a process says: that it can work; that it runs, but a thread of it, or all, don't get on.
+ALIVE, STUCK = b".", b"!"
 BEAT_SECONDS = 1.0
 # So many looks in vain, a second apart, and a process counts as hung. The longest gap of a busy one
 # was 2 s, with 10 runnable programs for each core (docs/performance.md).
@@ -17,7 +18,12 @@ MOST_MISSED = 10
 # Before the first beat it imports; on a machine that has other things to do, slowly.
 MOST_MISSED_AT_START = 60
 
-EVENT_LOOP, PAGE_THREADS = "event_loop", "page_threads"
+
+class Trouble(Enum):
+    """What ails a process that lives."""
+
+    SILENT = auto()
+    STUCK = auto()
 
 
 class Pulse:
@@ -35,18 +41,18 @@ class Pulse:
         self._missed = 0
         self.begun = False
 
-    def feel(self, now: float) -> str | None:
-        """Return which part does not answer, EVENT_LOOP or PAGE_THREADS, or None."""
+    def feel(self, now: float) -> Trouble | None:
+        """Return what ails the process, None when nothing does."""
         beats = b""
         with suppress(BlockingIOError):
             beats = os.read(self._pipe, 4096)
         if beats:
             self.begun, self._missed, self._looked_at = True, 0, now
-            return PAGE_THREADS if PAGES_STUCK in beats else None
+            return Trouble.STUCK if STUCK in beats else None
         if now - self._looked_at >= BEAT_SECONDS:
             self._missed, self._looked_at = self._missed + 1, now
         most = MOST_MISSED if self.begun else MOST_MISSED_AT_START
-        return EVENT_LOOP if self._missed >= most else None
+        return Trouble.SILENT if self._missed >= most else None
 
     def close(self) -> None:
         os.close(self._pipe)

@@ -8,7 +8,6 @@ threads no longer answer is replaced (pulse.py).
 """
 
 import logging
-import os
 import resource
 import socket
 import sys
@@ -17,13 +16,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from signal import SIGHUP
-from typing import Any
+from typing import Any, ClassVar
 
 from app import telling
 from app.config import Settings, SettingsError, load_settings, with_secrets
 from app.run import pulse
 from app.run.embedded import EmbeddedError, embedded_servers
-from app.run.processes import STOP_SIGNALS, Kept, Program, Signals, StartError, Stopped
+from app.run.processes import STOP_SIGNALS, Kept, Signals, StartError, Stopped, Watched
+from app.run.pulse import Trouble
 
 log = logging.getLogger("app.run")
 
@@ -32,8 +32,6 @@ OPEN_FILES = 65536
 # Connections that the kernel keeps until they are accepted, for each process.
 BACKLOG = 4096
 POLL_SECONDS = 0.05
-# What a web process is told that comes after one which ended by itself.
-DIED = "died"
 # Importing takes a second; on a busy machine more.
 START_SECONDS = 30
 # Of a restart, after several: less than a shopper's patience.
@@ -49,40 +47,25 @@ PORT_POLL_SECONDS = 0.2
 Address = tuple[Any, ...]
 
 
-class WebProcess(Program):
+class WebProcess(Watched):
     """One process at one listening socket."""
 
     name = "web process"
+    causes: ClassVar = {Trouble.SILENT: "event_loop", Trouble.STUCK: "page_threads"}
 
     def __init__(
         self, listener: socket.socket, neighbour: socket.socket, replaces: str = ""
     ) -> None:
-        """`neighbour` is a socket whose process may die or hang: it is looked after meanwhile.
-
-        `replaces` says what was wrong with a process before this one.
-        """
+        """`neighbour` is a socket whose process may die or hang: it is looked after meanwhile."""
         self.listener, self.neighbour, self.replaces = listener, neighbour, replaces
-        self.pulse: pulse.Pulse | None = None
-        self.given_up = False
 
     def launch(self) -> None:
         """Start it. Raises StartError when the system has nothing left for it."""
-        self._close()
+        files = self.listener.fileno(), self.neighbour.fileno()
         try:
-            self._launch()
+            self._spawn_watched([sys.executable, "web.py"], Path.cwd(), files)
         except OSError as error:
             raise StartError(f"a web process can't be started: {error}") from None
-
-    def _launch(self) -> None:
-        ours, theirs = os.pipe()
-        self.pulse, self.given_up = pulse.Pulse(ours, time.monotonic()), False
-        try:
-            files = self.listener.fileno(), self.neighbour.fileno(), theirs
-            argv = [sys.executable, "web.py", *map(str, files), self.replaces]
-            self._spawn(argv, Path.cwd(), pass_fds=files)
-        finally:
-            os.close(theirs)
-        self.replaces = DIED  # whoever comes after it, if nothing else is known by then
 
     def is_ready(self) -> bool:
         """Tell whether it accepts connections."""
@@ -91,15 +74,6 @@ class WebProcess(Program):
         if not self.pulse.begun:
             self.pulse.feel(time.monotonic())
         return self.pulse.begun
-
-    def kill(self) -> None:
-        super().kill()
-        self._close()
-
-    def _close(self) -> None:
-        if self.pulse is not None:
-            self.pulse.close()
-            self.pulse = None
 
 
 class WebServer:
@@ -136,7 +110,7 @@ class WebServer:
         """Let a successor take over from each of those, or leave all as it is if one can't."""
         for kept in those:
             former = kept.program
-            cause = pulse.PAGE_THREADS if former.given_up else ""
+            cause = former.causes[Trouble.STUCK] if former.given_up else ""
             successor = WebProcess(former.listener, former.neighbour, cause)
             try:
                 successor.launch()
@@ -183,19 +157,13 @@ class WebServer:
         Who serves purchases and no pages is left to do so until its successor is ready.
         """
         web = kept.program
-        if web.pulse is None or web.process is None or web.given_up:
-            return
-        trouble = web.pulse.feel(time.monotonic())
-        if trouble is None:
-            return
-        web.given_up = True
-        if trouble == pulse.PAGE_THREADS:
-            log.error("web process %d: no page thread answers; it is replaced", web.process.pid)
+        trouble, number = web.trouble(), web.process and web.process.pid
+        if trouble is Trouble.STUCK:
+            log.error("web process %d: no page thread answers; it is replaced", number)
             self.to_renew.append(kept)
-        else:
-            log.error("web process %d: the event loop stands still; it is killed", web.process.pid)
-            web.replaces = trouble
-            web.process.kill()
+        elif trouble is Trouble.SILENT:
+            log.error("web process %d: the event loop stands still; it is killed", number)
+            web.end_for(trouble)
 
     def _await(
         self,

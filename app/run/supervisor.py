@@ -29,8 +29,11 @@ from app.run.processes import (
     Signals,
     StartError,
     Stopped,
+    Watched,
+    Worker,
     how_it_ended,
 )
+from app.run.pulse import Trouble
 
 log = logging.getLogger("app.run")
 
@@ -52,7 +55,7 @@ class Supervisor:
         self.signals = Signals()
         self.kept: list[Kept[Program]] = []
         self.web: Program | None = None
-        self.worker: Program | None = None
+        self.worker: Worker | None = None
         self.started_at = time.monotonic()
         self.ready = self.warned = False
 
@@ -95,7 +98,7 @@ class Supervisor:
         self._run_to_end(Command("prepare", [*flask, "prepare"], environ, self.tree))
         telling.tell("Starting the web server and a worker")
         self.web = Command("web", [sys.executable, "-m", "app.run.serve"], environ, self.tree)
-        self.worker = Command("worker", [sys.executable, "worker.py"], environ, self.tree)
+        self.worker = Worker("worker", [sys.executable, "worker.py"], environ, self.tree)
         for program in (self.worker, self.web):
             self._keep(program)
             program.launch()
@@ -112,8 +115,11 @@ class Supervisor:
             log.info("web and worker: new processes take over")
             self.web.send_signal(signal.SIGHUP)
             self.worker.terminate()  # ends its batch first, and is started again as if it had died
+            self.worker.replaces = ""
         for kept in self.kept:
             kept.check(time.monotonic())
+            if isinstance(kept.program, Watched) and kept.restart_at is None:
+                _feel(kept.program)
         if not self.ready:
             self._look_whether_ready()
         return True
@@ -179,6 +185,15 @@ class Supervisor:
         with suppress(OSError):
             self.note.parent.mkdir(exist_ok=True)
             self.note.write_text(json.dumps({"url": url, "data_dir": str(self.settings.data_dir)}))
+
+
+def _feel(program: Watched) -> None:
+    """Kill a program that no longer works, though it lives; it is started again like a dead one."""
+    if trouble := program.trouble():
+        what = "it" if trouble is Trouble.SILENT else "one of its threads"
+        number = program.process and program.process.pid
+        log.error("%s %d: %s stands still; it is killed", program.name, number, what)
+        program.end_for(trouble)
 
 
 @contextmanager

@@ -4,6 +4,8 @@ import hashlib
 import hmac
 import logging
 import secrets
+from collections.abc import Collection
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from flask import current_app
@@ -17,6 +19,14 @@ from ..problems import InvalidRequest
 
 log = logging.getLogger(__name__)
 
+# What a token may be for, and what each is called on pages.
+SCOPES = {
+    "orders:read": "Read orders, and follow what happens to them",
+    "orders:write": "Cancel orders",
+    "products:write": "Create, change and restock products, and stop the sale",
+}
+# Everything, later scopes included. Tokens of 0.1.0 are of this kind.
+ALL = "*"
 PREFIX = "fst_"
 # Of a token's 43 random characters so many are kept, to tell two of one name apart: what is left
 # has 216 bits.
@@ -36,14 +46,25 @@ def all_tokens() -> list[ApiToken]:
     return list(db.session.scalars(select(ApiToken).order_by(*order)))
 
 
-def name_of(token: str) -> str | None:
-    """Return the name under which this token acts, None for one that is not in force.
+@dataclass(frozen=True)
+class Known:
+    """A token that is in force: the name under which it acts, and what it may do."""
+
+    name: str
+    scopes: frozenset[str]
+
+    def may(self, scope: str) -> bool:
+        return ALL in self.scopes or scope in self.scopes
+
+
+def find(token: str) -> Known | None:
+    """Return whose token this is, None for one that is not in force.
 
     Raises SQLAlchemyError when nobody can tell.
     """
     expected = current_app.config["ADMIN_API_TOKEN"]
     if expected and hmac.compare_digest(token.encode(), expected.encode()):
-        return "token ADMIN_API_TOKEN"
+        return Known("token ADMIN_API_TOKEN", frozenset([ALL]))
     found = db.session.scalar(
         select(ApiToken).where(
             ApiToken.token_hash == hash_token(token), ApiToken.revoked_at.is_(None)
@@ -51,9 +72,15 @@ def name_of(token: str) -> str | None:
     )
     if found is None:
         return None
-    name = f"token {found.id} {found.name}"
+    known = Known(f"token {found.id} {found.name}", frozenset(found.scopes.split()))
     _note_use(found)
-    return name
+    return known
+
+
+def name_of(token: str) -> str | None:
+    """Return the name under which this token acts, None for one that is not in force."""
+    known = find(token)
+    return known.name if known else None
 
 
 def _note_use(token: ApiToken) -> None:
@@ -69,21 +96,28 @@ def _note_use(token: ApiToken) -> None:
         log.info("the use of a token could not be noted: %s", error)
 
 
-def create(name: str, actor: Actor) -> tuple[ApiToken, str]:
-    """Create a token; the text is returned this once and never stored. Raises InvalidRequest."""
+def create(name: str, scopes: Collection[str], actor: Actor) -> tuple[ApiToken, str]:
+    """Create a token that may do what `scopes` say: some of SCOPES, or ALL.
+
+    The text is returned this once and never stored. Raises InvalidRequest.
+    """
     name = name.strip()
     if not 1 <= len(name) <= 100:
         raise InvalidRequest("name must be a text of 1 to 100 characters", "name")
+    if not scopes or not set(scopes) <= {ALL, *SCOPES}:
+        raise InvalidRequest(f"scopes must be some of {', '.join(SCOPES)}, or {ALL}", "scopes")
+    granted = [ALL] if ALL in scopes else [scope for scope in SCOPES if scope in scopes]
     text = PREFIX + secrets.token_urlsafe(32)
     token = ApiToken(
         name=name,
         token_hash=hash_token(text),
         hint=text[: len(PREFIX) + HINT_CHARACTERS],
+        scopes=" ".join(granted),
         created_by=actor.name,
     )
     db.session.add(token)
     db.session.flush()
-    after = {"name": name, "begins": token.hint}
+    after = {"name": name, "begins": token.hint, "scopes": granted}
     record(actor, "token.create", f"token {token.id}", after=after)
     db.session.commit()
     return token, text

@@ -19,8 +19,9 @@ WORKER_SEEN_SECONDS = 5
 WORKER_FORGOTTEN_SECONDS = 600
 # Two readings of one clock by way of a script and a command; what is further ahead is a mistake.
 AHEAD_SECONDS = 1.0
-# The dashboard's chart: one sample a second, 15 minutes.
+# The dashboard's chart: one sample a second, 15 minutes; and one a minute, a day.
 HISTORY_SAMPLES = 900
+HISTORY_MINUTES = 24 * 60
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ class Noticeboard:
     def sample(self, figures: dict[str, Any]) -> bool:
         """Keep this second's figures; False when somebody else has."""
         text = json.dumps(figures, separators=(",", ":"))
-        return bool(self._run("sample", [Keys.history], [text, HISTORY_SAMPLES]))
+        keys = [Keys.history, Keys.history_by_minute]
+        return bool(self._run("sample", keys, [text, HISTORY_SAMPLES, HISTORY_MINUTES]))
 
     def news(self, samples: int) -> News:
         """Return what is on the board, with the newest `samples`."""
@@ -183,9 +185,13 @@ class Noticeboard:
         with _asking():
             return bool(self.raw_client.set(Keys.drain_lease, b"1", nx=True, px=milliseconds))
 
-    def end_drain_lease(self) -> None:
+    def end_drain_lease(self, after_ms: int = 0) -> None:
+        """End it, at once or after so long; one that ends earlier is left alone."""
         with _asking():
-            self.raw_client.delete(Keys.drain_lease)
+            if after_ms:
+                self.raw_client.pexpire(Keys.drain_lease, after_ms, lt=True)
+            else:
+                self.raw_client.delete(Keys.drain_lease)
 
     def setting(self, name: str) -> str | None:
         """Return one of Redis's own settings; None where it does not tell them."""

@@ -103,8 +103,10 @@ class Entry:
         )
 
 
-# The status in a key's record of an order that is neither cancelled nor given up.
+# The status in a key's record of an order that is neither cancelled nor given up; and of one that
+# could not be stored, while nobody has decided.
 STANDING = "+"
+FAILED = "FAILED"
 
 
 def key_record(order_id: int, entry: Entry, status: str = STANDING) -> str:
@@ -119,3 +121,8 @@ def key_record(order_id: int, entry: Entry, status: str = STANDING) -> str:
         entry.reference,
     )
     return " ".join(str(word) for word in words if word is not None)
+
+
+def former_key_record(order_id: int, entry: Entry) -> str:
+    """Return what 0.1.0 kept under it."""
+    return f"{order_id} {entry.product_id} {entry.quantity}"

@@ -22,7 +22,7 @@ from ..reading import User
 from .board import HISTORY_SAMPLES, Noticeboard
 from .brakes import BrakeGateway, Brakes
 from .doorkeeper import Doorkeeper
-from .entries import Entry, key_record
+from .entries import FAILED, Entry, former_key_record, key_record
 from .keys import Keys
 from .lines import Claim, ClaimScript, LoopLine, Request, ThreadLine
 from .outcomes import REFUSALS
@@ -196,20 +196,36 @@ class Stock:
         purchase with the key of the order that `ended` tells what has become of it. Raises
         Unprepared when Redis holds another sale than `generation`.
         """
-        keys = [Keys.generation, Keys.movements, Keys.product(product_id)]
-        args = [movement_id, units, generation or ""]
-        if user is not None:
-            bucket, field = Keys.bought(product_id, user)
-            keys.append(bucket)
-            args.append(field)
-            if ended:
-                name, field = Keys.idempotency(user, ended.key)
-                keys += [name, Keys.former_idempotency(user, ended.key)]
-                args += [field, ended.order_id, ended.status]
-        outcome, free = self._run_surely("move", keys, args)
-        if outcome == "unprepared":
+        (moved,) = self.move_all(generation, [(movement_id, product_id, units, user, ended)])
+        return moved
+
+    def move_all(
+        self,
+        generation: str | None,
+        movements: Iterable[tuple[int, int, int, User | None, Ended | None]],
+    ) -> list[tuple[str, int]]:
+        """Apply movements as `move` does each, all of them in one round trip."""
+        move = self._scripts["move"]
+        try:
+            with self.client.pipeline(transaction=False) as pipe:
+                for movement_id, product_id, units, user, ended in movements:
+                    keys = [Keys.generation, Keys.movements, Keys.product(product_id)]
+                    args = [movement_id, units, generation or ""]
+                    if user is not None:
+                        bucket, field = Keys.bought(product_id, user)
+                        keys.append(bucket)
+                        args.append(field)
+                        if ended:
+                            name, field = Keys.idempotency(user, ended.key)
+                            keys += [name, Keys.former_idempotency(user, ended.key)]
+                            args += [field, ended.order_id, ended.status]
+                    move(keys=keys, args=args, client=pipe)
+                moved = self.replicas.run(pipe)
+        except redis.RedisError as error:
+            raise Unavailable(str(error)) from error
+        if any(outcome == "unprepared" for outcome, _ in moved):
             raise Unprepared("the sale is not in Redis")
-        return outcome, free
+        return [(outcome, free) for outcome, free in moved]
 
     def queued_orders(self, user: User, most: int) -> list[tuple[int, Entry]]:
         """Return the user's orders that wait to be persisted, newest first."""
@@ -238,13 +254,16 @@ class Stock:
         stream_ids: list[str],
         order_ids: list[int],
         products: dict[int, tuple[int, int, int]],
+        failed: Iterable[tuple[int, Entry]] = (),
     ) -> bool:
         """Take a stored batch out of the outbox; False when somebody did it already.
 
         `generation` is the sale that the batch was read from: a reset in between starts ids anew.
-        `products` maps a product id to (orders, units, orders persisted) of the batch.
+        `products` maps a product id to (orders, units, orders persisted) of the batch; `failed`
+        are (order id, order) of its dead letters.
         """
-        args = [stream_ids[0], stream_ids[-1], generation or "", len(order_ids), *order_ids]
+        args = [stream_ids[0], stream_ids[-1], generation or "", len(order_ids), len(products)]
+        args += order_ids
         for figures in products.values():
             args.extend(figures)
         keys = [
@@ -253,6 +272,12 @@ class Stock:
             Keys.generation,
             *(Keys.product(product) for product in products),
         ]
+        for order_id, entry in failed:
+            if key := entry.idempotency_key:
+                bucket, field = Keys.idempotency(entry.user, key)
+                keys += [bucket, Keys.former_idempotency(entry.user, key)]
+                args += [field, key_record(order_id, entry), former_key_record(order_id, entry)]
+                args.append(key_record(order_id, entry, FAILED))
         return bool(self._run("settle", keys, args))
 
     def view(
@@ -431,10 +456,16 @@ class Stock:
                 entries.append((int(stream_id.partition("-")[0]), entry))
         return entries
 
-    def history(self, since: int, most: int = HISTORY_SAMPLES) -> list[tuple[int, dict]]:
-        """Return the newest `most` samples from the second `since` on, oldest first."""
+    def history(
+        self, since: int, most: int = HISTORY_SAMPLES, by_minute: bool = False
+    ) -> list[tuple[int, dict]]:
+        """Return the newest `most` samples from the second `since` on, oldest first.
+
+        They are a second apart, or with `by_minute` a minute.
+        """
+        key = Keys.history_by_minute if by_minute else Keys.history
         try:
-            found = self.client.xrevrange(Keys.history, min=f"{since}-0", count=most)
+            found = self.client.xrevrange(key, min=f"{since}-0", count=most)
         except redis.RedisError as error:
             raise Unavailable(str(error)) from error
         return [
@@ -571,15 +602,24 @@ class Stock:
             raise Unprepared("the sale is not in Redis")
         return order_id
 
-    def rename_order(self, entry: Entry, former: int, order_id: int) -> None:
-        """Let a replay of the purchase tell the order's new id, if its key is still remembered."""
-        assert entry.idempotency_key is not None
-        name, field = Keys.idempotency(entry.user, entry.idempotency_key)
-        older = Keys.former_idempotency(entry.user, entry.idempotency_key)
-        with contextlib.suppress(redis.RedisError):
-            known = self.client.hget(name, field) or self.client.get(older)
-            if known and known.partition(" ")[0] == str(former):
-                self.client.hset(name, field, key_record(order_id, entry))
+    def stand(self, generation: str, stream_id: str, entry: Entry, order_id: int) -> bool:
+        """Let a replay of a dead letter's purchase tell `order_id`, under which it is stored.
+
+        False while its entry has not left the outbox. Raises Unavailable; Unprepared when Redis
+        holds another sale than `generation`.
+        """
+        if entry.idempotency_key is None:
+            return True
+        bucket, field = Keys.idempotency(entry.user, entry.idempotency_key)
+        former = Keys.former_idempotency(entry.user, entry.idempotency_key)
+        outcome = self._run(
+            "stand",
+            [Keys.generation, Keys.outbox, bucket, former],
+            [generation, stream_id, field, key_record(order_id, entry)],
+        )
+        if outcome == "unprepared":
+            raise Unprepared("the sale is not in Redis")
+        return outcome == "done"
 
     def attached_replicas(self) -> int:
         """Return how many replicas Redis has, in step or not."""

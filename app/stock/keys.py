@@ -20,6 +20,7 @@ class Keys:
     products = "sale:{0}:products"
     refused = "sale:{0}:refused"
     history = "sale:{0}:history"
+    history_by_minute = "sale:{0}:history-by-minute"
     drain_lease = "sale:{0}:drain-lease"
     # The newest ledger check, as JSON; and whose turn the next one is.
     ledger = "sale:{0}:ledger"

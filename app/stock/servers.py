@@ -169,6 +169,10 @@ class _Found(AbstractConnection):
         return super()._connect()  # type: ignore[safe-super, no-untyped-call]  # the class beside it
 
 
+class Refused(redis.ConnectionError):
+    """Nobody was asked."""
+
+
 class _Cautious(_Found):
     """A connection that asks nothing of a Redis which let somebody wait in vain a moment ago.
 
@@ -178,26 +182,46 @@ class _Cautious(_Found):
 
     _unfit_before = 0
 
+    def _connect(self) -> Any:
+        self._admitted()
+        try:
+            return super()._connect()
+        except OSError as error:
+            self._failed(error)
+            raise
+
     def send_packed_command(self, command: Any, check_health: bool = True) -> None:
-        if not self.server.breaker.admits():
-            raise redis.ConnectionError("Redis did not answer a moment ago")
+        self._admitted()
         if self._unfit_before != self.server.unfit:
             self._unfit_before = self.server.unfit
             self.disconnect()  # type: ignore[no-untyped-call]  # redis-py's
-        super().send_packed_command(command, check_health)  # type: ignore[no-untyped-call]  # the same
+        try:
+            super().send_packed_command(command, check_health)  # type: ignore[no-untyped-call]
+        except redis.RedisError as error:
+            self._failed(error)
+            raise
 
     def read_response(self, *arguments: Any, **options: Any) -> Any:
         try:
             response = super().read_response(*arguments, **options)
-        except redis.TimeoutError:
-            self.server.breaker.waited_in_vain()
-            raise
         except redis.RedisError as error:
+            self._failed(error)
             if code_of(error) in UNFIT:
                 self.server.leave()
             raise
         self.server.breaker.answered()
         return response
+
+    def _admitted(self) -> None:
+        if not self.server.breaker.admits():
+            raise Refused("Redis did not answer a moment ago")
+
+    def _failed(self, error: Exception) -> None:
+        """Tell the breaker; an error, a refusal or a cut connection is an answer, too."""
+        if isinstance(error, (redis.TimeoutError, TimeoutError)):
+            self.server.breaker.waited_in_vain()
+        elif not isinstance(error, Refused):
+            self.server.breaker.answered()
 
 
 @cache

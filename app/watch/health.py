@@ -170,7 +170,7 @@ def _drain_is_locked() -> bool:
 @cache
 def newest_migration(directory: str) -> str | None:
     """Return the revision that the code expects."""
-    config = Config()
+    config = Config(f"{directory}/alembic.ini")
     config.set_main_option("script_location", directory)
     return ScriptDirectory.from_config(config).get_current_head()
 

@@ -18,6 +18,7 @@ from ..models import Product, ProductTotals
 from ..problems import Unavailable, UnknownProduct
 from ..stock.brakes import Brakes
 from . import health, samples, shelf
+from .samples import Span
 
 # A product's states in the order in which the claim checks them. What the next purchase would meet
 # can't be told without Redis, unless the terms refuse it.
@@ -119,6 +120,16 @@ class Board:
     def free(self) -> int | None:
         known = not self.redis_error and not self.sale_error
         return sum(item.free or 0 for item in self.items) if known else None
+
+    @property
+    def spans(self) -> dict[str, Span]:
+        """How far back the chart can look."""
+        return samples.SPANS
+
+    @property
+    def charted(self) -> list[Product]:
+        """The products that the chart can show by themselves, the newest first."""
+        return [item.product for item in self.items[: -samples.MOST_PRODUCTS - 1 : -1]]
 
     @property
     def is_stuck(self) -> bool:

@@ -2,11 +2,12 @@
 
 import threading
 from collections import deque
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 from ..extensions import stock
-from ..stock.board import HISTORY_SAMPLES
+from ..stock.board import HISTORY_MINUTES, HISTORY_SAMPLES
 from ..stock.gateway import View
 from ..stock.outcomes import REFUSALS
 
@@ -21,7 +22,6 @@ Columns = dict[str, list[float | None]]
 RATE_SECONDS = 3
 # Without a worker nobody samples: then a rate goes back to the newest reading of up to so long ago.
 RATE_SECONDS_AT_MOST = 15
-# Two samples that are further apart were not taken by a worker that was there all the time.
 GAP_SECONDS = 3
 # Which counters of the claim make up a rate.
 RATES = {
@@ -37,6 +37,8 @@ RATES = {
 }  # fmt: skip
 COLUMNS = ("accepted", "refused", "waiting", "free")
 _REFUSALS = sum((RATES[name] for name in ("sold_out", "limited", "refused")), ())
+# Beside the sums a sample has the newest products by themselves, as many as the dashboard shows.
+MOST_PRODUCTS = 60
 
 
 def totals(view: View) -> Figures:
@@ -45,6 +47,48 @@ def totals(view: View) -> Figures:
     names = ("accepted", "claimed", "settled", "persisted", "free", *REFUSALS)
     found = {name: sum(figure.get(name, 0) for figure in figures) for name in names}
     return found | {"waiting": view.waiting, "oldest_ms": view.oldest_claimed_ms}
+
+
+def sample(view: View) -> Figures:
+    """Return what is kept of a moment: the totals, and COLUMNS of single products by their ids."""
+    newest = sorted(view.products, reverse=True)[:MOST_PRODUCTS]
+    return totals(view) | {"of": {str(p): _of_product(view.products[p]) for p in newest}}
+
+
+def _of_product(figures: dict[str, int]) -> list[int]:
+    refused = sum(figures.get(name, 0) for name in _REFUSALS)
+    waiting = max(0, figures["accepted"] - figures["settled"])
+    return [figures["accepted"], refused, waiting, figures["free"]]
+
+
+def of_product(figures: Figures, product_id: int) -> Figures | None:
+    """Return a sample's figures of one product, None where it has none."""
+    known = figures.get("of", {}).get(str(product_id))
+    if known is None:
+        return None
+    accepted, refused, waiting, free = known
+    return {"accepted": accepted, _REFUSALS[0]: refused, "waiting": waiting, "free": free}
+
+
+@dataclass(frozen=True)
+class Span:
+    """How far back a chart looks."""
+
+    name: str
+    seconds: int
+    by_minute: bool = True
+
+    @property
+    def gap_seconds(self) -> int:
+        """Samples that are further apart were not taken by a worker that was there all the time."""
+        return 150 if self.by_minute else GAP_SECONDS
+
+
+SPANS = {
+    "15m": Span("15 minutes", HISTORY_SAMPLES, by_minute=False),
+    "3h": Span("3 hours", 3 * 60 * 60),
+    "24h": Span("24 hours", HISTORY_MINUTES * 60),
+}
 
 
 class Readings:
@@ -92,12 +136,19 @@ def _difference(before: Figures, after: Figures, names: tuple[str, ...]) -> int:
     return max(0, sum(int(after.get(name, 0)) - int(before.get(name, 0)) for name in names))
 
 
-def chart(since: int = 0) -> Columns:
+def chart(since: int = 0, span: Span = SPANS["15m"], product_id: int | None = None) -> Columns:
     """Return the samples after the second `since` as columns. Raises stock.Unavailable."""
-    return columns(stock.history(since), stock.board.now())
+    most = span.seconds // 60 if span.by_minute else span.seconds
+    found = stock.history(since, most, span.by_minute)
+    if product_id is not None:
+        of = [(second, of_product(figures, product_id)) for second, figures in found]
+        found = [(second, figures) for second, figures in of if figures]
+    return columns(found, stock.board.now(), span.gap_seconds)
 
 
-def columns(samples: list[tuple[int, Figures]], now: float) -> Columns:
+def columns(
+    samples: list[tuple[int, Figures]], now: float, gap_seconds: int = GAP_SECONDS
+) -> Columns:
     """Return what the chart shows of successive samples; rates are per second.
 
     Where nobody sampled there is a gap: a second without values. So is what follows the last one.
@@ -109,7 +160,7 @@ def columns(samples: list[tuple[int, Figures]], now: float) -> Columns:
             found[name].append(value)
 
     for (start, before), (end, after) in pairwise(samples):
-        if end - start > GAP_SECONDS:
+        if end - start > gap_seconds:
             add(start + 1, None, None, None, None)
             add(end, None, None, after["waiting"], after["free"])
             continue
@@ -121,12 +172,9 @@ def columns(samples: list[tuple[int, Figures]], now: float) -> Columns:
             after["free"],
         )
     newest = samples[-1][0] if samples else 0
-    if samples and now - newest > GAP_SECONDS:
+    if samples and now - newest > gap_seconds:
         # Not up to now: the first sample of a worker that is back must still find its second free.
-        if now - newest > 2 * GAP_SECONDS:
+        if now - newest > 2 * gap_seconds:
             add(newest + 1, None, None, None, None)
         add(int(now) - 2, None, None, None, None)
     return found
-
-
-__all__ = ["HISTORY_SAMPLES", "Point", "Readings", "chart", "columns", "rates", "totals"]

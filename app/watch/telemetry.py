@@ -44,8 +44,12 @@ DURATION_BOUNDS = (
 BATCH_BOUNDS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 # Each product is some 20 series. Those with the lowest ids are told apart, the rest are one.
 MOST_PRODUCTS = 200
-# Told by who starts the web processes (app/run/serve.py).
-RESTART_CAUSES = ("died", "event_loop", "page_threads")
+# Told by who starts the processes (app/run/serve.py, app/run/supervisor.py): the field's beginning,
+# the name, the causes.
+RESTARTS = (
+    ("restart", "web", ("died", "event_loop", "page_threads")),
+    ("worker-restart", "worker", ("died", "standstill", "thread")),
+)
 
 
 class Meter:
@@ -193,7 +197,7 @@ def _of_redis() -> Iterator[Metric]:
     yield _gauge("flashsale_oldest_order_age_seconds", "Age of the oldest waiting order.", age)
     yield _durations(counted)
     yield _batches(counted)
-    yield _restarts(counted)
+    yield from _restarts(counted)
     yield _gauge("flashsale_workers", "Worker processes seen lately.", news.workers)
     weak = health.weak_durability()
     yield _gauge("flashsale_redis_durable", "Whether Redis keeps every promise.", not weak)
@@ -272,15 +276,17 @@ def _batches(counted: dict[str, str]) -> Metric:
     )
 
 
-def _restarts(counted: dict[str, str]) -> Metric:
-    restarts = CounterMetricFamily(
-        "flashsale_web_restarts",
-        "Web processes started in place of one that ended by itself or no longer answered.",
-        labels=["cause"],
-    )
-    for cause in RESTART_CAUSES:
-        restarts.add_metric([cause], int(counted.get(f"restart:{cause}", 0)))
-    return restarts
+def _restarts(counted: dict[str, str]) -> Iterator[Metric]:
+    for field, role, causes in RESTARTS:
+        restarts = CounterMetricFamily(
+            f"flashsale_{role}_restarts",
+            f"Times that a {role} process was started in place of one that ended by itself or no "
+            "longer worked.",
+            labels=["cause"],
+        )
+        for cause in causes:
+            restarts.add_metric([cause], int(counted.get(f"{field}:{cause}", 0)))
+        yield restarts
 
 
 def _of_processes(

@@ -17,24 +17,40 @@ from .limits import token_limit
 View = Callable[..., ResponseReturnValue]
 
 
-def token_required(view: View) -> View:
-    """Let only a valid `Authorization: Bearer` in; the actor is then in `g.actor`."""
+def token_with(scope: str) -> Callable[[View], View]:
+    """Let only a valid `Authorization: Bearer` in that may do this; `g.actor` is then whose it is.
 
-    @token_limit
-    @functools.wraps(view)
-    def limited(*args: Any, **kwargs: Any) -> ResponseReturnValue:
-        if g.actor is None:
-            return _refused("admin", "A valid API token is required")
-        return view(*args, **kwargs)
+    `scope` is one of tokens.SCOPES, or tokens.ALL for what no lesser token may do.
+    """
 
-    @functools.wraps(view)
-    def guarded(*args: Any, **kwargs: Any) -> ResponseReturnValue:
-        token = bearer_of(request.headers.get("Authorization"))
-        name = tokens.name_of(token) if token else None
-        g.actor = Actor(name, request.remote_addr) if name else None
-        return limited(*args, **kwargs)
+    def guard(view: View) -> View:
+        @token_limit
+        @functools.wraps(view)
+        def limited(*args: Any, **kwargs: Any) -> ResponseReturnValue:
+            if g.actor is None:
+                return _refused("admin", "A valid API token is required")
+            if not g.token.may(scope):
+                # RFC 6750, 3.1.
+                response = api_error(403, f"The token lacks the scope {scope}", scope=scope)
+                response.headers["WWW-Authenticate"] = (
+                    f'Bearer realm="admin", error="insufficient_scope", scope="{scope}"'
+                )
+                return response
+            return view(*args, **kwargs)
 
-    return guarded
+        @functools.wraps(view)
+        def guarded(*args: Any, **kwargs: Any) -> ResponseReturnValue:
+            token = bearer_of(request.headers.get("Authorization"))
+            g.token = tokens.find(token) if token else None
+            g.actor = Actor(g.token.name, request.remote_addr) if g.token else None
+            return limited(*args, **kwargs)
+
+        return guarded
+
+    return guard
+
+
+token_required = token_with(tokens.ALL)
 
 
 def metrics_token_required(view: View) -> View:

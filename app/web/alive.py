@@ -9,7 +9,7 @@ import os
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
-from ..run.pulse import ALIVE, BEAT_SECONDS, PAGES_STUCK
+from ..run.pulse import ALIVE, BEAT_SECONDS, STUCK
 
 # So many beats without a page thread that takes up anything. A request waits 2 s at most for a
 # server that does not answer, so by then every thread should have been free several times.
@@ -46,7 +46,7 @@ class Heartbeat:
                 taken = self._taken()
                 if probe.done():
                     probe = asyncio.ensure_future(self._probe())
-                self._write(ALIVE if stuck < MOST_BEATS_STUCK else PAGES_STUCK)
+                self._write(ALIVE if stuck < MOST_BEATS_STUCK else STUCK)
                 stuck %= MOST_BEATS_STUCK
         finally:
             probe.cancel()

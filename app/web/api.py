@@ -29,7 +29,7 @@ from ..reading import (
 )
 from ..watch import health, telemetry
 from . import openapi, probe
-from .access import metrics_token_required, token_required
+from .access import metrics_token_required, token_with
 from .errors import RETRY_AFTER_SECONDS, api_error
 from .limits import lookup_limit
 
@@ -149,7 +149,7 @@ def show(product: Product, free: int) -> Response:
 
 
 @bp.post("/products")
-@token_required
+@token_with("products:write")
 def create_product() -> ResponseReturnValue:
     created = catalogue.create(terms.read_new(read_json()), g.actor, idempotency_key())
     response = with_version(jsonify(created.product), created.version)
@@ -161,7 +161,7 @@ def create_product() -> ResponseReturnValue:
 
 
 @bp.patch("/products/<int:product_id>")
-@token_required
+@token_with("products:write")
 def change_product(product_id: int) -> ResponseReturnValue:
     values = terms.read(read_json())
     if not 1 <= product_id <= MAX_ID:
@@ -175,7 +175,7 @@ def change_product(product_id: int) -> ResponseReturnValue:
 
 
 @bp.post("/products/restock")
-@token_required
+@token_with("products:write")
 def restock() -> ResponseReturnValue:
     data = read_json()
     product_id = read_integer(data, "productId", 1, MAX_ID)
@@ -191,7 +191,7 @@ def restock() -> ResponseReturnValue:
 
 
 @bp.post("/sale/brake")
-@token_required
+@token_with("products:write")
 def brake_sale() -> ResponseReturnValue:
     """Stop one product or every one at once, or release them; Redis alone is asked."""
     data = read_json()

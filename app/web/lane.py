@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from time import perf_counter
+from typing import Any
 
 from ..addresses import client_of
 from ..config import RateLimit, Settings
@@ -94,6 +95,9 @@ REFUSALS: dict[bytes, tuple[str, bytes | Callable[[int], bytes]]] = {
 }
 
 
+# As WSGI has them (PEP 3333).
+Environ = dict[str, Any]
+App = Callable[..., Iterable[bytes]]
 Headers = Iterable[tuple[str, str]]
 # Status line, body, and the headers that not every answer has.
 Told = tuple[str, bytes, Headers]
@@ -103,7 +107,7 @@ class PurchaseLane:
     """Answers POST /purchase completely, errors included; the rest is the app's."""
 
     def __init__(
-        self, app: Callable, stock: Stock, settings: Settings, shoppers: Shoppers | None = None
+        self, app: App, stock: Stock, settings: Settings, shoppers: Shoppers | None = None
     ) -> None:
         """`shoppers` tells who is asking by the request's token; None believes its userId."""
         self.app = app
@@ -122,7 +126,7 @@ class PurchaseLane:
         self.policies = {outcome: policies[limit] for outcome, limit in LIMITS.items()}
         self.callers = Callers(settings.trusted_callers)
 
-    def __call__(self, environ: dict, start_response: Callable) -> Iterable[bytes]:
+    def __call__(self, environ: Environ, start_response: Callable[..., object]) -> Iterable[bytes]:
         """Serve as WSGI."""
         if environ["PATH_INFO"] != "/purchase":
             return self.app(environ, start_response)
@@ -139,7 +143,7 @@ class PurchaseLane:
 
     def serve(
         self,
-        environ: dict,
+        environ: Environ,
         body: bytearray,
         ask: Callable[[Request, Tell], None],
         answer: Callable[[Answer], None],
@@ -162,7 +166,7 @@ class PurchaseLane:
         else:
             ask(request, tell)
 
-    def check(self, environ: dict) -> int:
+    def check(self, environ: Environ) -> int:
         """Return how much of the body is to be read. Raises Refused for what need not be read."""
         if environ["REQUEST_METHOD"] != "POST":
             raise Refused(
@@ -176,7 +180,7 @@ class PurchaseLane:
         self.callers.check(environ.get("REMOTE_ADDR", ""))
         return check_body(environ)
 
-    def read(self, environ: dict, body: bytes | bytearray) -> Request:
+    def read(self, environ: Environ, body: bytes | bytearray) -> Request:
         """Return what is to be claimed, as the roads to Redis take it."""
         if len(body) > MAX_BODY_BYTES:
             raise Refused(*TOO_LARGE)
@@ -209,9 +213,8 @@ class PurchaseLane:
                 "Price changed", "price_changed", priceCents=int(cents), currency=currency
             )
             return "409 Conflict", body, self.limits(claim)
-        status, body = REFUSALS[outcome]
-        if callable(body):
-            body = body(claim.detail)
+        status, told = REFUSALS[outcome]
+        body = told(claim.detail) if callable(told) else told
         return status, body, self.limits(claim)
 
     def refuse(self, error: Exception) -> Told:
@@ -234,7 +237,7 @@ class PurchaseLane:
         return "500 Internal Server Error", INTERNAL_ERROR, ()
 
     def finish(
-        self, environ: dict, status: str, body: bytes, more: Headers, started: float
+        self, environ: Environ, status: str, body: bytes, more: Headers, started: float
     ) -> Answer:
         """Return the answer with its other headers; count and log it."""
         headers = [JSON_TYPE, ("Content-Length", str(len(body))), *more]
@@ -293,7 +296,7 @@ CODED = "The body must not be compressed or otherwise coded"
 IDENTITY = ("Accept-Encoding", "identity")
 
 
-def is_coded(environ: dict) -> bool:
+def is_coded(environ: Environ) -> bool:
     """Tell whether the body is compressed, which nobody here undoes (RFC 9110, 15.5.16)."""
     return environ.get("HTTP_CONTENT_ENCODING", "").strip().lower() not in ("", "identity")
 
@@ -301,7 +304,7 @@ def is_coded(environ: dict) -> bool:
 TOO_LARGE = ("413 Content Too Large", "The body is larger than 16 KiB", "body_too_large")
 
 
-def check_body(environ: dict) -> int:
+def check_body(environ: Environ) -> int:
     """Return how much to read: the announced length, or for a chunked body one byte too many.
 
     Raises Refused for a wrong media type, coding or size, before anything is read.

@@ -19,6 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from ..books import ledger, recovery
 from ..database import waiting_at_most
 from ..extensions import db, stock
+from ..orders import bulk, intents
 from ..orders.drain import drain_batch
 from ..problems import Unavailable
 from ..products import brake, movements, sale
@@ -49,20 +50,24 @@ class Relay:
         self._last = 0.0
         self._head: bytes | None = None
         self._head_since = 0.0
+        # Whether it drains by itself, and more is waiting.
+        self._behind = False
 
     def run_once(self, stopped: threading.Event) -> None:
         head = stock.board.first_waiting(WATCH_MS)
         if head is None:
+            self._behind = False
             return
         if head != self._head:
             self._head, self._head_since = head, time.monotonic()
-        elif time.monotonic() - self._head_since > STUCK_SECONDS:
+        stuck = time.monotonic() - self._head_since > STUCK_SECONDS
+        if stuck or self._behind:
             # RQ's own data may be damaged, or its worker hang; the outbox needs neither.
             self._head_since = time.monotonic()
             drained = drain_batch("", "relay")
-            log.warning("orders wait although jobs are enqueued: %s", drained)
-            while drained.more and not stopped.is_set():
-                drained = drain_batch("", "relay")
+            self._behind = drained.more
+            if stuck:
+                log.warning("orders wait although jobs are enqueued: %s", drained)
             return
         # The first order after a pause goes at once; under load orders gather to a batch.
         stopped.wait(max(0.0, self._last + PACE_SECONDS - time.monotonic()))
@@ -81,7 +86,7 @@ class Sampler:
         started = time.monotonic()
         stock.board.alive(self._worker)
         view = stock.view(stock.product_ids())
-        stock.board.sample(samples.totals(view))
+        stock.board.sample(samples.sample(view))
         self._keep_counts(view)
         stopped.wait(max(0.0, started + SWEEP_SECONDS - time.monotonic()))
 
@@ -93,6 +98,14 @@ class Sampler:
         }
         stock.keep_counts([p for p in counts if counts[p] != self._kept.get(p)])
         self._kept = counts
+
+
+class Canceller:
+    """Cancels many orders at once, batch by batch, where somebody has asked for that."""
+
+    def run_once(self, stopped: threading.Event) -> None:
+        if not bulk.step():
+            stopped.wait(SWEEP_SECONDS)
 
 
 class Sweeper:
@@ -109,6 +122,7 @@ class Sweeper:
         if sale.is_prepared():
             sale.publish_stale()
             movements.finish_pending()
+            intents.apply_open()
             self._shelf.renew()
         ledger.check_in_turn()
         stopped.wait(max(0.0, started + SWEEP_SECONDS - time.monotonic()))
@@ -136,11 +150,18 @@ def record_issued() -> None:
 
 
 def run_forever(
-    app: Flask, run_once: Callable[[threading.Event], None], stopped: threading.Event
+    app: Flask,
+    run_once: Callable[[threading.Event], None],
+    stopped: threading.Event,
+    turned: Callable[[], None] = lambda: None,
 ) -> None:
-    """Repeat a step until `stopped` is set; a server that fails is waited for."""
+    """Repeat a step until `stopped` is set; a server that fails is waited for.
+
+    `turned` is called at each turn, whatever comes of it.
+    """
     failing = False
     while not stopped.is_set():
+        turned()
         try:
             # A dead connection shows up at the end of the context too, when it is rolled back.
             with app.app_context(), waiting_at_most(STEP_WAIT_SECONDS):

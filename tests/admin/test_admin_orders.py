@@ -11,7 +11,7 @@ from sqlalchemy import text
 
 from app import sheet
 from app.extensions import db, stock
-from app.orders import search
+from app.orders import intents, search
 
 RESULTS = BROWSER | {"HX-Target": "results"}
 
@@ -147,14 +147,49 @@ def test_cancel_returns_the_units_once(client, support, buy, drain):
     assert client.get("/products/1").json["stockRemaining"] == 100
 
 
-def test_cancel_needs_a_reason_and_a_stored_order(client, support, buy, drain):
-    buy(7)
-    assert send(support, "/admin/orders/1/cancel", reason="early").status_code == 404
+def test_cancel_needs_a_reason_and_an_order(client, support, buy, drain):
+    buy(7, quantity=2)
     drain()
+    assert send(support, "/admin/orders/2/cancel", reason="x").status_code == 404
+    for field, value in (("reason", " "), ("quantity", "0"), ("quantity", "x"), ("key", " ")):
+        answer = send(support, "/admin/orders/1/cancel", **{"reason": "x", field: value})
+        assert answer.status_code == 422, field
     answer = send(support, "/admin/orders/1/cancel", reason=" ")
-    assert answer.status_code == 422
     assert 'id="e-reason"' in answer.text
-    assert client.get("/products/1").json["stockRemaining"] == 99
+    send(support, "/admin/orders/1/cancel", reason="x", quantity="3")
+    assert "2 of this order&#39;s 2 units are left" in support.get("/admin/orders/1").text
+    assert client.get("/products/1").json["stockRemaining"] == 98
+
+
+def test_a_part_is_cancelled_once_and_told(client, support, buy, drain):
+    buy(7, quantity=3)
+    drain()
+    for _ in range(2):
+        send(support, "/admin/orders/1/cancel", reason="broken", quantity="1", key="form-1")
+    page = support.get("/admin/orders/1").text
+    assert "1 unit is free again" in page
+    assert "1 unit cancelled by staff support-page@example.com" in page
+    assert "(1 given back)" in page
+    assert "Of the 2 that are left; empty for all." in page
+    assert client.get("/products/1").json["stockRemaining"] == 98
+    send(support, "/admin/orders/1/cancel", reason="the rest", quantity="")
+    page = support.get("/admin/orders/1").text
+    assert "Order 1 is cancelled; 2 units are free again." in page
+    assert "quantity" not in page
+    assert client.get("/products/1").json["stockRemaining"] == 100
+
+
+def test_a_queued_order_is_cancelled_when_it_is_stored(client, app, support, buy, drain):
+    buy(7, quantity=2)
+    send(support, "/admin/orders/1/cancel", reason="early")
+    page = support.get("/admin/orders/1").text
+    assert "2 units are free as soon as the order is stored" in page
+    assert "2 units will be given back as soon as it is stored." in page
+    drain()
+    with app.app_context():
+        intents.apply_open()
+    assert "Cancelled by staff" in support.get("/admin/orders/1").text
+    assert client.get("/products/1").json["stockRemaining"] == 100
 
 
 def export(browser, **query) -> list[dict]:
@@ -252,6 +287,25 @@ def test_search_survives_a_dead_redis(support, many, monkeypatch):
     assert listed(answer)[0] == 1000
 
 
+def test_an_order_that_waits_deep_in_the_queue_is_found(support, app, buy, monkeypatch):
+    buy(1, key="first", reference="cart-1")
+    with app.app_context():
+        for user in range(1000, 1099):
+            assert stock.claim(user, 1, 1, None, f"192.0.2.{user % 250}").outcome == b"accepted"
+    monkeypatch.setattr(search, "WAITING_ORDERS", 10)
+    for wanted in ("first", "cart-1"):
+        answer = support.get(f"/admin/orders/?q={wanted}")
+        assert listed(answer) == [1]
+        assert "newest 10,000" not in answer.text
+    # Bounded, and said so.
+    monkeypatch.setattr(search, "MOST_WAITING", 60)
+    answer = support.get("/admin/orders/?q=first")
+    assert listed(answer) == []
+    assert "Only the newest 10,000 were searched" in answer.text
+    # Without a filter the newest page is enough.
+    assert "Only the newest" not in support.get("/admin/orders/").text
+
+
 def test_no_filter_reads_every_row(app, many):
     """Each kind of search is a range of an index, so that a million orders cost as little."""
     with app.app_context():
@@ -279,7 +333,9 @@ def test_a_stored_order_is_not_shown_as_queued(app, buy, drain, monkeypatch):
     with app.app_context():
         waiting = stock.newest_waiting(10)
     drain()
-    monkeypatch.setattr(type(stock), "newest_waiting", lambda *_: waiting)
+    monkeypatch.setattr(
+        type(stock), "newest_waiting", lambda stock, most, before: [] if before else waiting
+    )
     with app.app_context():
         found = search.search(search.Filter()).orders
         assert [(order.id, order.status) for order in found] == [(1, "CONFIRMED")]

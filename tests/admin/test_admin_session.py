@@ -146,7 +146,7 @@ def test_without_postgres_a_confirmed_session_reads_and_changes_nothing(app, bli
 
 def test_a_token_that_cannot_be_checked_is_neither_valid_nor_wrong(app, blind, admin_headers):
     with app.app_context():
-        _, text = tokens.create("checkout", CLI)
+        _, text = tokens.create("checkout", ["*"], CLI)
     body = {"productId": 1, "amount": 1}
     client = blind.test_client()
     for token in (text, "fst_unknown"):

@@ -69,15 +69,15 @@ def test_a_form_sent_again_makes_nothing_again(app, admin):
     assert sign_in(app.test_client(), "twice@example.com", password).status_code == 302
 
     for _ in range(2):
-        answer = send(admin, "/admin/staff/tokens", name="twice", key=f"{key}-token")
+        answer = send(admin, "/admin/staff/tokens", name="twice", scope="*", key=f"{key}-token")
     assert answer.status_code == 302
     with app.app_context():
         assert db.session.query(ApiToken).filter_by(name="twice").count() == 1
     # With something else in it the form says so, and works when it is sent once more.
-    answer = send(admin, "/admin/staff/tokens", name="other", key=f"{key}-token")
+    answer = send(admin, "/admin/staff/tokens", name="other", scope="*", key=f"{key}-token")
     assert answer.status_code == 422
     assert "This form has been sent before" in answer.text
-    assert secret_of(send(admin, "/admin/staff/tokens", name="other", key=f"{key}-more"))
+    assert secret_of(send(admin, "/admin/staff/tokens", name="other", scope="*", key=f"{key}-more"))
 
 
 def test_a_person_who_could_not_be_made_leaves_the_form_usable(app, admin):
@@ -140,7 +140,7 @@ def test_nobody_locks_themselves_out(app, admin):
 
 
 def test_tokens_are_shown_once_and_revoked(client, admin):
-    token = secret_of(send(admin, "/admin/staff/tokens", name="checkout"))
+    token = secret_of(send(admin, "/admin/staff/tokens", name="checkout", scope="products:write"))
     page = admin.get("/admin/staff/").text
     assert "checkout" in page
     assert token not in page
@@ -153,7 +153,7 @@ def test_tokens_are_shown_once_and_revoked(client, admin):
     send(admin, path, confirmed="yes")
     assert client.post("/products/restock", json=body, headers=headers).status_code == 401
     assert send(admin, "/admin/staff/tokens/99999/revoke", confirmed="yes").status_code == 404
-    assert send(admin, "/admin/staff/tokens", name="").status_code == 422
+    assert send(admin, "/admin/staff/tokens", name="", scope="*").status_code == 422
 
 
 def test_audit_tells_who_what_and_what_was_before(admin):
@@ -195,7 +195,7 @@ def test_audit_finds_nothing_else(admin, query):
 
 
 def test_audit_by_person_and_by_token(admin, newcomer):
-    send(admin, "/admin/staff/tokens", name="checkout of berlin")
+    send(admin, "/admin/staff/tokens", name="checkout of berlin", scope="*")
     assert ">staff.create<" in admin.get("/admin/audit/?target=new@example.com").text
     page = admin.get("/admin/audit/?target=Berlin&action=token.create").text
     assert "checkout of berlin" in page
@@ -263,7 +263,9 @@ def test_audit_is_paged(app, admin):
 
 
 def test_tokens_of_one_name_can_be_told_apart(admin):
-    first, second = (secret_of(send(admin, "/admin/staff/tokens", name="twin")) for _ in "12")
+    first, second = (
+        secret_of(send(admin, "/admin/staff/tokens", name="twin", scope="*")) for _ in "12"
+    )
     page = admin.get("/admin/staff/").text
     for token in (first, second):
         assert f"{token[:10]}…" in page

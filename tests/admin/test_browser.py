@@ -437,3 +437,47 @@ def test_with_the_keyboard_alone(open_page, shop):
     page.keyboard.press("Enter")
     page.keyboard.press("Escape")
     assert not page.evaluate(f"document.getElementById('menu-{product}').open")
+
+
+def test_times_in_a_zone_of_ones_choice(open_page, shop):
+    """Shown, typed and told in it, on this page and the next; what is stored is the instant."""
+    product = shop.product(closesAt="2027-01-15T12:00:00.000Z")
+    page = open_page(f"/admin/products/{product}/edit", timezone_id="Europe/Berlin")
+    assert page.input_value("#f-closes").startswith("2027-01-15T13:00")
+    page.select_option("#zone", "America/New_York")
+    assert page.input_value("#f-closes").startswith("2027-01-15T07:00")
+    assert "America/New_York" in page.inner_text("#z-closes")
+    assert page.inner_text("#utc-closes") == "2027-01-15 12:00:00 UTC"
+    page.fill("#f-closes", "2027-11-07T01:30")
+    told = "2027-11-07 05:30:00 UTC · 01:30 comes twice that day; the first is meant"
+    assert page.inner_text("#utc-closes") == told
+    # What was typed is an instant, and stays that one.
+    page.select_option("#zone", "UTC")
+    assert page.input_value("#f-closes").startswith("2027-11-07T05:30")
+    page.get_by_role("button", name="Save terms").click()
+    page.get_by_text("Lamp is saved.").wait_for()
+    assert shop.show(product)["closesAt"] == "2027-11-07T05:30:00.000Z"
+    assert page.input_value("#zone") == "UTC"
+    assert "5:30:00" in page.inner_text(".facts")
+    page.select_option("#zone", "Europe/Berlin")
+    assert "6:30:00" in page.inner_text(".facts")
+
+
+def test_the_chart_of_one_product_and_of_a_longer_time(open_page, shop):
+    product = shop.product(name="Charted", stock=1000)
+    for _ in range(5):
+        shop.buy(product)
+    page = open_page("/admin/")
+    page.select_option("#chart-product", str(product))
+    free = page.locator("#legend-stock li", has_text="Free units").locator("b")
+    free.get_by_text("995", exact=True).wait_for()
+    assert page.url.endswith(f"?product={product}")
+    page.select_option("#chart-span", "3h")
+    page.wait_for_function("location.search.includes('span=3h')")
+    page.reload()
+    assert page.input_value("#chart-span") == "3h"
+    assert page.input_value("#chart-product") == str(product)
+    page.select_option("#chart-span", "15m")
+    page.select_option("#chart-product", "")
+    page.locator("#chart-stock canvas").wait_for()
+    assert page.evaluate("location.search") == ""

@@ -336,3 +336,13 @@ def test_each_operation_has_a_command(open_page):
     page = open_page("/docs")
     for section in page.locator("section").all():
         assert section.locator("pre").first.inner_text().startswith("curl ")
+
+
+def test_what_only_reads_can_be_tried_by_a_click(open_page):
+    page = open_page("/docs")
+    links = page.locator("section p a").evaluate_all("all => all.map(each => each.pathname)")
+    assert {"/products", "/products/1", "/purchase/orders/1", "/readyz"} <= set(links)
+    assert "/metrics" not in links
+    page.get_by_role("link", name="/products/1", exact=True).click()
+    page.wait_for_url("**/products/1")
+    assert page.request.get("/products/1").json()["id"] == 1

@@ -8,6 +8,7 @@ from sqlalchemy import text
 
 from app.config import ROOT
 from app.extensions import db
+from app.web.polls import Polls
 
 PRODUCTS = 60
 KB = 1000
@@ -15,6 +16,12 @@ KB = 1000
 
 def weight(data: bytes) -> int:
     return len(gzip.compress(data, 6))
+
+
+@pytest.fixture(autouse=True)
+def nothing_shared(app, monkeypatch):
+    """No answer of another test: polls share theirs for a moment."""
+    monkeypatch.setitem(app.extensions, "polls", Polls())
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from app import create_app
 from app.audit import CLI
 from app.books import ledger, recovery
 from app.extensions import db, stock
-from app.orders import lookup as orders
+from app.orders import cancelling as orders
 from app.orders.drain import drain_batch
 
 def new_sale():

@@ -10,7 +10,7 @@ from waiting import wait_until
 from app.audit import CLI
 from app.books import ledger
 from app.extensions import db, stock
-from app.orders import lookup as orders
+from app.orders import cancelling as orders
 from app.orders.drain import drain_batch
 from app.problems import Unprepared
 from app.products import movements
@@ -273,3 +273,17 @@ def test_correct_changes_stock_by_a_movement(sold, runner):
     assert refused.exit_code == 1
     assert "Only 80 units are free" in refused.output
     assert check_one().ok
+
+
+def test_no_quiet_moment_is_told_and_harms_nothing(sold, connect, monkeypatch, runner):
+    """Somebody who writes for longer than the ledger waits for a standstill."""
+    monkeypatch.setattr(ledger, "READINGS", 1)
+    writer = connect()
+    writer.execute("UPDATE orders SET cancel_reason = NULL WHERE id = 2")
+    with pytest.raises(ledger.Unquiet):
+        ledger.check()
+    answer = runner.invoke(args=["ledger", "check"])
+    assert answer.exit_code == 1
+    assert answer.output == "Error: the ledger found no quiet moment; try again\n"
+    writer.connection.rollback()
+    assert ledger.check().ok

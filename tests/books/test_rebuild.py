@@ -10,8 +10,8 @@ from waiting import patience
 from app.audit import CLI
 from app.books import ledger, recovery
 from app.extensions import db, stock
+from app.orders import cancelling as orders
 from app.orders import deadletters
-from app.orders import lookup as orders
 from app.orders.drain import drain_batch
 from app.problems import Conflict, Unavailable, Unprepared
 from app.products import catalogue, movements

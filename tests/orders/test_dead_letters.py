@@ -2,16 +2,18 @@
 
 import re
 import threading
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from occupied import occupy
 from sqlalchemy import select, text
 
 from app.audit import CLI
-from app.books import ledger
+from app.books import ledger, recovery
 from app.extensions import db, stock
 from app.models import DeadLetter, Order, StockMovement
 from app.orders import deadletters, search
+from app.orders import drain as drain_module
 from app.orders.drain import drain_batch
 from app.problems import Unavailable
 from app.products import catalogue, movements, terms
@@ -327,3 +329,77 @@ def test_the_commands(letter, runner):
     assert free() == 97
     again = runner.invoke(args=["dead-letters", "replay", str(letter.id), "--reason", "test"])
     assert again.exit_code == 1
+
+
+def long_ago() -> datetime:
+    return datetime.now(UTC) - timedelta(hours=1)
+
+
+@pytest.mark.parametrize(
+    ("more", "open_one", "given_up"),
+    [
+        ({}, "FAILED", "CANCELLED"),
+        ({"status": "FAILED"}, "FAILED", None),
+        ({"status": "CANCELLED"}, None, "CANCELLED"),
+        ({"status": "CONFIRMED"}, None, None),
+        ({"status": "QUEUED"}, None, None),
+        ({"product_id": 1}, "FAILED", "CANCELLED"),
+        ({"product_id": 2}, None, None),
+        ({"key": "mine"}, "FAILED", "CANCELLED"),
+        ({"key": "min"}, None, None),  # a part of it
+        ({"reference": "cart-7"}, "FAILED", "CANCELLED"),
+        ({"reference": "cart"}, None, None),
+        ({"since": True}, "FAILED", "CANCELLED"),
+        ({"until": True}, None, None),
+    ],
+)
+def test_the_search_finds_them_as_they_stand(app, buy, drain, more, open_one, given_up):
+    for name in ("since", "until"):
+        if name in more:
+            more = more | {name: long_ago()}
+    with app.app_context():
+        occupy(1)
+        buy(2, key="mine", reference="cart-7")
+        drain()
+        (letter,) = deadletters.list_letters()
+        wanted = search.Filter(user=2, **more)
+        for status in (open_one, given_up):
+            found = search.search(wanted).orders
+            assert [(order.id, order.status) for order in found] == (
+                [(1, status)] if status else []
+            )
+            # The next page begins below it.
+            assert search.search(wanted, before=1).orders == []
+            deadletters.abandon([letter.id], "r", CLI)
+            db.session.expire_all()
+
+
+@pytest.mark.parametrize("decision", ["replay", "abandon"])
+def test_what_an_older_worker_could_not_read_is_read_again(app, buy, drain, decision, monkeypatch):
+    """0.1.0 knew no texts for users: their orders became letters without a number or a product."""
+    assert buy("auth0|7", quantity=2, key="k", reference="cart-7").status_code == 200
+    with app.app_context():
+        with monkeypatch.context() as older:
+            older.setattr(drain_module, "split", lambda text: None)
+            drain_batch("test", "test")
+        (letter,) = deadletters.list_letters()
+        assert (letter.order_id, letter.product_id, letter.quantity) == (None, None, None)
+        (effect,) = deadletters.effect_of([letter.id])
+        assert (effect.returned_units, effect.obstacle) == (2, None)
+        db.session.rollback()
+        decide = {"replay": deadletters.replay, "abandon": deadletters.abandon}[decision]
+        (done,) = decide([letter.id], "test", CLI)
+        assert done.done
+        assert (letter.order_id, letter.user, letter.reference) == (1, "auth0|7", "cart-7")
+        assert free() == (98 if decision == "replay" else 100)
+        orders = db.session.scalars(select(Order)).all()
+        assert [(order.id, order.user) for order in orders] == (
+            [(1, "auth0|7")] if decision == "replay" else []
+        )
+    again = buy("auth0|7", quantity=2, key="k", reference="cart-7")
+    assert again.status_code == (200 if decision == "replay" else 409)
+    with app.app_context():
+        # What that worker took out of the outbox it did not count.
+        recovery.rebuild(CLI)
+        assert ledger.check(rows=True).ok
+        assert free() == (98 if decision == "replay" else 100)

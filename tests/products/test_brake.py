@@ -5,11 +5,13 @@ from dataclasses import replace
 
 import pytest
 from crowd import at_once
+from people import csrf_token
 from sqlalchemy import select
 
 from app import create_app
 from app.audit import CLI, Actor
 from app.books import recovery
+from app.config import NO_LIMIT, RateLimit
 from app.extensions import db, stock
 from app.models import AuditEntry
 from app.problems import Conflict
@@ -227,11 +229,36 @@ def test_the_command(runner, buy, lamp):
         assert runner.invoke(args=["brake", "--yes", "--", wrong]).exit_code != 0
 
 
-def test_it_works_in_a_redis_that_is_full(app, buy):
-    stock.client.config_set("maxmemory", "1")
-    try:
-        with app.app_context():
-            assert brake(True, None, CLI).sale
-    finally:
-        stock.client.config_set("maxmemory", "0")
+@pytest.fixture
+def full_redis(app):
+    """A Redis past its maxmemory, from here on."""
+    yield lambda: stock.client.config_set("maxmemory", "1")
+    stock.client.config_set("maxmemory", "0")
+
+
+def test_it_works_in_a_redis_that_is_full(app, buy, full_redis):
+    full_redis()
+    with app.app_context():
+        assert brake(True, None, CLI).sale
+    assert code(buy(1)) == (409, "paused")
+
+
+@pytest.mark.parametrize("limit", [NO_LIMIT, RateLimit(5, 60_000)])
+def test_a_token_may_use_it_though_no_limit_can_be_counted(
+    make_app, admin_headers, full_redis, limit
+):
+    client = make_app(api_token_limit=limit).test_client()
+    full_redis()
+    for on in (True, False, True):
+        answer = client.post("/sale/brake", json={"on": on}, headers=admin_headers)
+        assert told(answer)[:2] == (200, on)
+    body = {"userId": 1, "productId": 1, "quantity": 1}
+    assert code(client.post("/purchase", json=body)) == (409, "paused")
+
+
+def test_a_page_may_use_it_in_a_redis_that_is_full(admin, buy, full_redis):
+    token = csrf_token(admin)
+    full_redis()
+    form = {"csrf_token": token, "on": "1", "confirmed": "yes"}
+    assert admin.post("/admin/brake", data=form).status_code == 302
     assert code(buy(1)) == (409, "paused")

@@ -58,7 +58,8 @@ ROOMS |= {
     "web": BELOW | {"run"},
     # The pages show errors as the web does, and share their polls with it.
     "admin": BELOW | {"web"},
-    "worker": BELOW,
+    # A pulse is written as it is read.
+    "worker": BELOW | {"run"},
     "cli": BELOW,
     "__init__": BELOW | {"admin", "cli", "web"},
 }

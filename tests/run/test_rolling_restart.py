@@ -13,25 +13,13 @@ from urllib.parse import urlsplit
 
 import pytest
 from call import call
-from system import processes, start_system, stop_system
+from system import processes
 from waiting import patience, wait_until
 
 pytestmark = pytest.mark.drill
 
 BUYERS = 4
 STOCK = 1_000_000
-
-
-@pytest.fixture(scope="module")
-def system(tmp_path_factory):
-    started = start_system(
-        tmp_path_factory.mktemp("run"),
-        PURCHASE_USER_LIMIT="off",
-        PURCHASE_ADDRESS_LIMIT="off",
-        WEB_WORKERS="2",
-    )
-    yield started
-    stop_system(started)
 
 
 class Crowd:

@@ -14,6 +14,7 @@ from contextlib import ExitStack
 import psycopg2
 import pytest
 import redis
+from call import call
 from client import free_port
 from system import end, processes, spawn
 from waiting import patience, wait_until
@@ -22,45 +23,38 @@ from app.config import ROOT
 from app.run.embedded import EmbeddedError, PostgresServer, RedisServer
 from app.run.processes import Kept, Program
 
-WSGI = """
-import os
-from app.config import load_settings
-from app.web.polls import Polls
-from flask import Flask
+# Of the watchdog, whose limit of a minute is more than a test should wait.
+LIMIT = 6
+# The real programs, with a sweeper that hangs when the file HANG names appears.
+WSGI = f"""{(ROOT / "wsgi.py").read_text()}
 
-app = Flask(__name__)
-app.config["SETTINGS"] = load_settings()
-app.extensions["lane"] = None
-app.extensions["polls"] = Polls()
-app.config["MAX_CONTENT_LENGTH"] = 65536
+import os, threading
+from app.worker import alive, relay
 
-
-@app.get("/readyz")
-def readyz():
-    return {}
+alive.MOST_BEATS_STUCK = {LIMIT}
+sweep = relay.Sweeper.run_once
 
 
-@app.cli.command("prepare")
-def prepare():
-    assert os.environ["SECRET_KEY"]
-    print("prepared", os.environ["DATABASE_URL"])
-    raise SystemExit(int(os.environ.get("PREPARE_EXIT", 0)))
+def run_once(self, stopped):
+    if os.path.exists(os.environ["HANG"]):
+        os.remove(os.environ["HANG"])
+        threading.Event().wait()
+    sweep(self, stopped)
 
+
+relay.Sweeper.run_once = run_once
 """
+MAIN = f"""
+import pathlib, sys
+from app.run import pulse, supervisor
 
-WORKER = """
-import os, signal, sys
-
-stubborn = "STUBBORN" in os.environ
-signal.signal(signal.SIGTERM, signal.SIG_IGN if stubborn else lambda *_: sys.exit(0))
-print("worker", os.getpid())
-while True:
-    signal.pause()
+pulse.MOST_MISSED = {LIMIT}
+sys.exit(supervisor.main(pathlib.Path(sys.argv[1])))
 """
 
 
 class Run:
-    """One supervisor over a tree of stand-ins, and what it printed."""
+    """One supervisor, and what it printed."""
 
     def __init__(self, tmp_path, name="data", port=None, **environ):
         self.port, self.data_dir = port or free_port(), tmp_path / name
@@ -69,15 +63,16 @@ class Run:
         (tree / "app").unlink(missing_ok=True)
         (tree / "wsgi.py").write_text(WSGI)
         (tree / "app").symlink_to(ROOT / "app")
-        # A copy: Python looks for modules where a script really lies.
-        shutil.copy(ROOT / "web.py", tree)
-        (tree / "worker.py").write_text(WORKER)
-        main = "import sys, pathlib; from app.run.supervisor import main; "
-        main += "sys.exit(main(pathlib.Path(sys.argv[1])))"
+        # Copies: Python looks for modules where a script really lies.
+        for program in ("web.py", "worker.py"):
+            shutil.copy(ROOT / program, tree)
+        (tree / "wsgi.py").write_text(WSGI)
+        self.hang = tmp_path / "hang"
         settings = {"DATA_DIR": self.data_dir, "PORT": self.port, "WEB_WORKERS": 1, "HOST": ""}
         settings |= {"REDIS_URL": "", "DATABASE_URL": "", "SECRET_KEY": "", "APP_ENV": ""}
+        settings |= {"HANG": self.hang}
         self.process = spawn(
-            [sys.executable, "-c", main, tree],
+            [sys.executable, "-c", MAIN, tree],
             env=os.environ | {name: str(value) for name, value in (settings | environ).items()},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -130,7 +125,7 @@ def test_a_run_from_start_to_end(run):
     first.says(f"Sign in:   {url}/admin as admin@example.com, password in {first.data_dir}/admin_p")
     for word in ("Redis", "Postgres", "Preparing the database", "Starting the web server"):
         assert re.search(f"^(Starting )?{word}", first.output, re.MULTILINE), word
-    assert "prepared postgresql+psycopg2://" in first.output
+    assert "Seeded:    product 1 with 100 items" in first.output
 
     second = run()
     assert second.ends() == 1
@@ -187,12 +182,14 @@ def test_a_killed_run_takes_all_with_it_and_can_be_repeated_at_once(run):
     assert again.processes() == []
 
 
+@pytest.mark.drill
 def test_a_second_ctrl_c_hurries(run):
-    it = run(STUBBORN="1")
+    it = run()
     it.says("Ready")
-    it.says("worker ")
+    (worker,) = it.processes("worker.py")
+    os.kill(worker, signal.SIGSTOP)  # it hears of no signal but one
     it.process.send_signal(signal.SIGINT)
-    wait_until(lambda: not it.processes("app.run.serve"))  # the worker's turn, which ignores it
+    wait_until(lambda: not it.processes("app.run.serve"))  # the worker's turn
     it.process.send_signal(signal.SIGINT)
     asked_at = time.monotonic()
     assert it.ends() == 0
@@ -201,11 +198,41 @@ def test_a_second_ctrl_c_hurries(run):
 
 
 def test_a_failed_preparation_ends_the_start(run):
-    it = run(PREPARE_EXIT="3")
+    it = run(ADMIN_EMAIL="nobody")
     assert it.ends() == 1
-    assert "prepared" in it.output
-    assert "error: prepare ended with exit code 3: not started" in it.output
+    assert "error: ADMIN_EMAIL, ADMIN_PASSWORD: " in it.output
+    assert "error: prepare ended with exit code 1: not started" in it.output
     assert it.processes() == []
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize(
+    ("cause", "words"),
+    [("standstill", "it stands still"), ("thread", "one of its threads stands still")],
+)
+def test_a_worker_that_lives_and_no_longer_works_is_replaced(run, cause, words):
+    it = run()
+    it.says("Ready")
+    url = f"http://127.0.0.1:{it.port}"
+    (worker,) = it.processes("worker.py")
+    if cause == "standstill":
+        os.kill(worker, signal.SIGSTOP)
+    else:
+        it.hang.touch()
+    it.says(f"worker {worker}: {words}; it is killed")
+    it.says("worker was killed by SIGKILL; starting it again in 0.2 s")
+    wait_until(lambda: set(it.processes("worker.py")) - {worker}, what="the next worker")
+    wait_until(lambda: call(f"{url}/readyz").status == 200, what="readiness")
+    token = (it.data_dir / "admin_api_token").read_text().strip()
+
+    def counted():
+        text = call(f"{url}/metrics", headers={"Authorization": f"Bearer {token}"}).body.decode()
+        found = re.findall(r'flashsale_worker_restarts_total{cause="(\w+)"} (\S+)', text)
+        return {name: float(count) for name, count in found}
+
+    expected = dict.fromkeys(("died", "standstill", "thread"), 0) | {cause: 1}
+    wait_until(lambda: counted() == expected, what="the restart to be counted")
+    assert it.output.count("it is killed") == 1
 
 
 def test_a_wrong_setting_is_told_in_one_line(run):

@@ -20,7 +20,7 @@ from client import free_port
 from waiting import wait_until
 
 from app.config import ROOT
-from app.run.pulse import ALIVE, EVENT_LOOP, MOST_MISSED, PAGE_THREADS, PAGES_STUCK, Pulse
+from app.run.pulse import ALIVE, MOST_MISSED, STUCK, Pulse, Trouble
 
 LIMIT = 4
 
@@ -229,7 +229,7 @@ def test_looks_are_counted_and_no_clock(pipe):
     for second in range(1, MOST_MISSED - 1):
         assert pulse.feel(3600.0 + second) is None
         assert pulse.feel(3600.1 + second) is None  # too soon to count
-    assert pulse.feel(3700.0) == EVENT_LOOP
+    assert pulse.feel(3700.0) is Trouble.SILENT
     os.write(theirs, ALIVE)
     assert pulse.feel(3701.0) is None
 
@@ -237,12 +237,12 @@ def test_looks_are_counted_and_no_clock(pipe):
 def test_a_process_that_never_begins_is_given_up_later(pipe):
     pulse = Pulse(pipe[0], now=0.0)
     found = [pulse.feel(float(second)) for second in range(1, 100)]
-    assert MOST_MISSED < found.index(EVENT_LOOP) < 70
+    assert MOST_MISSED < found.index(Trouble.SILENT) < 70
 
 
-def test_stuck_pages_are_told_among_other_beats(pipe):
+def test_what_is_stuck_is_told_among_other_beats(pipe):
     ours, theirs = pipe
     pulse = Pulse(ours, now=0.0)
-    os.write(theirs, ALIVE + PAGES_STUCK + ALIVE)
-    assert pulse.feel(1.0) == PAGE_THREADS
+    os.write(theirs, ALIVE + STUCK + ALIVE)
+    assert pulse.feel(1.0) is Trouble.STUCK
     assert pulse.feel(1.1) is None

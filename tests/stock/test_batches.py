@@ -170,6 +170,41 @@ def test_a_batch_is_its_claims_one_by_one(bench, examples):
     }  # fmt: skip
 
 
+# What a batch may be decided wrongly by, though each claim alone is decided well.
+PLANTED = {
+    "one id for a batch": ("'INCRBY', KEYS[7], #accepted", "'INCRBY', KEYS[7], 1"),
+    "INCR": ("redis.pcall('INCRBY', KEYS[7], #accepted)", "redis.pcall('INCR', KEYS[7])"),
+    "the same id": ("      id = id + 1\n      kept", "      kept"),
+    "free as at first": ("product.free - quantity, product", "product.free, product"),
+    "sold units of the last": ("product.claimed + quantity, true", "quantity, true"),
+    "cap as at first": ("unit_counts[cap_name] + quantity", "unit_counts[cap_name]"),
+    "rate as at first": ("attempts[user_field], noted[user_field] = user_record, true",
+                         "noted[user_field] = true"),
+    "keys as at first": ("records[record_name] = {", "records[''] = {"),
+    "refused once": ("(of[outcome] or 0) + 1", "1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("right", "wrong"), PLANTED.values(), ids=PLANTED)
+def test_a_planted_fault_of_batches_is_found(bench, right, wrong):
+    product = {"free": 9, "opens": "", "closes": "", "pause": 0, "cap": 4, "max": 10,
+               "price": "1999 EUR", "moved": 9, "accepted": 0, "claimed": 0}  # fmt: skip
+    limits = {"purchase_user_limit": RateLimit(3, MINUTE)}
+    batch = [
+        Request(user, 1, units, key, f"192.0.2.{user}")
+        for user, units, key in [
+            (1, 2, "k"), (1, 2, "k"), (1, 2, None), (1, 1, None), (1, 1, None), (2, 3, None),
+            (3, 1, None), (4, 4, None), (5, 1, None), (6, 1, None), (7, 1, None),
+        ]
+    ]  # fmt: skip
+    given = limits, [product], None, [(0, batch)]
+    alone = bench.run(*given, together=False)
+    assert bench.run(*given, together=True) == alone
+    assert bench.text.count(right) == 1
+    bench.text = bench.text.replace(right, wrong)
+    assert bench.run(*given, together=True) != alone
+
+
 def outcomes_of(bench, *requests, **limits):
     script = ClaimScript(bench.text, replace(bench.settings, **limits))
     return [answer[0].decode() for answer in bench.decide(script, *requests)]

@@ -3,18 +3,22 @@
 import json
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 from waiting import wait_until
 
+from app.audit import CLI
 from app.books import ledger
 from app.extensions import stock
+from app.products import catalogue, terms
 from app.stock.keys import Keys
-from app.watch import monitor
+from app.watch import monitor, samples
 from app.watch.telemetry import STATE_LASTS_SECONDS, Meter
 from app.worker.relay import Sampler
 
 HOUR = 3600
+LAMP = {"name": "Lamp", "priceCents": 1999, "currency": "EUR", "stock": 100}
 
 
 @pytest.fixture(params=[HOUR, 12, 0, -HOUR], ids=lambda lead: f"clock {lead:+d} s")
@@ -98,6 +102,50 @@ def test_the_history_is_bounded(app):
         pipe.execute()
     stock.board.sample({"free": 1})
     assert len(stock.history(0, 2000)) == 900
+
+
+def test_of_each_minute_one_sample_is_kept_for_a_day(app):
+    now = redis_second()
+    minute = now - now % 60
+    with stock.client.pipeline() as pipe:
+        for ago in range(1500, 0, -1):
+            pipe.xadd(Keys.history_by_minute, {"sample": "{}"}, id=f"{minute - 60 * ago}-1")
+        pipe.execute()
+    assert stock.board.sample({"free": 1})
+    stock.client.delete(Keys.history)
+    assert stock.board.sample({"free": 2})
+    kept = stock.history(0, 2000, by_minute=True)
+    assert len(kept) == 24 * 60
+    # Unless the minute has just ended.
+    assert kept[-1][1] == {"free": 1} or redis_second() // 60 > minute // 60
+
+
+def test_the_chart_of_a_product(app, buy):
+    with app.app_context():
+        second = catalogue.create(terms.read_new(LAMP), CLI).product["id"]
+    for user in range(3):
+        buy(user + 1, product_id=second)
+    buy(9)
+    view = stock.view([1, second])
+    now = redis_second()
+    with stock.client.pipeline() as pipe:
+        before = samples.sample(replace(view, products={}))
+        pipe.xadd(Keys.history, {"sample": json.dumps(before)}, id=f"{now - 3}-1")
+        pipe.xadd(Keys.history, {"sample": json.dumps(samples.sample(view))}, id=f"{now - 2}-1")
+        buy(10, product_id=second)
+        view = stock.view([1, second])
+        pipe.xadd(Keys.history, {"sample": json.dumps(samples.sample(view))}, id=f"{now - 1}-1")
+        pipe.execute()
+    found = samples.chart(product_id=second)
+    assert found["second"] == [now - 1]
+    assert (found["accepted"], found["refused"]) == ([1.0], [0.0])
+    assert (found["waiting"], found["free"]) == ([4], [96])
+    assert samples.chart(product_id=99)["second"] == []
+
+
+@pytest.mark.parametrize("query", ["span=1y", "product=x", "product=0", "product=-1"])
+def test_a_chart_that_there_is_not(admin, query):
+    assert admin.get(f"/admin/chart.json?{query}").status_code == 404
 
 
 def test_the_ledger_is_proved_by_redis_clock(wrong_clock, app):

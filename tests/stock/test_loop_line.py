@@ -5,11 +5,16 @@ import os
 import signal
 import time
 from collections import Counter
+from dataclasses import replace
 
 import pytest
+import redis
 
+from app.config import NO_LIMIT
 from app.extensions import stock
 from app.problems import Unavailable
+from app.run.embedded import RedisServer
+from app.stock.gateway import Stock
 from app.stock.lines import ClaimScript, LoopLine, Request
 from app.stock.servers import Server
 
@@ -120,3 +125,45 @@ def test_redis_is_found_again_before_anybody_asks(line):
         return await line.claim(Request(2, 1, 1, None, "a"))
 
     assert asyncio.run(asyncio.wait_for(claims(), 10)).outcome == b"accepted"
+
+
+@pytest.fixture
+def locked_redis(tmp_path):
+    """A Redis with a password, and its address with a database that is not the first."""
+    server = RedisServer(tmp_path)
+    server.start()
+    client = redis.Redis.from_url(server.url)
+    client.config_set("requirepass", "pass word")
+    yield server.url.replace("unix://", "unix://:pass%20word@") + "?db=3"
+    server.stop()
+
+
+def stock_at(url, settings) -> Stock:
+    own = Stock()
+    own.init_app(replace(settings, redis_url=url, purchase_user_limit=NO_LIMIT))
+    return own
+
+
+@pytest.mark.parametrize("road", ["loop", "thread"])
+def test_a_password_and_a_database(locked_redis, settings, road):
+    url = locked_redis
+    own = stock_at(url, settings)
+    own.open("test", 1)
+    terms = {"opens": None, "closes": None, "pause": 0, "cap": None, "max": 10, "price": "1 USD"}
+    own.put_product(1, 1, terms)
+    own.move("test", 1, 1, 5)
+    request = Request(1, 1, 1, None, "a")
+    if road == "loop":
+        claim = asyncio.run(own.loop_line.line.claim(request))
+    else:
+        claim = own.thread_line.claim(request)
+    assert claim.outcome == b"accepted"
+    held = redis.Redis.from_url(url, decode_responses=True).info("keyspace")
+    assert list(held) == ["db3"]
+    # The wrong password, and none: nobody was asked, so surely nothing happened.
+    for wrong in (url.replace("pass%20word", "guess"), url.replace(":pass%20word@", "")):
+        own = stock_at(wrong, settings)
+        line = own.thread_line if road == "thread" else own.loop_line.line
+        with pytest.raises(Unavailable) as refused:
+            asyncio.run(line.claim(request)) if road == "loop" else line.claim(request)
+        assert refused.value.executed is False

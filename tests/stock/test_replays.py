@@ -4,15 +4,20 @@ import uuid
 
 import pytest
 from occupied import occupy
+from sqlalchemy import func, select
 
 from app.audit import CLI
 from app.books import recovery
-from app.extensions import stock
-from app.orders import deadletters, lookup
+from app.extensions import db, stock
+from app.models import Order
+from app.orders import cancelling, deadletters
+from app.orders.drain import drain_batch
+from app.problems import Unprepared
 from app.stock.entries import STANDING
 from app.stock.gateway import Ended
 from app.stock.keys import Keys
 
+FAILED = {"code": "order_ended", "orderId": 1, "orderStatus": "FAILED"}
 ENDED = {"code": "order_ended", "orderId": 1, "orderStatus": "CANCELLED"}
 
 
@@ -32,7 +37,7 @@ def test_a_cancelled_order_s_key_says_so_and_takes_no_unit(context, buy, drain, 
     first = buy(user, key="k")
     drain()
     assert buy(user, key="k").json == first.json
-    lookup.cancel(1, "test", CLI)
+    cancelling.cancel(1, "test", CLI)
     again = buy(user, key="k")
     assert again.status_code == 409
     assert told(again) == ENDED
@@ -55,7 +60,7 @@ def test_an_order_of_the_former_version_that_is_cancelled(context, buy, drain):
     replay = buy(7, key="k")
     assert (replay.status_code, replay.json) == (200, {"status": "queued", "orderId": 1})
     assert first.json["orderId"] == 1
-    lookup.cancel(1, "test", CLI)
+    cancelling.cancel(1, "test", CLI)
     assert told(buy(7, key="k")) == ENDED
     assert stock.client.hget(*Keys.idempotency(7, "k")) == "1 - - CANCELLED 1 1"
     assert stock.client.exists(Keys.former_idempotency(7, "k")) == 0
@@ -66,9 +71,65 @@ def test_a_dead_letter_that_is_given_up(context, buy, drain):
     buy(7, key="k")
     drain()
     (letter,) = deadletters.list_letters()
-    assert buy(7, key="k").status_code == 200
+    assert told(buy(7, key="k")) == FAILED
     deadletters.abandon([letter.id], "test", CLI)
     assert told(buy(7, key="k")) == ENDED
+
+
+@pytest.mark.parametrize(("user", "former"), [(7, False), (7, True), ("auth0|7", False)])
+def test_a_dead_letter_fails_until_it_is_stored_after_all(context, buy, drain, user, former):
+    occupy(1)
+    body = {"reference": "cart-7"} if user != 7 else {}
+    first = buy(user, key="k", **body)
+    if former:
+        stock.client.hdel(*Keys.idempotency(7, "k"))
+        stock.client.set(Keys.former_idempotency(7, "k"), "1 1 1", px=60_000)
+    drain()
+    assert told(buy(user, key="k", **body)) == FAILED
+    assert buy(user, key="k", quantity=3, **body).status_code == 422
+    # A rebuild says the same.
+    recovery.rebuild(CLI)
+    assert told(buy(user, key="k", **body)) == FAILED
+    assert told(buy(user, key="k", **body)) == FAILED
+    (letter,) = deadletters.list_letters()
+    (done,) = deadletters.replay([letter.id], "test", CLI)
+    assert done.done
+    again = buy(user, key="k", **body)
+    assert (again.status_code, again.json) == (200, first.json | {"orderId": letter.replayed_as})
+
+
+def test_a_drain_that_was_cut_off_marks_what_nobody_has_decided_since(context, buy, monkeypatch):
+    occupy(1)
+    buy(7, key="k")
+    settle = stock.settle
+    monkeypatch.setattr(stock, "settle", lambda *batch: False)
+    drain_batch("test", "test")
+    (letter,) = deadletters.list_letters()
+    # Whose entry still waits, and so would be marked later, is not stored yet.
+    (refused,) = deadletters.replay([letter.id], "test", CLI)
+    assert not refused.done
+    assert refused.message == "A worker is still at it; try again in a second."
+    assert db.session.scalar(select(func.count()).select_from(Order)) == 1
+    deadletters.abandon([letter.id], "test", CLI)
+    assert told(buy(7, key="k")) == ENDED
+    monkeypatch.setattr(stock, "settle", settle)
+    drain_batch("test", "test")
+    assert stock.waiting() == 0
+    assert told(buy(7, key="k")) == ENDED
+
+
+def test_a_replay_is_refused_while_redis_holds_no_sale(context, buy, drain):
+    occupy(1)
+    buy(7, key="k")
+    drain()
+    (letter,) = deadletters.list_letters()
+    stock.close(stock.generation())
+    with pytest.raises(Unprepared):
+        deadletters.replay([letter.id], "test", CLI)
+    db.session.rollback()
+    assert letter.resolution is None
+    recovery.rebuild(CLI)
+    assert told(buy(7, key="k")) == FAILED
 
 
 def test_a_movement_changes_the_record_of_its_own_order_only(context, buy):

@@ -13,7 +13,7 @@ from app.audit import CLI
 from app.books import ledger, recovery
 from app.extensions import db
 from app.models import Order
-from app.orders import deadletters, lookup
+from app.orders import cancelling, deadletters
 from app.problems import InvalidRequest
 from app.reading import MAX_ID, read_price, read_reference, read_user
 
@@ -173,7 +173,7 @@ def test_a_cancelled_order_gives_its_shopper_the_cap_back(app, client, drain, ad
     drain()
     assert purchase(client, "auth0|42").status_code == 409
     with app.app_context():
-        lookup.cancel(1, "returned", CLI)
+        cancelling.cancel(1, "returned", CLI)
     assert purchase(client, "Auth0|42").status_code == 409
     assert purchase(client, "auth0|42").status_code == 200
     drain()
@@ -188,7 +188,7 @@ def test_the_replay_of_an_ended_order_says_so(app, client, drain):
         order = purchase(client, user, key="k", reference="cart-1").json["orderId"]
         drain()
         with app.app_context():
-            lookup.cancel(order, "returned", CLI)
+            cancelling.cancel(order, "returned", CLI)
         for _ in range(2):
             again = purchase(client, user, key="k", reference="cart-1")
             assert again.status_code == 409

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from call import call
-from system import processes, start_system, stop_system
+from system import processes
 from waiting import wait_until
 
 STYLES = b"GET /static/vendor/tabler-1.6.1.min.css HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -25,18 +25,11 @@ MOST_GROWTH_MB = 100
 
 
 @pytest.fixture(scope="module")
-def system(tmp_path_factory):
-    started = start_system(
-        tmp_path_factory.mktemp("run"),
-        PURCHASE_USER_LIMIT="off",
-        PURCHASE_ADDRESS_LIMIT="off",
-        WEB_WORKERS="2",
-    )
-    bearer = {"Authorization": f"Bearer {started.api_token}"}
+def system(system):
+    bearer = {"Authorization": f"Bearer {system.api_token}"}
     restock = {"productId": 1, "amount": 1_000_000}
-    assert call(f"{started.url}/products/restock", restock, headers=bearer).status == 200
-    yield started
-    stop_system(started)
+    assert call(f"{system.url}/products/restock", restock, headers=bearer).status == 200
+    return system
 
 
 class Attack:

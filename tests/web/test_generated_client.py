@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+import time
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 
@@ -38,6 +39,13 @@ def generated(server, tmp_path_factory):
     shop = importlib.import_module("generated_shop_client")
     names = {
         "buying": ("purchase", "list_orders", "metrics"),
+        "orders": (
+            "cancel_order",
+            "find_orders",
+            "show_bulk_cancel",
+            "show_order",
+            "start_bulk_cancel",
+        ),
         "products": ("change_product", "create_product", "restock", "show_product"),
     }
     sent = []
@@ -149,3 +157,55 @@ def test_buying_as_a_text_at_the_price_that_was_shown(generated, product):
     body.expected_price_cents = 499
     refused = generated.purchase.sync(client=client, body=body)
     assert (refused.code, refused.price_cents, refused.currency) == ("price_changed", 500, "EUR")
+
+
+def test_orders_are_found_and_given_back(generated, product):
+    models, client, user = generated.models, generated.client, f"auth0|{next(users)}"
+    body = models.Purchase(user_id=user, product_id=product.id, quantity=2, reference="cart-2")
+    order_id = generated.purchase.sync(client=client, body=body).order_id
+    page = generated.find_orders.sync(client=client, user_id=user, reference="cart-2")
+    assert [(order.id, order.user_id) for order in page.orders] == [(order_id, user)]
+    assert page.next_ is None
+    answers = [
+        generated.cancel_order.sync_detailed(
+            order_id,
+            client=client,
+            body=models.Cancel(reason="broken", quantity=1),
+            idempotency_key="one",
+        )
+        for _ in range(2)
+    ]
+    assert answers[0].parsed == answers[1].parsed
+    assert answers[1].headers["Idempotent-Replayed"] == "true"
+    soon = time.monotonic() + 20
+    while (order := generated.show_order.sync(order_id, client=client)).cancelled_quantity == 0:
+        assert time.monotonic() < soon
+    assert (order.status, order.quantity, order.cancelled_quantity) == ("CONFIRMED", 2, 1)
+    refused = generated.cancel_order.sync(
+        order_id, client=client, body=models.Cancel(reason="x", quantity=2)
+    )
+    assert refused.code == "too_many_units"
+
+
+def test_many_orders_are_cancelled(generated, product):
+    models, client = generated.models, generated.client
+    body = models.Purchase(user_id=next(users), product_id=product.id, quantity=2)
+    order_id = generated.purchase.sync(client=client, body=body).order_id
+    soon = time.monotonic() + 20
+    while generated.show_order.sync(order_id, client=client).status == "QUEUED":
+        assert time.monotonic() < soon
+    dry = models.BulkCancel(product_id=product.id, dry_run=True)
+    plan = generated.start_bulk_cancel.sync(client=client, body=dry)
+    assert (plan.orders, plan.units) == (1, 2)
+    begun = generated.start_bulk_cancel.sync(
+        client=client,
+        body=models.BulkCancel(
+            product_id=product.id,
+            orders=plan.orders,
+            through_order_id=plan.through_order_id,
+            reason="recall",
+        ),
+    )
+    while (bulk := generated.show_bulk_cancel.sync(begun.id, client=client)).status == "running":
+        assert time.monotonic() < soon + 20
+    assert (bulk.status, bulk.cancelled_units) == ("done", 2)

@@ -116,7 +116,7 @@ def test_a_valid_token_is_limited_by_itself_and_wrong_ones_by_address(
     app = make_app(api_token_limit=RateLimit(2, 60_000))
     client = app.test_client()
     with app.app_context():
-        _, other = tokens.create("another", CLI)
+        _, other = tokens.create("another", ["*"], CLI)
 
     def send(token):
         return client.open(path, method=method, json={}, headers={"Authorization": token})

@@ -333,7 +333,7 @@ def test_no_route_but_the_known_is_open(app):
 
 def test_tokens_are_stored_as_hashes_and_never_shown_again(app, client, admin_headers):
     with app.app_context():
-        token, text = tokens.create("leak", CLI)
+        token, text = tokens.create("leak", ["products:write"], CLI)
         assert text not in repr(vars(token))
         stored = db.session.get(ApiToken, token.id)
         assert text not in (stored.token_hash, stored.name)
@@ -351,7 +351,7 @@ def test_tokens_are_stored_as_hashes_and_never_shown_again(app, client, admin_he
 
 def test_secrets_are_compared_in_constant_time():
     """By the function made for it: differences of time could hardly be measured here."""
-    for function in (tokens.name_of, access.metrics_token_required):
+    for function in (tokens.find, access.metrics_token_required):
         assert "compare_digest" in inspect.getsource(function)
 
 

@@ -186,3 +186,25 @@ def test_a_kept_record_can_be_judged_again(record, tmp_path):
             [sys.executable, ROOT / "stress" / "checker.py", path], capture_output=True, text=True
         )
         assert judged.returncode == code
+
+
+def test_parts_of_an_order(record):
+    """Given back one by one, as they were asked for, by what is known."""
+    history, stored = record
+    history.cancels.append(Cancel(1, UNKNOWN, 1))
+    assert check(*record) == []
+    stored.movements.append(Movement(4, 1, "return", 1, order=1))
+    stored.free[1] += 1
+    assert check(*record) == []
+    history.cancels.append(Cancel(1, OK, 1))
+    assert check(*record) == [], "the first may have done nothing"
+    history.cancels.append(Cancel(1, OK, 1))
+    assert kinds(record) == {"cancel"}, "one of two is missing"
+    stored.movements.append(Movement(5, 1, "return", 1, order=1))
+    stored.free[1] += 1
+    assert kinds(record) == {"cancel"}, "nothing is left, and it still stands"
+    stored.orders[0] = replace(stored.orders[0], status="CANCELLED")
+    assert check(*record) == []
+    stored.movements.append(Movement(6, 1, "return", 1, order=1))
+    stored.free[1] += 1
+    assert "cancel" in kinds(record), "more than it had"

@@ -15,7 +15,7 @@ from pathlib import Path
 import psycopg2
 import pytest
 import redis
-from system import Server, start_system, stop_system
+from system import UNLIMITED, Server, start_system, stop_system
 from waiting import patience, wait_until
 
 from app.config import ROOT
@@ -145,8 +145,7 @@ def machine(tmp_path_factory):
             mounted.append(data_dir / name)
         system = start_system(
             data_dir,
-            PURCHASE_USER_LIMIT="off",
-            PURCHASE_ADDRESS_LIMIT="off",
+            **UNLIMITED,
             WEB_WORKERS="2",
         )
         try:

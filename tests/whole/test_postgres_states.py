@@ -4,7 +4,10 @@ One server of its own, since it is made read-only, full and crowded.
 """
 
 import contextlib
+import os
+import signal
 import threading
+import time
 from dataclasses import replace
 from urllib.parse import quote
 
@@ -15,7 +18,7 @@ import pytest
 from people import API_TOKEN
 from psycopg2 import errorcodes
 from sqlalchemy import text
-from waiting import wait_until
+from waiting import patience, wait_until
 
 from app import create_app, database
 from app.audit import CLI
@@ -391,3 +394,19 @@ def test_a_url_with_two_hosts_finds_the_one_that_writes(postgres, tmp_path, sett
     finally:
         second.stop()
         stock.init_app(settings, lambda: recovery.sale_on_record(built_app))
+
+
+def test_the_end_of_a_request_waits_no_longer_than_a_request(shop):
+    """Flask's request is over by then, and its client still waits for the answer."""
+    with shop.test_request_context():
+        backend = db.session.scalar(text("SELECT pg_backend_pid()"))
+        os.kill(backend, signal.SIGSTOP)
+        # Not for ever, should this test fail.
+        rescue = threading.Timer(patience(10), os.kill, (backend, signal.SIGCONT))
+        rescue.start()
+        started = time.monotonic()
+    took = time.monotonic() - started
+    rescue.cancel()
+    os.kill(backend, signal.SIGCONT)
+    assert took < patience(2)
+    assert shop.test_client().get("/products").status_code == 200

@@ -92,7 +92,7 @@ def start_redis(processes: Processes, folder: Path) -> str:
     processes.start("redis", installed("redis-server", "/usr/bin/redis-server"), str(config))
     certificate = quote(str(folder / "tls.crt"), safe="")
     url = (
-        f"rediss://:{quote(REDIS_PASSWORD, safe='')}@127.0.0.1:{port}/0?ssl_ca_certs={certificate}"
+        f"rediss://:{quote(REDIS_PASSWORD, safe='')}@127.0.0.1:{port}/1?ssl_ca_certs={certificate}"
     )
 
     def answers() -> bool:

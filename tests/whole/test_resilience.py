@@ -16,12 +16,13 @@ import psycopg2
 import pytest
 import redis
 from sqlalchemy.exc import DatabaseError, OperationalError, PendingRollbackError
-from system import Server, start_system, stop_system
+from system import UNLIMITED, Server, start_system, stop_system
 from waiting import patience, wait_until
 
 from app.config import ROOT
 from app.products import catalogue
 from app.run.embedded import PostgresServer, RedisServer
+from app.stock.board import WORKER_SEEN_SECONDS
 
 # A dead dependency may cost a client so much, and not more.
 LONGEST_SECONDS = 2.0
@@ -73,8 +74,7 @@ def rig(tmp_path_factory):
         REDIS_URL=servers[0].url,
         DATABASE_URL=servers[1].url,
         SECRET_KEY="secret-key-of-the-tests",
-        PURCHASE_USER_LIMIT="off",
-        PURCHASE_ADDRESS_LIMIT="off",
+        **UNLIMITED,
         WEB_WORKERS="2",
     )
     rig = Rig(system, *servers, system.sign_in())
@@ -232,6 +232,7 @@ def test_without_a_server(healthy, server, how):
         for status, headers, _ in seen:
             assert status != 503 or name == "ready" or "retry-after" in headers, name
     slowest = {name: round(max(took for _, _, took in seen), 2) for name, seen in answers.items()}
+    print(f"{server} {how}: slowest {max(slowest.values())} s of {sum(map(len, answers.values()))}")
     assert max(slowest.values()) < patience(LONGEST_SECONDS), slowest
     if how == "stopped":
         rig.signal(server, signal.SIGCONT)
@@ -244,6 +245,40 @@ def test_without_a_server(healthy, server, how):
             BACK_WITHIN_SECONDS - (time.monotonic() - back_at),
             f"{name} to work again",
         )
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("server", ["redis", "postgres"])
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+def test_ready_again_with_its_server(healthy, server, how):
+    """Away for so long that the worker counts as gone, or that orders wait for too long."""
+    rig = healthy
+    rig.signal(server, signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+    if how == "killed":
+        rig.server(server).process.wait()
+    if server == "postgres":
+        assert [rig.buy(user) for user in range(600, 650)] == [200] * 50
+
+    def checks():
+        return json.loads(rig.call("GET", "/readyz")[2])["checks"]
+
+    away_at = time.monotonic()
+    if server == "postgres":
+        wait_until(lambda: not checks()["queue"]["ok"], 30, "the orders to wait for long")
+    wait_until(lambda: time.monotonic() - away_at > WORKER_SEEN_SECONDS + 1)
+    assert not checks()[server]["ok"]
+    if how == "stopped":
+        rig.signal(server, signal.SIGCONT)
+    else:
+        rig.server(server).start()
+    back_at, seen = time.monotonic(), {}
+    while (answer := rig.call("GET", "/readyz"))[0] != 200:
+        lacking = {n: c["state"] for n, c in json.loads(answer[2])["checks"].items() if not c["ok"]}
+        seen[round(time.monotonic() - back_at, 2)] = lacking
+        assert time.monotonic() - back_at < patience(30), seen
+    took = time.monotonic() - back_at
+    print(f"{server} {how}: ready after {took:.2f} s")
+    assert took < patience(BACK_WITHIN_SECONDS), seen
 
 
 @pytest.mark.drill
@@ -286,7 +321,9 @@ def test_the_worker_gone_is_seen_and_costs_no_sale(healthy):
         (order,) = json.loads(rig.call("GET", "/purchase/orders/500")[2])
         assert order["status"] == "QUEUED"
     finally:
-        os.kill(int(worker), signal.SIGCONT)
+        # Unless it has been replaced meanwhile.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(worker), signal.SIGCONT)
     wait_until(
         lambda: json.loads(rig.call("GET", "/purchase/orders/500")[2])[0]["status"] == "CONFIRMED",
         5,

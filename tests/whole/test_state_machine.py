@@ -5,6 +5,7 @@ done is taken up again by the acts that a worker repeats for ever.
 """
 
 import contextlib
+from collections import Counter
 
 import pytest
 from drills import often
@@ -23,8 +24,8 @@ from app.audit import CLI
 from app.books import ledger, recovery
 from app.config import NO_LIMIT
 from app.extensions import db, stock
-from app.orders import deadletters
-from app.orders import lookup as orders
+from app.orders import cancelling as orders
+from app.orders import deadletters, intents
 from app.orders.drain import drain_batch
 from app.problems import Conflict, Unavailable
 from app.products import catalogue, movements, sale
@@ -36,7 +37,7 @@ USERS = st.integers(1, 4)
 PURCHASES = st.lists(
     st.tuples(USERS, st.integers(1, 4), st.sampled_from([None, "a", "b"])), min_size=10, max_size=40
 )
-STEPS = 50
+STEPS = 80
 # The whole ledger takes a few milliseconds, so it is proved every so many steps, and at the end.
 STEPS_PER_LEDGER = 4
 
@@ -51,11 +52,11 @@ END $$;
 CREATE TRIGGER refuse BEFORE INSERT ON orders FOR EACH ROW EXECUTE FUNCTION refuse();
 """
 FRESH = """
-TRUNCATE orders, dead_letters, batches, stock_movements, refusals RESTART IDENTITY;
+TRUNCATE orders, order_intents, dead_letters, batches, stock_movements, refusals RESTART IDENTITY;
 UPDATE product_totals SET confirmed_orders = 0, confirmed_units = 0, cancelled_orders = 0,
   cancelled_units = 0, dead_orders = 0, dead_units = 0, moved_units = 0, abandoned_units = 0;
 UPDATE products SET paused = false, per_user_limit = 9, version = version + 1;
-UPDATE sale SET generation = 'machine', last_order_id = 0, first_order_id = 1;
+UPDATE sale SET generation = 'machine', epoch = 'machine', last_order_id = 0, first_order_id = 1;
 """
 
 
@@ -82,7 +83,7 @@ def crash_at(name: str, after: bool = False):
 
 
 class Sale(RuleBasedStateMachine):
-    """The model: units put on sale, the orders promised, and those whose units came back."""
+    """The model: units put on sale, the orders promised, and what was given back of each."""
 
     app = None
     steps = 0
@@ -100,7 +101,11 @@ class Sale(RuleBasedStateMachine):
         self.put_in, self.paused, self.since_proof = 0, False, 0
         self.orders: dict[int, tuple[int, int]] = {}
         self.keys: dict[tuple[int, str], int] = {}
-        self.returned: set[int] = set()
+        self.returned: Counter[int] = Counter()
+        # Those of which nothing is left, as far as Redis knows: their keys are used up.
+        self.ended: set[int] = set()
+        # What is to be given back as soon as the order is stored.
+        self.wanted: dict[int, list[int]] = {}
         # Movements that PostgreSQL knows and Redis does not: units, and the order they are of.
         self.untold: list[tuple[int, int | None]] = []
         self.restock(STOCK)
@@ -114,14 +119,16 @@ class Sale(RuleBasedStateMachine):
                 self.context.pop()
 
     def free(self) -> int:
-        out = sum(units for order, (_, units) in self.orders.items() if order not in self.returned)
+        out = sum(self.left(order) for order in self.orders)
         return self.put_in - out - sum(units for units, _ in self.untold)
 
+    def left(self, order: int) -> int:
+        return self.orders[order][1] - self.returned[order]
+
     def bought(self, user: int) -> int:
-        back = self.returned - {order for _, order in self.untold}
-        return sum(
-            n for order, (who, n) in self.orders.items() if who == user and order not in back
-        )
+        own = [order for order, (who, _) in self.orders.items() if who == user]
+        untold = sum(units for units, order in self.untold if order in own)
+        return sum(map(self.left, own)) + untold
 
     @rule(purchases=PURCHASES)
     def rush(self, purchases):
@@ -139,6 +146,8 @@ class Sale(RuleBasedStateMachine):
         known = self.keys.get((user, key))
         if known:
             expected = b"replayed" if self.orders[known][1] == units else b"mismatched"
+            if expected == b"replayed" and known in self.ended:
+                expected = b"order_ended"
         elif self.paused:
             expected = b"paused"
         elif self.bought(user) + units > CAP:
@@ -179,6 +188,7 @@ class Sale(RuleBasedStateMachine):
 
     @rule(data=st.data(), crash=st.booleans(), told=st.booleans())
     def cancel(self, data, crash, told):
+        """The whole or a part, which may be more than is left; killed before or after Redis."""
         stored = db.session.scalars(
             text("SELECT id FROM orders WHERE status = 'CONFIRMED' ORDER BY id")
         ).all()
@@ -186,20 +196,64 @@ class Sale(RuleBasedStateMachine):
         if not stored:
             return
         order = data.draw(st.sampled_from(stored))
-        if crash:
-            with crash_at("move", after=told), pytest.raises(Crash):
-                orders.cancel(order, "test", CLI)
-        else:
-            orders.cancel(order, "test", CLI)
-        with pytest.raises(Conflict):
-            orders.cancel(order, "again", CLI)
-        self.give_back(order, told=told or not crash)
+        units = data.draw(st.sampled_from([None, 1, 2]))
+        left = self.left(order) - sum(self.wanted.get(order, ()))
+        if (units or 1) > left:
+            with pytest.raises(Conflict):
+                orders.cancel(order, "too many", CLI, units)
+            return
+        with crash_at("move", after=told) if crash else contextlib.nullcontext():
+            done = orders.cancel(order, "test", CLI, units)
+        self.apply_wanted(order)
+        assert done.units == (units or left)
+        assert done.free == (not crash)
+        self.give_back(order, done.units)
+        pending = [entry for entry in self.untold if entry[1] == order]
+        # Killed after the first of those that Redis was still to be told of.
+        for entry in pending[: (1 if told else 0) if crash else None]:
+            self.tell(entry)
+        if not self.left(order):
+            with pytest.raises(Conflict):
+                orders.cancel(order, "again", CLI)
 
-    def give_back(self, order, told):
+    @rule(data=st.data())
+    def cancel_early(self, data):
+        """While it waits; it may be stored, or a dead letter, and still be in the outbox."""
+        waiting = stock.outbox_ids()
+        if not waiting:
+            return
+        order = data.draw(st.sampled_from(waiting))
+        stored = db.session.scalar(text("SELECT 1 FROM orders WHERE id = :id"), {"id": order})
+        given_up = db.session.scalar(
+            text("SELECT resolution FROM dead_letters WHERE order_id = :id"), {"id": order}
+        )
+        db.session.rollback()
+        if stored or given_up:
+            return
+        units = data.draw(st.sampled_from([None, 1, 2]))
+        left = self.left(order) - sum(self.wanted.get(order, ()))
+        if (units or 1) > left:
+            with pytest.raises(Conflict):
+                orders.cancel(order, "too many", CLI, units)
+            return
+        done = orders.cancel(order, "early", CLI, units)
+        assert (done.waits, done.units) == (True, units or left)
+        self.wanted.setdefault(order, []).append(done.units)
+
+    def give_back(self, order, units):
         # A replayed dead letter may have a new id; the model keeps the promised one.
-        self.returned.add(order)
-        if not told:
-            self.untold.append((self.orders[order][1], order))
+        self.returned[order] += units
+        self.untold.append((units, order))
+
+    def tell(self, entry):
+        self.untold.remove(entry)
+        order = entry[1]
+        if order and not self.left(order):
+            self.ended.add(order)
+
+    def tell_all(self):
+        for entry in list(self.untold):
+            self.tell(entry)
 
     @rule()
     def pause(self):
@@ -228,7 +282,10 @@ class Sale(RuleBasedStateMachine):
             return
         with crash_at("move") if crash else contextlib.nullcontext():
             assert deadletters.abandon([letter.id], "test", CLI)[0].done
-        self.give_back(letter.order_id, told=not crash)
+        self.wanted.pop(letter.order_id, None)
+        self.give_back(letter.order_id, letter.quantity)
+        if not crash:
+            self.tell((letter.quantity, letter.order_id))
 
     @rule(most=st.integers(1, 5))
     def drain(self, most):
@@ -241,10 +298,24 @@ class Sale(RuleBasedStateMachine):
             with crash_at(where), pytest.raises(Crash):
                 drain_batch("test", "test", most)
 
-    @rule()
-    def sweep(self):
+    @rule(crash=st.booleans())
+    def sweep(self, crash):
+        """Movements that are left, and what waited for orders; killed in the second of these."""
         movements.finish_pending()
-        self.untold.clear()
+        self.tell_all()
+        with crash_at("move") if crash else contextlib.nullcontext():
+            intents.apply_open()
+        for order in list(self.wanted):
+            found = text("SELECT 1 FROM orders WHERE id = :id")
+            if db.session.scalar(found, {"id": order}):
+                self.apply_wanted(order)
+        db.session.rollback()
+        if not crash:
+            self.tell_all()
+
+    def apply_wanted(self, order):
+        for units in self.wanted.pop(order, ()):
+            self.give_back(order, units)
 
     @rule(how=st.sampled_from(["lose", "", "", "", "clear_sale", "put_movements", "open"]))
     def rebuild(self, how):
@@ -258,7 +329,7 @@ class Sale(RuleBasedStateMachine):
 
     def build(self):
         recovery.rebuild(CLI)
-        self.untold.clear()
+        self.tell_all()
 
     def rebuild_and_crash(self, step):
         with crash_at(step), pytest.raises(Crash):

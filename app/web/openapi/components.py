@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from ...orders.search import STATUSES as ORDER_STATUSES
 from ...reading import MAX_ID, MAX_QUANTITY, MAX_RESTOCK, MAX_STOCK
 
 
@@ -92,7 +93,7 @@ SCHEMAS = {
             "currency": CURRENCY | {"description": "with `price_changed`"},
             "orderId": ID | {"description": "with `order_ended`: the order of this key"},
             "orderStatus": {
-                "enum": ["CANCELLED", "FAILED"],
+                "enum": ["CANCELLED", "RELEASED", "EXPIRED", "FAILED"],
                 "description": "with `order_ended`: what became of it",
             },
             "limit": {
@@ -108,6 +109,10 @@ SCHEMAS = {
             },
             "product": ref("schemas", "Product")
             | {"description": "with `stale_version`: the product as it stands"},
+            "scope": {"type": "string", "description": "with `forbidden`: what the token lacks"},
+            "orders": integer(0, MAX_ID, "with `count_changed`: so many orders there are"),
+            "units": integer(0, MAX_ID, "with `count_changed`: so many units that stand"),
+            "throughOrderId": integer(0, MAX_ID, "with `count_changed`: up to this order"),
             "queued": {
                 "type": "array",
                 "items": ref("schemas", "Order"),
@@ -147,7 +152,7 @@ SCHEMAS = {
         {
             "id": ID,
             "status": {
-                "enum": ["QUEUED", "CONFIRMED", "CANCELLED", "FAILED"],
+                "enum": list(ORDER_STATUSES),
                 "description": "`QUEUED` until stored; `FAILED` while a person has to decide, "
                 "`CANCELLED` once that person gave it up",
             },
@@ -157,6 +162,9 @@ SCHEMAS = {
             "unitPriceCents": PRICE,
             "currency": CURRENCY,
             "reference": REFERENCE,
+            "cancelledQuantity": integer(
+                1, MAX_QUANTITY, "units of it that were given back; absent while there are none"
+            ),
         },
         [
             "id",
@@ -310,7 +318,7 @@ HEADERS = {
     ),
     "Idempotent-Replayed": ("^true$", "true", "the answer of an earlier request with this key"),
     "ETag": (r'^"[0-9]+"$', '"7"', "the version of the product's terms, for `If-Match`"),
-    "Location": ("^/products/[0-9]+$", "/products/2", "the new product"),
+    "Location": ("^/(products|orders/bulk-cancels)/[0-9]+$", "/products/2", "what was made"),
     "WWW-Authenticate": ("^Bearer ", 'Bearer realm="shop"', "what is asked for (RFC 6750)"),
 }
 LIMIT_HEADERS = ("RateLimit-Policy", "RateLimit")
@@ -321,6 +329,19 @@ ERRORS: dict[str, tuple[str, dict[str, Any]]] = {
     "unauthorized": ("A valid API token is required", {}),
     "forbidden": ("The token is another shopper's", {}),
     "unknown_product": ("Unknown product", {}),
+    "unknown_order": ("Unknown order", {}),
+    "already_cancelled": ("This order is cancelled already", {}),
+    "already_released": ("This order is released already", {}),
+    "too_many_units": ("2 of this order's 3 units are left", {}),
+    "order_failed": ("This order could not be stored; somebody decides on it", {}),
+    "order_held": ("An order that is held can only be released as a whole", {}),
+    "order_released": ("This order is released", {}),
+    "order_expired": ("This order is expired", {}),
+    "conflicting_intent": ("Something else was asked of this order before", {}),
+    "count_changed": (
+        "There are 12000 such orders now",
+        {"orders": 12_000, "units": 16_430, "throughOrderId": 12_040},
+    ),
     "not_found": ("Not Found", {}),
     "sold_out": ("Stock problem", {}),
     "insufficient_stock": ("Stock problem", {"remaining": 2}),
@@ -346,7 +367,7 @@ ERRORS: dict[str, tuple[str, dict[str, Any]]] = {
 STATUSES = {
     400: ("The request is malformed or out of range", ["invalid_request"], ()),
     401: ("No valid token", ["unauthorized"], ("WWW-Authenticate",)),
-    403: ("The token is not for this", ["forbidden"], ()),
+    403: ("The token is not for this", ["forbidden"], ("WWW-Authenticate",)),
     404: ("There is no such product", ["unknown_product", "not_found"], ()),
     408: ("The body did not come within 10 s", ["request_timeout"], ()),
     409: (

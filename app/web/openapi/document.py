@@ -9,6 +9,7 @@ from typing import Any
 
 from ...config import VERSION
 from ...orders.lookup import MAX_LISTED
+from . import orders
 from .components import (
     CREATION_KEY,
     HEADERS,
@@ -21,7 +22,6 @@ from .components import (
     PRODUCT_ID,
     REQUEST_ID,
     RESTOCK_KEY,
-    SCHEMAS,
     USER,
     body,
     failures,
@@ -33,6 +33,7 @@ from .components import (
     parameter,
     ref,
 )
+from .components import SCHEMAS as SHOPPERS_SCHEMAS
 
 INTRODUCTION = """\
 Sells exactly the stock there is. A purchase is answered as soon as it is decided; the order is \
@@ -46,7 +47,7 @@ answer came: it is made once, and answered the same.
 
 
 SHOPPER: list[dict[str, list[str]]] = [{}, {"shopper": []}]
-ADMIN: list[dict[str, list[str]]] = [{"admin": []}]
+ADMIN: list[dict[str, list[str]]] = [{"admin": ["products:write"]}]
 RATE_NOTE = (
     "The body's shape is checked first, then replay, rate, product, window, price, cap, stock."
 )
@@ -219,7 +220,7 @@ def _paths() -> dict[str, Any]:
                 "Products",
                 "createProduct",
                 "Put a product on sale",
-                {"201": created, **failures(400, 401, 408, 413, 415, 422, 429, 431, 503)},
+                {"201": created, **failures(400, 401, 403, 408, 413, 415, 422, 429, 431, 503)},
                 security=ADMIN,
                 parameters=[CREATION_KEY, REQUEST_ID],
                 requestBody=body(
@@ -254,7 +255,7 @@ def _paths() -> dict[str, Any]:
                         product,
                         (*LIMIT_HEADERS, "ETag"),
                     ),
-                    **failures(400, 401, 404, 408, 409, 413, 415, 429, 431, 503),
+                    **failures(400, 401, 403, 404, 408, 409, 413, 415, 429, 431, 503),
                 },
                 description="Sent again, it changes nothing more: it needs no Idempotency-Key.",
                 security=ADMIN,
@@ -276,7 +277,7 @@ def _paths() -> dict[str, Any]:
                         ),
                         (*LIMIT_HEADERS, "Idempotent-Replayed"),
                     ),
-                    **failures(400, 401, 404, 408, 413, 415, 422, 429, 431, 503),
+                    **failures(400, 401, 403, 404, 408, 413, 415, 422, 429, 431, 503),
                 },
                 security=ADMIN,
                 parameters=[RESTOCK_KEY, REQUEST_ID],
@@ -303,7 +304,7 @@ def _paths() -> dict[str, Any]:
                         ),
                         (*LIMIT_HEADERS, "Idempotent-Replayed"),
                     ),
-                    **failures(400, 401, 404, 408, 413, 415, 422, 429, 431, 503),
+                    **failures(400, 401, 403, 404, 408, 413, 415, 422, 429, 431, 503),
                 },
                 description="Needs Redis alone: with `ADMIN_API_TOKEN` it works without the "
                 "database. Changes of the product and `flask rebuild` leave a brake as it is.",
@@ -314,6 +315,7 @@ def _paths() -> dict[str, Any]:
                 ),
             )
         },
+        **orders.paths(),
         "/healthz": {
             "get": operation(
                 "Operation",
@@ -414,10 +416,10 @@ def document() -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {"title": "Flash sale", "version": VERSION, "description": INTRODUCTION},
         "servers": [{"url": "/"}],
-        "tags": [{"name": name} for name in ("Buying", "Products", "Operation")],
+        "tags": [{"name": name} for name in ("Buying", "Orders", "Products", "Operation")],
         "paths": _paths(),
         "components": {
-            "schemas": SCHEMAS,
+            "schemas": SHOPPERS_SCHEMAS | orders.SCHEMAS,
             "headers": {
                 name: {
                     "description": meaning,
@@ -432,7 +434,10 @@ def document() -> dict[str, Any]:
                     "where the operator has set `SHOPPER_AUTH=jwt`",
                     bearerFormat="JWT",
                 ),
-                "admin": _bearer("An API token (`flask token create`)"),
+                "admin": _bearer(
+                    "An API token (`flask token create`) with the scope that is named; one with "
+                    "`*` may do everything"
+                ),
                 "metrics": _bearer("`METRICS_TOKEN`, or `ADMIN_API_TOKEN` where it is not set"),
             },
         },

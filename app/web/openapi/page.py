@@ -46,23 +46,36 @@ def _operation(method: str, path: str, operation: dict[str, Any]) -> dict[str, A
         ],
         "fields": _fields(body["schema"]) if body else [],
         "command": _command(method, path, operation, _example(body, None) if body else ""),
+        # What only reads, and for anybody, can be tried by a click. The rest acts on a real sale.
+        "link": _with_examples(path, operation)
+        if method == "get" and not _tokens(operation)
+        else "",
         "responses": [
             _response(status, response) for status, response in operation["responses"].items()
         ],
     }
 
 
+def _with_examples(path: str, operation: dict[str, Any]) -> str:
+    for parameter in operation.get("parameters", ()):
+        if parameter["in"] == "path":
+            path = path.replace(f"{{{parameter['name']}}}", "1")
+    return path
+
+
+def _tokens(operation: dict[str, Any]) -> list[str]:
+    """Return the kinds of token of which an operation needs one."""
+    entries = operation.get("security", ())
+    return [] if {} in entries else [name for entry in entries for name in entry]
+
+
 def _command(method: str, path: str, operation: dict[str, Any], body: str) -> str:
     """Return the request as a command for a shell, with what it needs and no more."""
     parameters = operation.get("parameters", ())
-    for parameter in parameters:
-        if parameter["in"] == "path":
-            path = path.replace(f"{{{parameter['name']}}}", "1")
     words = ["curl"] + [f"-X {method.upper()}"] * (method not in ("get", "post"))
-    words.append(f'"$SHOP{path}"')
-    secured = [name for entry in operation.get("security", ()) for name in entry]
-    if secured and {} not in operation["security"]:
-        words.append(f'-H "Authorization: Bearer ${secured[0].upper()}_TOKEN"')
+    words.append(f'"$SHOP{_with_examples(path, operation)}"')
+    if tokens := _tokens(operation):
+        words.append(f'-H "Authorization: Bearer ${tokens[0].upper()}_TOKEN"')
     if any(parameter["name"] == "Idempotency-Key" for parameter in parameters):
         words.append('-H "Idempotency-Key: $(uuidgen)"')
     if body:

@@ -1,0 +1,157 @@
+"""Acts for orders that still wait in Redis: accepted and kept, and done as soon as they are stored.
+
+An intent is a row of its own, so that none is lost whatever is killed. Whoever accepts one commits
+it and then looks for the order again; the drain and the sweeper look for the intents. So at least
+one of them sees both, and the order's row lock lets one of them act.
+"""
+
+import logging
+from datetime import UTC, datetime
+
+from sqlalchemy import select, text, update
+from sqlalchemy.dialects.postgresql import insert
+
+from ..audit import Actor
+from ..extensions import db
+from ..models import Order, OrderIntent, Sale, StockMovement
+from ..problems import Conflict, Unavailable, UnknownOrder
+from ..products.movements import apply_movement
+from . import states
+
+log = logging.getLogger(__name__)
+
+# What giving back leads to, by the intent's name.
+RETURNS = {"cancel": "CANCELLED", "release": "RELEASED"}
+# One sweep's or drain's share; the next one takes the others.
+APPLIED_AT_ONCE = 500
+
+STORED = text("""
+SELECT DISTINCT order_id FROM order_intents JOIN orders ON id = order_id
+WHERE applied_at IS NULL AND epoch = (SELECT epoch FROM sale) ORDER BY 1 LIMIT :most
+""")
+
+
+def epoch() -> str:
+    """Return which sale's order ids these are.
+
+    The transaction then holds off a reset, so that what it reads in Redis is of this sale, too.
+    """
+    return db.session.scalar(select(Sale.epoch)) or ""
+
+
+def of_order(order_id: int) -> list[OrderIntent]:
+    """Return the acts that wait for this order, in the order in which they came."""
+    return [intent for intent in _all_of(order_id) if intent.applied_at is None]
+
+
+def _all_of(order_id: int) -> list[OrderIntent]:
+    query = (
+        select(OrderIntent)
+        .where(OrderIntent.epoch == epoch(), OrderIntent.order_id == order_id)
+        .order_by(OrderIntent.number)
+        .execution_options(populate_existing=True)
+    )
+    return list(db.session.scalars(query))
+
+
+def units_given_back(order_id: int) -> int:
+    """Return how many units of a waiting order will be given back as soon as it is stored."""
+    return sum(intent.units or 0 for intent in of_order(order_id) if intent.act in RETURNS)
+
+
+def accept_return(
+    order_id: int, act: str, units: int | None, quantity: int, reason: str | None, actor: Actor
+) -> int:
+    """Keep in this transaction that units (None: all) of a waiting order go back; return how many.
+
+    `quantity` is the order's. Of two at once the second waits for the first. Raises Conflict where
+    that contradicts what was accepted before.
+    """
+    while True:
+        before = _all_of(order_id)
+        waiting = [intent for intent in before if intent.applied_at is None]
+        if any(intent.act != act for intent in waiting):
+            raise Conflict("Something else was asked of this order before", "conflicting_intent")
+        left = quantity - sum(intent.units or 0 for intent in waiting)
+        if not left:
+            ended = RETURNS[act].lower()
+            raise Conflict(f"This order is {ended} already", f"already_{ended}")
+        wanted = left if units is None else units
+        if wanted > left:
+            raise states.too_many(left, quantity)
+        statement = insert(OrderIntent).values(
+            epoch=epoch(),
+            order_id=order_id,
+            # Whoever came between has this number; then all is looked at again.
+            number=before[-1].number + 1 if before else 1,
+            act=act,
+            units=wanted,
+            reason=reason,
+            actor=actor.name,
+            address=actor.address,
+        )
+        returning = statement.on_conflict_do_nothing().returning(OrderIntent.number)
+        if db.session.execute(returning).scalar() is not None:
+            return wanted
+
+
+def apply_open() -> int:
+    """Carry out what was accepted for orders that are stored by now; return of how many orders.
+
+    Where Redis is away the units follow later, as those of any other movement.
+    """
+    found = list(db.session.scalars(STORED, {"most": APPLIED_AT_ONCE}))
+    db.session.rollback()
+    for order_id in found:
+        apply_to(order_id)
+    return len(found)
+
+
+def apply_to(order_id: int) -> bool:
+    """Carry out what was accepted for one order, if it is stored; tell whether it is."""
+    try:
+        order = states.lock(order_id)
+    except UnknownOrder:
+        db.session.rollback()
+        return False
+    returned = carry_out(order)
+    db.session.commit()
+    for moved in returned:
+        try:
+            apply_movement(db.session.get_one(StockMovement, moved.movement_id))
+        except (Unavailable, Conflict) as error:
+            db.session.rollback()
+            log.warning("the units of order %d return later: %s", order_id, error)
+    return True
+
+
+def carry_out(order: Order) -> list[states.Returned]:
+    """Do what was accepted for a locked order, in this transaction.
+
+    Whoever acts on a stored order does this first: what was accepted earlier comes earlier.
+    """
+    waiting = of_order(order.id)
+    return [returned for intent in waiting if (returned := _carry_out(order, intent))]
+
+
+def _carry_out(order: Order, intent: OrderIntent) -> states.Returned | None:
+    intent.applied_at = datetime.now(UTC)
+    actor = Actor(intent.actor, intent.address)
+    try:
+        return states.give_back(order, intent.units, RETURNS[intent.act], intent.reason, actor)
+    except Conflict as refusal:
+        intent.refusal = str(refusal)
+        return None
+
+
+def give_up(order_id: int, why: str) -> None:
+    """Let nothing wait any more for an order that will never be stored, in this transaction."""
+    db.session.execute(
+        update(OrderIntent)
+        .where(
+            OrderIntent.epoch == epoch(),
+            OrderIntent.order_id == order_id,
+            OrderIntent.applied_at.is_(None),
+        )
+        .values(applied_at=datetime.now(UTC), refusal=why)
+    )
