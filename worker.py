@@ -120,7 +120,7 @@ def main(pipe: str | None = None, replaces: str = "") -> None:
         thread.start()
     heartbeat.start()
     # RQ blocks on its queue for seconds, and raises this client's timeout for it: one of its own.
-    connection = stock.server.client(decode=False, cautious=False, socket_timeout=None)
+    connection = stock.jobs_server.client(decode=False, cautious=False, socket_timeout=None)
     with app.app_context():
         try:
             work(connection, turned)

@@ -37,7 +37,9 @@ def create_app(settings: Settings | None = None, commands_only: bool = False) ->
     db.init_app(app)
     migrate.init_app(app, db, directory=str(ROOT / "migrations"), compare_type=True)
     stock.init_app(settings, lambda: recovery.sale_on_record(app))
-    app.config["RATELIMIT_STORAGE_OPTIONS"] = {"connection_pool": stock.server.pool(decode=False)}
+    app.config["RATELIMIT_STORAGE_OPTIONS"] = {
+        "connection_pool": stock.jobs_server.pool(decode=False)
+    }
     cli.init_app(app)
     if commands_only:
         limiter.init_app(app)  # a new password ends the count of wrong ones

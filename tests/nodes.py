@@ -115,6 +115,14 @@ class Pair:
     def url(self) -> str:
         return f"redis+sentinel://127.0.0.1:{self.sentinel_port}/{SALE}"
 
+    def restart(self, node: Node) -> None:
+        """As a supervisor does it: as the replica of the other, who is the primary now.
+
+        (The Sentinel would make it that as well, 10 s later.)
+        """
+        other = self.b if node is self.a else self.a
+        node.start("--replicaof", f"127.0.0.1 {other.port}")
+
     def lose_a(self) -> None:
         """The primary dies, and the replica is made the primary."""
         self.a.kill()
@@ -125,3 +133,58 @@ class Pair:
             if process:
                 process.kill()
                 process.wait()
+
+
+class Cluster(Pair):
+    """Three primaries, of which one has the sale, and that one's replica.
+
+    The other two have a say in who is promoted.
+    """
+
+    SLOTS = ((0, 5460), (5461, 10_922), (10_923, 16_383))
+
+    def __init__(self, kind: str, folder: Path) -> None:
+        options = ("--cluster-enabled", "yes", "--cluster-node-timeout", str(2 * DOWN_AFTER_MS))
+        names = ("x", "y", "a", "b")
+        nodes = [Node(kind, folder / name, free_cluster_port(), *options) for name in names]
+        self.x, self.y, self.a, self.b = nodes
+        self.sentinel = None
+        for node, (first, last) in zip((self.x, self.y, self.a), self.SLOTS, strict=True):
+            node.client.execute_command("CLUSTER", "ADDSLOTSRANGE", first, last)
+        for number, node in enumerate(nodes, 1):
+            node.client.execute_command("CLUSTER", "SET-CONFIG-EPOCH", number)
+        for node in nodes[1:]:
+            self.x.client.execute_command("CLUSTER", "MEET", "127.0.0.1", node.port)
+        identity = self.a.client.execute_command("CLUSTER", "MYID")
+        wait_until(lambda: self._knows(self.b, identity), 20, "the nodes to meet")
+        self.b.client.execute_command("CLUSTER", "REPLICATE", identity)
+        self.b.synced()
+        wait_until(lambda: all(self._is_well(node) for node in nodes), 30, "the cluster")
+
+    @staticmethod
+    def _knows(node: Node, identity: str) -> bool:
+        return identity in str(node.client.execute_command("CLUSTER NODES"))
+
+    @staticmethod
+    def _is_well(node: Node) -> bool:
+        return "cluster_state:ok" in str(node.client.execute_command("CLUSTER", "INFO"))
+
+    @property
+    def url(self) -> str:
+        nodes = (self.a, self.x, self.y)
+        return "redis+cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in nodes)
+
+    def restart(self, node: Node) -> None:
+        node.start()
+
+    def stop(self) -> None:
+        super().stop()
+        for node in (self.x, self.y):
+            node.kill()
+
+
+def free_cluster_port() -> int:
+    """Return a port with room for the bus, whose port is 10,000 above it."""
+    while (port := free_port()) > 55_000:
+        pass
+    return port

@@ -103,6 +103,14 @@ class Stock:
         self.client = self.server.client(decode=True)
         # RQ, and the drain's batches, want answers undecoded.
         self.raw_client = self.server.client(decode=False)
+        # What is no part of the sale: RQ, limits of other routes, who is signed in. To lose it
+        # loses no order, and it may be a server of its own.
+        self.jobs_server, self.jobs_client = self.server, self.client
+        self.jobs_raw_client = self.raw_client
+        if settings.jobs_redis_url:
+            self.jobs_server = Server(settings.jobs_redis_url)
+            self.jobs_client = self.jobs_server.client(decode=True)
+            self.jobs_raw_client = self.jobs_server.client(decode=False)
         scripts = {
             path.name.removesuffix(".lua"): path.read_text()
             for path in resources.files("app.stock.lua").iterdir()

@@ -8,17 +8,22 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 import redis
 from redis.backoff import NoBackoff
 from redis.connection import AbstractConnection, parse_url
+from redis.crc import key_slot
 from redis.retry import Retry
 from redis.sentinel import Sentinel
 
 from ..breaker import Breaker
+from .keys import Keys
 
 # A shopper gets an answer within 2 s even from a dead Redis; a healthy one needs about 1 ms.
 CONNECT_TIMEOUT_SECONDS = 0.5
 COMMAND_TIMEOUT_SECONDS = 1.0
-# Sentinels are asked one after the other: two dead ones must not use up the second.
-ASK_SENTINEL_SECONDS = 0.25
-SENTINEL_PORT = 26_379
+# Who may know the primary's address is asked one after the other: two that are dead must not use up
+# the second.
+ASK_SECONDS = 0.25
+SENTINEL_PORT, REDIS_PORT = 26_379, 6379
+# Of a cluster: all keys of the sale have one tag.
+SLOT = key_slot(Keys.prefix.encode())
 # How a server says that it can't do a primary's work any more, or not yet: it has become a replica,
 # lost its primary or its replicas, is loading, or another holds these keys. Who is told so leaves.
 UNFIT = frozenset(
@@ -106,17 +111,21 @@ def read_url(url: str) -> tuple[dict[str, Any], Callable[[], Address] | None]:
 
     `redis+sentinel://user:password@host:port,host:port/name?db=0` asks Sentinels for the primary
     that they know by this name; they may have a `sentinel_username` and a `sentinel_password`.
+    `redis+cluster://user:password@host:port,host:port` asks nodes of a cluster for the sale's.
     """
     parts = urlsplit(url)
     scheme, _, kind = parts.scheme.partition("+")
-    if kind != "sentinel":
+    if kind not in ("sentinel", "cluster"):
         return parse_url(url), None  # type: ignore[no-untyped-call]  # redis-py's
     user, at, listed = parts.netloc.rpartition("@")
-    hosts = [_host(each) for each in listed.split(",")]
+    port = SENTINEL_PORT if kind == "sentinel" else REDIS_PORT
+    hosts = [_host(each, port) for each in listed.split(",")]
     plain = urlunsplit((scheme, f"{user}{at}{listed.partition(',')[0]}", "", parts.query, ""))
     options = dict(parse_url(plain))  # type: ignore[no-untyped-call]  # the same
     for name in ("host", "port"):
         options.pop(name, None)
+    if kind == "cluster":
+        return options, _Cluster(hosts, options)
     theirs = {
         name: options.pop(f"sentinel_{name}")
         for name in ("username", "password")
@@ -131,11 +140,11 @@ def read_url(url: str) -> tuple[dict[str, Any], Callable[[], Address] | None]:
     return options, _Sentinels(hosts, service, theirs)
 
 
-def _host(text: str) -> Address:
+def _host(text: str, port: int) -> Address:
     parts = urlsplit(f"//{text}")
     if not parts.hostname:
-        raise ValueError("a redis+sentinel:// URL names hosts with commas between them")
-    return parts.hostname, parts.port or SENTINEL_PORT
+        raise ValueError("a redis+sentinel:// or redis+cluster:// URL names hosts")
+    return parts.hostname, parts.port or port
 
 
 class _Sentinels:
@@ -145,8 +154,8 @@ class _Sentinels:
         self._service = service
         options = {
             **connection_options(decode=True),
-            "socket_connect_timeout": ASK_SENTINEL_SECONDS,
-            "socket_timeout": ASK_SENTINEL_SECONDS,
+            "socket_connect_timeout": ASK_SECONDS,
+            "socket_timeout": ASK_SECONDS,
             **options,
         }
         self._sentinels = Sentinel(hosts, sentinel_kwargs=options)  # type: ignore[no-untyped-call]  # redis-py's
@@ -154,6 +163,44 @@ class _Sentinels:
     def __call__(self) -> Address:
         found = self._sentinels.discover_master(self._service)  # type: ignore[no-untyped-call]  # the same
         return cast("Address", found)
+
+
+class _Cluster:
+    """Tells which primary of a cluster has the sale: all its keys lie in one slot."""
+
+    def __init__(self, hosts: list[Address], options: dict[str, Any]) -> None:
+        self._hosts, self._options = hosts, options
+        self._turn = 0
+
+    def __call__(self) -> Address:
+        errors = []
+        # Each time another one comes first: one that is cut off from the others knows old things.
+        self._turn += 1
+        for number in range(len(self._hosts)):
+            host, port = self._hosts[(self._turn + number) % len(self._hosts)]
+            try:
+                return self._ask(host, port)
+            except redis.RedisError as error:
+                errors.append(f"{host}:{port}: {error}")
+        raise redis.ConnectionError(f"no node of the cluster knows the sale's: {errors}")
+
+    def _ask(self, host: str, port: int) -> Address:
+        options = {
+            **connection_options(decode=True),
+            "socket_connect_timeout": ASK_SECONDS,
+            "socket_timeout": ASK_SECONDS,
+            **self._options,
+        }
+        pool = redis.ConnectionPool(host=host, port=port, **options)
+        with redis.Redis.from_pool(pool) as client:
+            # As the server sends it; redis-py would make a dict of it.
+            client.response_callbacks.pop("CLUSTER SLOTS", None)
+            ranges = client.execute_command("CLUSTER SLOTS")
+        for first, last, (found, port_found, *_), *_replicas in ranges:
+            if first <= SLOT <= last:
+                # A node that does not know its own address means: where you have asked.
+                return found or host, port_found
+        raise redis.ConnectionError("nobody has the sale's slot")
 
 
 class _Found(AbstractConnection):

@@ -95,7 +95,8 @@ def in_words(error: BaseException) -> str:
 def check(app: Flask) -> dict[str, dict[str, Any]]:
     """Return {part: {"ok": bool, "state": text}}.
 
-    The parts are redis, postgres, migrations, sale, worker and queue.
+    The parts are redis, postgres, migrations, sale, worker and queue; jobs where that is a Redis of
+    its own.
     """
     parts, redis_says = {}, None
     try:
@@ -105,6 +106,12 @@ def check(app: Flask) -> dict[str, dict[str, Any]]:
         parts["redis"] = _part(True, "reachable")
     except Unavailable as error:
         parts["redis"] = _part(False, in_words(error))
+    if stock.jobs_server is not stock.server:
+        try:
+            stock.jobs_client.ping()
+            parts["jobs"] = _part(True, "reachable")
+        except redis.RedisError as error:
+            parts["jobs"] = _part(False, in_words(error))
     expected = None
     parts |= {"postgres": _part(True, "reachable"), "migrations": _part(False, "unknown")}
     try:

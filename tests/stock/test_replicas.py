@@ -16,7 +16,7 @@ from waiting import wait_until
 from app import create_app
 from app.audit import CLI
 from app.books import recovery
-from app.config import NO_LIMIT
+from app.config import NO_LIMIT, SettingsError, load_settings
 from app.extensions import db, stock
 from app.orders.drain import drain_batch
 from app.problems import Unavailable
@@ -298,3 +298,18 @@ def test_one_server_that_hangs_closes_no_other():
     assert not one.breaker.admits()
     assert other.breaker.admits()
     assert other.unfit == 0
+
+
+def test_a_cluster_is_asked_until_a_node_knows(pair):
+    server = Server(f"redis+cluster://127.0.0.1:1,127.0.0.1:{pair.a.port}")
+    for _ in range(2):
+        # One is away, the other is no cluster; whoever comes first.
+        with pytest.raises(redis.ConnectionError, match="refused") as found:
+            server.address()
+        assert "cluster support disabled" in str(found.value)
+
+
+@pytest.mark.parametrize("url", ["redis+cluster://a/1", "redis+cluster://", "redis+cluster://a,"])
+def test_a_cluster_s_url_names_nodes_alone(url):
+    with pytest.raises(SettingsError, match="REDIS_URL"):
+        load_settings({"REDIS_URL": url})

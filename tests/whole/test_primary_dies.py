@@ -1,4 +1,4 @@
-"""A sale on a primary and its replica, watched by a Sentinel: the primary dies in the rush.
+"""A sale on a primary and its replica, of Sentinel's or in a cluster: the primary dies in the rush.
 
 Nothing that was answered is lost or doubled, nobody has to rebuild, and the sale goes on by itself.
 """
@@ -13,11 +13,11 @@ import psycopg2
 import pytest
 from checker import OK, REFUSED, UNKNOWN, Attempt, History, Movement, Order, Restock, Stored, check
 from drills import often
-from nodes import DOWN_AFTER_MS, KINDS, Node, Pair
+from nodes import DOWN_AFTER_MS, KINDS, Cluster, Node, Pair
 from system import start_system, stop_system
 from waiting import patience, wait_until
 
-from app.run.embedded import PostgresServer
+from app.run.embedded import PostgresServer, RedisServer
 from app.stock.keys import Keys
 
 pytestmark = pytest.mark.drill
@@ -96,14 +96,26 @@ def read_stored(server, primary: Node) -> Stored:
     return Stored(orders, letters, movements, {1: free}, primary.client.xlen(Keys.outbox))
 
 
+@pytest.fixture
+def jobs(tmp_path):
+    """A Redis for what is no part of the sale."""
+    server = RedisServer(tmp_path / "jobs")
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.mark.parametrize("how", ["sentinel", "cluster"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_primary_dies_again_and_again(kind, tmp_path):
-    pair = Pair(kind, tmp_path / "nodes", watched=True)
+def test_a_primary_dies_again_and_again(kind, how, jobs, tmp_path):
+    nodes = tmp_path / "nodes"
+    pair = Cluster(kind, nodes) if how == "cluster" else Pair(kind, nodes, watched=True)
     (data_dir := tmp_path / "data").mkdir()
     server = start_system(
         data_dir,
         REDIS_URL=pair.url,
         REDIS_REPLICAS="1",
+        JOBS_REDIS_URL=jobs.url,
         PURCHASE_ADDRESS_LIMIT="off",
         WEB_WORKERS="2",
     )
@@ -121,9 +133,7 @@ def test_a_primary_dies_again_and_again(kind, tmp_path):
             died = time.monotonic()
             primary.kill()
             wait_until(lambda replica=replica: replica.link() == "", 30, "the promotion")
-            # A supervisor starts it again, as the replica of who is the primary now. (The Sentinel
-            # would do so as well, 10 s later.)
-            primary.start("--replicaof", f"127.0.0.1 {replica.port}")
+            pair.restart(primary)
             wait_until(lambda died=died: rush.sells_since(died + 0.5), 60, "the sale to go on")
             gaps.append(rush.sold[-1] - max(at for at in rush.sold if at <= died + 0.5))
         rush.end()
@@ -131,7 +141,7 @@ def test_a_primary_dies_again_and_again(kind, tmp_path):
         wait_until(lambda: not primary.client.xlen(Keys.outbox), 60, "all orders to be stored")
         sold = sum(attempt.outcome == OK for attempt in rush.history.attempts)
         unknown = sum(attempt.outcome == UNKNOWN for attempt in rush.history.attempts)
-        print(f"{kind}: {sold} sold, {unknown} unknown, seconds without a sale: {gaps}")
+        print(f"{kind}, {how}: {sold} sold, {unknown} unknown, seconds without a sale: {gaps}")
         assert check(rush.history, read_stored(server, primary)) == []
         assert max(gaps) < patience(WITHIN_SECONDS)
         assert server.call("GET", "/readyz/sale")[0] == 200
