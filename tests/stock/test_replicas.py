@@ -119,6 +119,8 @@ def forget_the_replay_s_write(monkeypatch, app):
 
 def forget_the_fence(monkeypatch, app):
     def run(self, pipe):
+        # A connection that has written nothing yet, as most have not since the replica's last word.
+        pipe.connection_pool.disconnect(inuse_connections=False)
         *answers, copied = pipe.execute_command(*self._commands[-1]).execute()
         if not self.enough(copied):
             raise replicas.Unreplicated(copied)

@@ -46,7 +46,7 @@ def test_without_it_the_sale_goes_on_and_orders_are_stored(app, jobs_server, cli
     assert client.get("/purchase/orders/1").status_code == 503
     ready = client.get("/readyz")
     assert ready.status_code == 503
-    assert ready.json["jobs"] == {"ok": False, "state": "unreachable"}
+    assert ready.json["checks"]["jobs"] == {"ok": False, "state": "unreachable"}
     stopped, works = threading.Event(), relay.Relay()
     worker = threading.Thread(target=relay.run_forever, args=(app, works.run_once, stopped))
     worker.start()
