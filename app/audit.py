@@ -13,7 +13,8 @@ from .models import ApiToken, AuditEntry, Product, Staff
 
 # Every action that is recorded somewhere; a test reads the calls.
 ACTIONS = (
-    "product.create", "product.change", "product.restock", "product.correct", "movement.refused",
+    "product.create", "product.change", "product.import", "product.currency", "product.restock",
+    "product.correct", "movement.refused",
     "order.cancel", "order.release", "order.bulk-cancel",
     "order.bulk-cancel.stop", "order.bulk-cancel.done", "dead-letter.replay",
     "dead-letter.abandon", "ledger.repair",

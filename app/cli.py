@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import Callable
 from datetime import datetime
-from typing import Any
+from typing import Any, BinaryIO
 
 import click
 import flask_migrate
@@ -22,10 +22,12 @@ from .config import Settings, was_generated
 from .database import is_unavailable
 from .extensions import db
 from .locks import PREPARE_LOCK
+from .money import decimal
 from .orders import bulk, deadletters
 from .problems import Conflict, InvalidRequest, Unavailable, UnknownProduct
 from .products import brake as brakes
-from .products import movements, terms
+from .products import currency as currencies
+from .products import importing, movements, terms
 from .reading import MAX_ID, MAX_REASON, USER_WORDS, User, canonical, read_text
 from .staff import people, tokens
 
@@ -35,6 +37,7 @@ PREPARE_SECONDS = 0.2
 ledger_commands = AppGroup("ledger", help="The proof that stock and orders agree to the unit.")
 orders = AppGroup("orders", help="Orders that were sold.")
 dead_letters = AppGroup("dead-letters", help="Orders that could not be stored.")
+products_commands = AppGroup("products", help="What is sold.")
 stock_commands = AppGroup("stock", help="The stock of products.")
 staff = AppGroup("staff", help="People who may sign in to /admin.")
 token = AppGroup("token", help="Bearer tokens of the admin API.")
@@ -42,8 +45,8 @@ token = AppGroup("token", help="Bearer tokens of the admin API.")
 
 def init_app(app: Flask) -> None:
     for command in (
-        prepare, seed, rebuild, brake, ledger_commands, orders, dead_letters, stock_commands, staff,
-        token,
+        prepare, seed, rebuild, brake, ledger_commands, orders, dead_letters, products_commands,
+        stock_commands, staff, token,
     ):  # fmt: skip
         app.cli.add_command(_told_in_words(command))
 
@@ -98,6 +101,11 @@ def prepare() -> None:
                 raise SystemExit(telling.fail(f"ADMIN_EMAIL, ADMIN_PASSWORD: {error}")) from None
             telling.tell(f"Admin:     {settings.admin_email}  {_shown(settings, 'admin_password')}")
             telling.tell(f"API token: {_shown(settings, 'admin_api_token')}")
+        for doubt in currencies.doubts():
+            telling.tell(
+                f"Currency:  product {doubt.product_id} costs {doubt.as_minor_units}, if no form of"
+                " an earlier version stored it: see `flask products currency`"
+            )
         if recovery.database_is_empty():
             product_id = recovery.reset(CLI)
             telling.tell(f"Seeded:    product {product_id} with 100 items")
@@ -364,6 +372,92 @@ def abandon_dead_letters(ids: tuple[int, ...], reason: str, yes: bool) -> None:
     if not yes:
         click.confirm("Go on?", abort=True)
     _resolve(deadletters.abandon, ids, reason)
+
+
+@products_commands.command("import")
+@click.argument("file", type=click.File("rb"))
+@click.option("--dry-run", is_flag=True, help="Only show what the file would make.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@with_appcontext
+def import_products(file: BinaryIO, dry_run: bool, yes: bool) -> None:
+    """Create the products of FILE, CSV or JSON (- for the standard input): all, or none.
+
+    The first line of a CSV file names its columns; see docs/admin.md.
+    """
+    # More than a file may have is not even held.
+    plan = importing.read(file.read(importing.MOST_BYTES + 1))
+    for fault in plan.faults:
+        click.echo(f"line {fault.line}: {fault.message}", err=True)
+    if plan.faults:
+        more = plan.faulty - len(plan.faults)
+        raise click.ClickException(
+            "nothing was imported" + (f"; {more:,} more lines are wrong" if more else "")
+        )
+    for new, line in zip(plan.products, plan.lines, strict=True):
+        price = (
+            f"{new.terms['currency']} {decimal(new.terms['price_cents'], new.terms['currency'])}"
+        )
+        click.echo(f"line {line}: {new.terms['name']}  {price}  stock {new.units:,}")
+    products = f"{len(plan.products):,} product{'s' * (len(plan.products) != 1)}"
+    if dry_run:
+        click.echo(f"{products} would be created.")
+        return
+    if not yes:
+        click.confirm(f"Create {products}?", abort=True)
+    try:
+        ids = importing.carry_out(plan, CLI) or []
+    except (Conflict, Unavailable) as error:
+        raise click.ClickException(str(error)) from None
+    click.echo(f"{products} created, numbers {ids[0]} to {ids[-1]}.")
+
+
+@products_commands.command("currency")
+@click.argument("product", type=click.IntRange(1, MAX_ID), required=False)
+@click.option("--keep", is_flag=True, help="The amounts are right as they are shown.")
+@click.option("--rewrite", is_flag=True, help="They are hundredths: make minor units of them.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@with_appcontext
+def currency(product: int | None, keep: bool, rewrite: bool, yes: bool) -> None:
+    """Show the products whose amounts may be hundredths, or put PRODUCT right.
+
+    Before 0.2.0 forms took every amount for hundredths, also of a currency that has none (JPY) or
+    thousandths (KWD); the API did not.
+    """
+    doubts = [doubt for doubt in currencies.doubts() if product in (None, doubt.product_id)]
+    if not doubts:
+        if product is None:
+            click.echo("No product's amounts are in doubt.")
+            return
+        raise click.ClickException(f"The amounts of product {product} are not in doubt")
+    if product is None or keep == rewrite:
+        for doubt in doubts:
+            click.echo(f"product {doubt.product_id}  {doubt.name}  {doubt.orders:,} orders")
+            click.echo(f"  stored by the API, and right: {doubt.as_minor_units}  (--keep)")
+            typed = doubt.as_hundredths
+            if typed is not None:
+                click.echo(f"  typed into a form: {typed}  (--rewrite)")
+            if doubt.actor:
+                click.echo(f"  the price was set by {doubt.actor}, {doubt.at:%Y-%m-%d %H:%M} UTC")
+        if keep and rewrite:
+            raise click.ClickException("--keep or --rewrite, one of them")
+        if keep or rewrite:
+            raise click.ClickException("which product?")
+        return
+    (doubt,) = doubts
+    now = doubt.as_minor_units if keep else doubt.as_hundredths
+    if now is None:
+        raise click.ClickException("as hundredths, its price is no whole number of minor units")
+    if not yes:
+        click.confirm(f"Product {product} costs {now}, and its orders alike?", abort=True)
+    try:
+        if keep:
+            currencies.keep(product, CLI)
+            click.echo(f"Product {product} costs {now}.")
+        else:
+            orders = currencies.rewrite(product, CLI)
+            click.echo(f"Product {product} costs {now}; {orders:,} orders were put right.")
+    except (Conflict, Unavailable) as error:
+        raise click.ClickException(str(error)) from None
 
 
 @stock_commands.command("correct", context_settings={"ignore_unknown_options": True})

@@ -107,6 +107,25 @@ def _networks(value: str) -> tuple[IPv4Network | IPv6Network, ...]:
     return tuple(networks)
 
 
+def _origins(value: str) -> tuple[str, ...]:
+    """Read origins as browsers send them (RFC 6454, 6.2): no path, no usual port, no capitals."""
+    found = tuple(text.strip() for text in value.split(","))
+    for text in found:
+        match = re.fullmatch(
+            r"(https?)://([a-z0-9-]+(?:\.[a-z0-9-]+)*|\[[0-9a-f:.]+\])(?::([1-9][0-9]{0,4}))?", text
+        )
+        if not match or match[3] == {"http": "80", "https": "443"}[match[1]]:
+            raise ValueError(
+                "must be origins as browsers send them, like https://shop.example, with commas "
+                f"between them, not {text[:100]}"
+            )
+    return found
+
+
+def _switch(value: str) -> bool:
+    return _choice("on", "off")(value.lower()) == "on"
+
+
 def _redis_url(value: str) -> str:
     if not re.match(r"(rediss?(\+(sentinel|cluster))?|unix)://", value):
         raise ValueError(
@@ -256,6 +275,20 @@ class Settings:
         "networks whose addresses may buy and look up in trusted mode, such as `10.0.0.0/24, "
         "2001:db8::/48`: the shop's servers; anybody when not set",
     )
+    cors_origins: tuple[str, ...] = setting(
+        "CORS_ORIGINS",
+        (),
+        _origins,
+        "origins whose pages may call the shoppers' routes, such as `https://shop.example, "
+        "https://m.shop.example`; with `SHOPPER_AUTH=jwt` only",
+    )
+    shop_page: bool | None = setting(
+        "SHOP_PAGE",
+        None,
+        _switch,
+        "`on` or `off`: the example page for shoppers at `/shop`; on when not set, but off with "
+        "`APP_ENV=production`",
+    )
     jwt_secret: str | None = setting(
         "JWT_SECRET", None, _text, "shared secret of HS256 tokens, 32 bytes or more"
     )
@@ -301,6 +334,10 @@ class Settings:
         _integer(1, 10**12),
         "orders that may wait to be persisted; beyond it purchases are answered 503",
     )
+
+    @property
+    def has_shop_page(self) -> bool:
+        return self.app_env != "production" if self.shop_page is None else self.shop_page
 
     @property
     def embedded_redis(self) -> bool:
@@ -390,6 +427,9 @@ def check_shopper_auth(settings: Settings) -> None:
         "JWT_USER_CLAIM": None if settings.jwt_user_claim == SUBJECT else settings.jwt_user_claim,
     }
     if settings.shopper_auth == "trusted":
+        if settings.cors_origins:
+            # Any script of those pages could buy as anybody.
+            raise SettingsError("CORS_ORIGINS needs SHOPPER_AUTH=jwt: nobody vouches for a userId")
         for name, value in given.items():
             if value is not None:
                 # Whoever sets it believes that tokens are checked.

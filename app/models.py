@@ -86,6 +86,9 @@ class Product(Model):
         CheckConstraint("opens_at < closes_at", name="window"),
         CheckConstraint(f"per_user_limit between 1 and {MAX_QUANTITY}", name="per_user_limit"),
         CheckConstraint(f"max_quantity between 1 and {MAX_QUANTITY}", name="max_quantity"),
+        CheckConstraint("visibility in ('draft', 'hidden', 'listed')", name="visibility"),
+        CheckConstraint("length(sku) between 1 and 64", name="sku"),
+        Index("uq_products_sku", "sku", unique=True),
     )
 
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
@@ -100,11 +103,30 @@ class Product(Model):
     per_user_limit: Mapped[int | None] = mapped_column(Integer)
     max_quantity: Mapped[int] = mapped_column(Integer, server_default="10")
     paused: Mapped[bool] = mapped_column(server_default=text("false"))
+    # The shop's own name for it.
+    sku: Mapped[str | None] = mapped_column(Text)
+    visibility: Mapped[str] = mapped_column(String(8), server_default="listed")
+    archived: Mapped[bool] = mapped_column(server_default=text("false"))
+    # Whether its amounts are surely in its currency's own minor unit; empty where versions before
+    # may have written hundredths, see products/currency.py.
+    minor_units: Mapped[bool | None] = mapped_column()
     version: Mapped[int] = mapped_column(BigInteger, server_default="1")
     created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
     updated_at: Mapped[datetime] = mapped_column(
         Timestamp, server_default=func.now(), onupdate=func.now()
     )
+
+
+class ProductName(Model):
+    """What a product was called until it was renamed; a trigger keeps it."""
+
+    __tablename__ = "product_names"
+
+    product_id: Mapped[int] = mapped_column(
+        ForeignKey("products.id", ondelete="CASCADE"), primary_key=True
+    )
+    until: Mapped[datetime] = mapped_column(Timestamp, primary_key=True)
+    name: Mapped[str] = mapped_column(Text)
 
 
 def _sum_of(what: str) -> str:

@@ -539,8 +539,12 @@ class Run:
             connection.autocommit = True
             while time.monotonic() < quiet_at + patience(PATIENCE_SECONDS):
                 with connection.cursor() as cursor:
-                    cursor.execute("SELECT count(*) FROM stock_movements WHERE applied_at IS NULL")
-                    if not cursor.fetchone()[0] and not client.xlen("sale:{0}:outbox"):
+                    waiting = client.xlen("sale:{0}:outbox")
+                    cursor.execute(
+                        "SELECT EXISTS (SELECT FROM stock_movements WHERE applied_at IS NULL)"
+                        " OR EXISTS (SELECT FROM order_intents WHERE applied_at IS NULL)"
+                    )
+                    if not waiting and not cursor.fetchone()[0]:
                         break
                 time.sleep(0.01)
         self.drained_seconds = time.monotonic() - quiet_at

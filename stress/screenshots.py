@@ -245,11 +245,11 @@ def take(shop: Shop, target: Path, only: set[str]) -> None:
                 }
                 signed_in = browser.new_context(storage_state=cookies, **options)
                 anonymous = browser.new_context(**options)
-                shots = {"sign-in": "/admin/sign-in"} | pages
+                shots = {"sign-in": "/admin/sign-in", "shop": "/shop"} | pages
                 for name, path in shots.items():
                     if only and name not in only:
                         continue
-                    page = (anonymous if name == "sign-in" else signed_in).new_page()
+                    page = (anonymous if name in ("sign-in", "shop") else signed_in).new_page()
                     page.goto(shop.url + path)
                     page.wait_for_load_state("networkidle" if name == "jobs" else "load")
                     page.wait_for_timeout(1600 if name == "dashboard" else 500)

@@ -11,9 +11,9 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 EMAIL = "admin@example.com"
 PAGES = (
     "/admin/", "/admin/products/", "/admin/products/1", "/admin/products/1/edit",
-    "/admin/products/new", "/admin/orders/", "/admin/dead-letters/", "/admin/ledger/",
-    "/admin/bulk-cancels/", "/admin/bulk-cancels/new?product=1", "/admin/staff/",
-    "/admin/audit/", "/admin/password", "/admin/rq/", "/admin/rq/0/view/jobs",
+    "/admin/products/new", "/admin/products/import", "/admin/orders/", "/admin/dead-letters/",
+    "/admin/ledger/", "/admin/bulk-cancels/", "/admin/bulk-cancels/new?product=1",
+    "/admin/staff/", "/admin/audit/", "/admin/password", "/admin/rq/", "/admin/rq/0/view/jobs",
     "/admin/rq/0/view/workers",
 )  # fmt: skip
 # Long enough for a machine that is busy with other things; who waits for less is not waiting.

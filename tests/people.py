@@ -57,9 +57,14 @@ class _Fields(HTMLParser):
     def __init__(self):
         super().__init__()
         self.values = {}
+        self.select = None
 
     def handle_starttag(self, tag, attributes):
         attributes = dict(attributes)
+        if tag == "select":
+            self.select = attributes["name"]
+        if tag == "option" and "selected" in attributes:
+            self.values[self.select] = attributes["value"]
         if tag == "input" and "name" in attributes:
             self.values[attributes["name"]] = attributes.get("value", "")
 

@@ -125,7 +125,7 @@ def test_a_failure_tells_where_and_the_client_nothing(app, client, lines, monkey
     def fail(*_):
         raise RuntimeError(secret)
 
-    monkeypatch.setattr("app.products.catalogue.products_with_stock", fail)
+    monkeypatch.setattr("app.products.catalogue.listed", fail)
     answer = client.get("/products", headers={"X-Request-Id": "abc"})
     assert (answer.status_code, answer.json["code"]) == (500, "internal_error")
     assert secret not in answer.text

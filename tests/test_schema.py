@@ -136,3 +136,36 @@ def test_texts_come_to_a_system_that_sells(older, caplog):
     flask_migrate.downgrade(revision="0006_pages")
     db.session.execute(text(OLD_ORDER), {"id": 4})
     db.session.rollback()
+
+
+def test_products_of_before_are_listed_and_keep_their_names(older):
+    """The migration rewrites no row of the orders, and old processes go on beside it."""
+    flask_migrate.upgrade(revision="0007_user_names")
+    renamed = (
+        "INSERT INTO audit_log (actor, action, target, before, after) VALUES"
+        " ('staff a@b', 'product.change', 'product 1', :before, :after)"
+    )
+    names = {"before": '{"name": "Candle"}', "after": '{"name": "Lamp"}'}
+    db.session.execute(text(renamed), names)
+    row = "SELECT ctid::text, xmin::text FROM orders WHERE id = 1"
+    before = db.session.execute(text(row)).one()
+    db.session.commit()
+    flask_migrate.upgrade(revision="0008_shop")
+    # One that was killed on its way begins again.
+    flask_migrate.stamp(revision="0011_bulk_cancels")
+    flask_migrate.upgrade(revision="0008_shop")
+    assert db.session.execute(text(row)).one() == before
+    columns = "SELECT sku, visibility, archived, minor_units FROM products WHERE id = :id"
+    assert db.session.execute(text(columns), {"id": 1}).one() == (None, "listed", False, None)
+    # What an old process does: it creates, and it renames.
+    old = "INSERT INTO products (name, price_cents, currency) VALUES ('Fan', 150000, 'JPY')"
+    db.session.execute(text(old))
+    db.session.execute(text("UPDATE products SET name = 'Fans' WHERE id = 2"))
+    db.session.execute(text("UPDATE products SET price_cents = 2 WHERE id = 2"))
+    assert db.session.execute(text(columns), {"id": 2}).one() == (None, "listed", False, None)
+    kept = "SELECT product_id, name FROM product_names ORDER BY product_id"
+    assert db.session.execute(text(kept)).all() == [(1, "Candle"), (2, "Fan")]
+    db.session.commit()
+    flask_migrate.downgrade(revision="0007_user_names")
+    db.session.execute(text("UPDATE products SET name = 'Lamps' WHERE id = 1"))
+    db.session.commit()

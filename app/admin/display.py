@@ -37,8 +37,8 @@ def compact(value: float | None) -> str:
 
 
 def money(cents: int, currency: str) -> str:
-    """99999, USD → USD 999.99."""
-    return f"{currency} {decimal(cents, ',')}"
+    """99999, USD → USD 999.99; 1500, JPY → JPY 1,500."""
+    return f"{currency} {decimal(cents, currency, ',')}"
 
 
 def moment_utc(moment: datetime) -> str:

@@ -35,7 +35,7 @@ def live() -> ResponseReturnValue:
 
 def newest() -> dict[str, Any]:
     board = monitor.board()
-    names = {item.product.id: item.product.name for item in board.items}
+    names = {item.product.id: item.product.name for item in (*board.items, *board.archived)}
     return {"ledger": board.ledger, "board": board, "names": names}
 
 

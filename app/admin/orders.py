@@ -125,7 +125,7 @@ def show_story(
     return render_template(
         template,
         story=story,
-        product=catalogue.names().get(story.order.product_id),
+        product=catalogue.names().sold(story.order.product_id, story.order.claimed_at),
         cancelling=(intents.units_given_back(order_id) if story.order.status == "QUEUED" else 0),
         job_is_known=story.batch is not None and jobs.is_known(story.batch.job_id),
         errors=errors or {},

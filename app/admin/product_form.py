@@ -10,25 +10,27 @@ from dataclasses import dataclass
 from datetime import UTC
 from typing import Any
 
+from .. import numbers
 from ..models import Product
-from ..money import decimal
+from ..money import decimal, read_currency
 from ..problems import InvalidRequest
 from ..products import terms
 from ..reading import MAX_ID, MAX_QUANTITY, MAX_STOCK, read_digits, read_text
-from . import forms, numbers
+from . import forms
+
+
+def _currency(form: Mapping[str, str]) -> str:
+    return read_currency(form.get("currency", "").strip().upper(), "The currency")
+
 
 # Each field with its label, the column that it sets, and how it is read.
 FIELDS: dict[str, tuple[str, str, Callable[[Mapping[str, str]], object]]] = {
     "name": ("Name", "name", lambda form: read_text(form, "name", terms.MAX_NAME, "The name")),
+    "currency": ("Currency", "currency", _currency),
     "price": (
         "Price",
         "price_cents",
-        lambda form: numbers.cents(form.get("price", ""), "price", "The price"),
-    ),
-    "currency": (
-        "Currency",
-        "currency",
-        lambda form: terms.currency(form.get("currency", "").strip().upper(), "The currency"),
+        lambda form: numbers.amount(form.get("price", ""), "price", "The price", _currency(form)),
     ),
     "opens": ("Opens", "opens_at", lambda form: forms.moment("opens", form, "The opening")),
     "closes": ("Closes", "closes_at", lambda form: forms.moment("closes", form, "The closing")),
@@ -48,22 +50,43 @@ FIELDS: dict[str, tuple[str, str, Callable[[Mapping[str, str]], object]]] = {
             form.get("max_quantity", ""), "max_quantity", "The maximum", 1, MAX_QUANTITY
         ),
     ),
+    "sku": (
+        "SKU",
+        "sku",
+        lambda form: (
+            terms.sku(form["sku"].strip(), "The SKU") if form.get("sku", "").strip() else None
+        ),
+    ),
+    "visibility": (
+        "Who sees it",
+        "visibility",
+        lambda form: terms.visibility(form.get("visibility", "listed"), "Who sees it"),
+    ),
 }
 TIMES = ("opens", "closes")
 WRONG_WINDOW = {"closes": "The closing must be after the opening"}
-NEW = {"currency": "USD", "max_quantity": "10"}
+SKU_TAKEN = {"sku": "Another product has this SKU"}
+CURRENCY_FIXED = {"currency": "There are orders in the currency that it has: it is fixed"}
+NEW = {"currency": "USD", "max_quantity": "10", "visibility": "listed"}
+VISIBILITIES = {
+    "listed": "Listed: everybody sees it",
+    "hidden": "Hidden: on no list, and who knows its number can buy it",
+    "draft": "Draft: only you see it, and nobody can buy it",
+}
 
 
 def shown(product: Product) -> dict[str, str]:
     """Return what the fields show of a product; times as instants, to the microsecond."""
     return {
         "name": product.name,
-        "price": decimal(product.price_cents),
+        "price": decimal(product.price_cents, product.currency),
         "currency": product.currency,
         "opens": product.opens_at.astimezone(UTC).isoformat() if product.opens_at else "",
         "closes": product.closes_at.astimezone(UTC).isoformat() if product.closes_at else "",
         "per_user": str(product.per_user_limit or ""),
         "max_quantity": str(product.max_quantity),
+        "sku": product.sku or "",
+        "visibility": product.visibility,
     }
 
 
@@ -83,7 +106,8 @@ def read(
         try:
             values[column] = take(form)
         except InvalidRequest as error:
-            errors[name] = str(error)
+            # A price can't be read without its currency, which says so beside its own field.
+            errors[error.field if error.field in FIELDS else name] = str(error)
     return values, errors
 
 
@@ -113,16 +137,20 @@ class Edit:
 
     def __init__(self, form: Mapping[str, str], product: Product) -> None:
         self.form = form
-        self.typed = typed(form)
         was = _what_it_showed(form)
         # A page that does not say what it showed may be of any age: it is taken for stale.
         self.version = (read_digits(form.get("version", ""), 1, MAX_ID) or 0) if was else 0
-        self.was = was if was and self.version else shown(product)
+        # Fields that a page of an earlier version does not have are left alone.
+        self.was = shown(product) | (was if was and self.version else {})
+        self.typed = self.was | {name: text for name, text in typed(form).items() if name in form}
 
     @property
     def touched(self) -> list[str]:
-        """The fields that hold something else than the form showed."""
-        return [name for name in FIELDS if self.typed[name] != self.was[name]]
+        """The fields that hold something else than the form showed, or mean something else."""
+        touched = [name for name in FIELDS if self.typed[name] != self.was[name]]
+        if "currency" in touched and "price" not in touched:
+            touched.append("price")
+        return touched
 
     def rebase(self, product: Product) -> tuple[dict[str, str], list[Difference]]:
         """Return what the fields hold over the product as it stands now, and what differs.
@@ -161,6 +189,6 @@ class Edit:
 def _what_it_showed(form: Mapping[str, str]) -> dict[str, str] | None:
     try:
         was = json.loads(form.get("was", ""))
-        return {name: str(was[name]) for name in FIELDS}
+        return {name: str(was[name]) for name in FIELDS if name in was or name == "name"}
     except (ValueError, TypeError, KeyError, RecursionError):
         return None

@@ -7,16 +7,17 @@ from flask import Blueprint, make_response, redirect, render_template, request, 
 from flask.typing import ResponseReturnValue
 from sqlalchemy.exc import SQLAlchemyError
 
-from .. import auth
+from .. import auth, numbers
 from ..database import is_unavailable
 from ..extensions import db, limiter
 from ..models import Product
 from ..orders import search
 from ..problems import InvalidRequest, KeyMismatch, Unavailable
-from ..products import catalogue, listing, movements, terms
+from ..products import catalogue, currency, importing, listing, movements, terms
 from ..reading import MAX_ID, MAX_RESTOCK, VALID_KEY
 from ..watch import monitor
-from . import forms, numbers, product_form
+from ..web.pages import MOST_OF_FILE
+from . import forms, product_form
 from .display import moment_utc
 
 bp = Blueprint("products", __name__, url_prefix="/admin/products")
@@ -30,6 +31,8 @@ MOVEMENTS = 25
 # More pages of products nobody has; a larger number than PostgreSQL's would be an error.
 MAX_PAGE = 10**6
 ORDERS = 8
+# Of a file that is to be imported so many products are shown.
+SHOWN_OF_IMPORT = 100
 COUNTERS = {
     "accepted": "Accepted",
     "sold_out": "Sold out",
@@ -84,7 +87,8 @@ def find() -> dict[str, Any]:
             raise
         # Without PostgreSQL the brakes are left, and what is known without it, unsorted.
         db.session.rollback()
-        items, _ = monitor.items()
+        found, _ = monitor.items()
+        items = [item for item in found if item.state != monitor.ARCHIVED]
         page = listing.Page([item.product.id for item in items], len(items))
     query = {name: value for name, value in args.items() if value and name != "page"}
     return {"wanted": wanted, "page": page, "query": query, **rows(page.ids)}
@@ -115,6 +119,7 @@ def show(product_id: int) -> ResponseReturnValue:
         older=found[MOVEMENTS - 1].id if len(found) > MOVEMENTS else None,
         before=before,
         page=page,
+        visibilities=product_form.VISIBILITIES,
     )
 
 
@@ -144,6 +149,8 @@ def new() -> ResponseReturnValue:
         created = catalogue.create(wanted, auth.staff_actor(), key)
     except terms.WrongWindow:
         return show_form(values, product_form.WRONG_WINDOW, 422, key=key)
+    except catalogue.SkuTaken:
+        return show_form(values, product_form.SKU_TAKEN, 422, key=key)
     except KeyMismatch:
         return show_form(
             values,
@@ -170,12 +177,81 @@ def new() -> ResponseReturnValue:
     return forms.done(f"{name} is created with {wanted.units:,} units.", page)
 
 
+@bp.url_value_preprocessor
+def let_files_in(endpoint: str | None, values: dict[str, Any] | None) -> None:
+    """Let files be larger than forms are, before anybody looks into the body."""
+    if endpoint != "products.import_many":
+        return
+    request.max_content_length = request.max_form_memory_size = MOST_OF_FILE
+    if (request.content_length or 0) > MOST_OF_FILE:
+        most = importing.MOST_BYTES // 1024
+        raise InvalidRequest(f"The file is larger than {most:,} KiB: import it in parts")
+
+
+@bp.route("/import", methods=["GET", "POST"])
+def import_many() -> ResponseReturnValue:
+    """Show what a file would make, and make it once somebody has seen that."""
+    if request.method == "GET":
+        return show_import()
+    if file := request.files.get("file"):
+        content = file.read()
+    else:
+        content = request.form.get("text", "").encode("utf-8", "replace")
+    if not content.strip():
+        return show_import(missing=True), 422
+    plan, key = importing.read(content), request.form.get("key") or None
+    confirmed = request.form.get("confirmed") == "yes"
+    if key and not VALID_KEY(key):
+        raise InvalidRequest("This form is out of date: reload the page", "key")
+    page = url_for("products.index", sort="newest")
+    if confirmed and key and importing.was_done(plan.digest, key):
+        # Before its skus are found to be taken, by the products that it has made itself.
+        return forms.done("This file was imported already; nothing was created twice.", page)
+    if plan.faults:
+        return show_import(plan), 422
+    if not confirmed:
+        return show_import(plan, importing.decode(content))
+    try:
+        ids = importing.carry_out(plan, auth.staff_actor(), key)
+    except Unavailable:
+        db.session.rollback()
+        alert = (
+            "Redis did not answer, so it is not known whether the products were created. Send the"
+            " form again: it creates them once only."
+        )
+        return show_import(plan, importing.decode(content), key, alert=alert), 503
+    if ids is None:
+        return forms.done("This file was imported already; nothing was created twice.", page)
+    created = "1 product is" if len(ids) == 1 else f"{len(ids):,} products are"
+    return forms.done(f"{created} created.", page)
+
+
+def show_import(
+    plan: importing.Plan | None = None, text: str = "", key: str | None = None, **more: object
+) -> str:
+    """Return the page: with a plan what the file would make, and the text to make it from."""
+    return render_template(
+        "admin/products_import.html",
+        plan=plan,
+        text=text,
+        key=key or forms.submission_key(),
+        columns=importing.COLUMNS,
+        most=importing.MOST_PRODUCTS,
+        shown=SHOWN_OF_IMPORT,
+        **more,
+    )
+
+
 def show_form(
     values: dict[str, Any], errors: dict[str, Any], status: int = 200, **more: object
 ) -> ResponseReturnValue:
     """Return the form with what its fields hold; `more` is the rest that the template names."""
     return render_template(
-        "admin/product_form.html", values=values, errors=errors, **({"product": None} | more)
+        "admin/product_form.html",
+        values=values,
+        errors=errors,
+        visibilities=product_form.VISIBILITIES,
+        **({"product": None} | more),
     ), status
 
 
@@ -195,6 +271,10 @@ def edit(product_id: int) -> ResponseReturnValue:
         changed, _ = catalogue.change(product_id, values, auth.staff_actor(), {edit.version})
     except terms.WrongWindow:
         return show_form(edit.typed, product_form.WRONG_WINDOW, 422, **kept)
+    except catalogue.SkuTaken:
+        return show_form(edit.typed, product_form.SKU_TAKEN, 422, **kept)
+    except catalogue.CurrencyFixed:
+        return show_form(edit.typed, product_form.CURRENCY_FIXED, 409, **kept)
     except Unavailable:
         db.session.rollback()
         alert = (
@@ -233,6 +313,14 @@ ACTS = {
         "is on sale again",
     ),
     "end": (catalogue.end_now, "is ended"),
+    "archive": (
+        lambda product_id, actor: catalogue.change(product_id, {"archived": True}, actor),
+        "is archived: it sells nothing, and is found among the archived products",
+    ),
+    "restore": (
+        lambda product_id, actor: catalogue.change(product_id, {"archived": False}, actor),
+        "is back from the archive",
+    ),
 }
 
 
@@ -252,6 +340,10 @@ def act(product_id: int) -> ResponseReturnValue:
     return changed(product_id, state_told(product, told))
 
 
+bp.add_app_template_global(currency.in_doubt)
+bp.add_app_template_global(currency.from_hundredths)
+
+
 class Question(NamedTuple):
     title: str
     text: str
@@ -262,6 +354,24 @@ class Question(NamedTuple):
 def sale_questions(product: Product) -> dict[str, Question]:
     """Return what an act has to ask first; the page's script asks the same in a dialog."""
     now = datetime.now(UTC)
+    asked = _sale_questions(product, now)
+    if product.archived:
+        asked["restore"] = Question(
+            "Restore this product?",
+            "It is where it was before: if its sale is open, the next purchase is sold.",
+            "Restore",
+        )
+    else:
+        asked["archive"] = Question(
+            "Archive this product?",
+            "The next purchase is refused as unknown, and the product leaves the lists and the"
+            " dashboard. Its orders and its ledger stay.",
+            "Archive",
+        )
+    return asked
+
+
+def _sale_questions(product: Product, now: datetime) -> dict[str, Question]:
     if product.closes_at and catalogue.is_ended(product, now):
         if catalogue.planned_end(product, now):
             return {}

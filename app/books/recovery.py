@@ -84,7 +84,7 @@ def reset(actor: Actor) -> int:
     db.session.execute(
         text(
             "TRUNCATE orders, order_intents, bulk_cancels, dead_letters, batches, stock_movements,"
-            " product_totals, products, sale RESTART IDENTITY"
+            " product_totals, product_names, products, sale RESTART IDENTITY"
         )
     )
     # What PostgreSQL refuses is refused by now, and what Redis refuses is rolled back.
@@ -241,7 +241,7 @@ def rebuild(actor: Actor, replace: bool = False) -> Rebuilt:
         loss=loss,
         generation=generation,
         products=len(products),
-        free_units=sum(free for _, free in catalogue.products_with_stock()),
+        free_units=sum(p["free"] for p in stock.view(stock.product_ids()).products.values()),
         orders=sum(total.stored_orders for total in totals),
         dead_letters=sum(total.dead_orders for total in totals),
         idempotency_keys=keys,

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 
 from .. import sheet
 from ..money import decimal
+from ..products.names import Names
 from ..times import utc_text
 from .search import Found
 
@@ -14,23 +15,23 @@ HEADER = (
 )  # fmt: skip
 
 
-def chunks(found: Iterable[Found], names: dict[int, str]) -> Iterator[str]:
-    """Yield the file's text, some rows at a time; `names` are the products' by id."""
+def chunks(found: Iterable[Found], names: Names) -> Iterator[str]:
+    """Yield the file's text, some rows at a time; products are called as they were when sold."""
     return sheet.chunks(HEADER, (row_of(order, names) for order in found))
 
 
-def row_of(order: Found, names: dict[int, str]) -> tuple[object, ...]:
+def row_of(order: Found, names: Names) -> tuple[object, ...]:
     """Return the order's cells, as many as HEADER has."""
     return (
         order.id,
         order.status,
         order.user,
         order.product_id,
-        names.get(order.product_id, ""),
+        names.sold(order.product_id, order.claimed_at),
         order.quantity,
-        decimal(order.unit_price_cents),
+        decimal(order.unit_price_cents, order.currency),
         order.currency,
-        decimal(order.total_cents),
+        decimal(order.total_cents, order.currency),
         utc_text(order.claimed_at),
         order.persisted_at and utc_text(order.persisted_at),
         order.cancelled_at and utc_text(order.cancelled_at),

@@ -3,25 +3,38 @@
 PostgreSQL is told first and Redis second; the sweeper finishes what a crash leaves in between.
 """
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from sqlalchemy import select
+from sqlalchemy.exc import IntegrityError
 
 from .. import idempotency
 from ..audit import Actor, record
 from ..extensions import db, stock
 from ..models import Product, StockMovement
-from ..problems import Conflict, UnknownProduct, Unprepared
-from .movements import apply_movement
-from .sale import publish, require_sale
+from ..money import shown_digits
+from ..problems import Conflict, InvalidRequest, UnknownProduct, Unprepared
+from .currency import has_orders
+from .movements import apply_first_stock
+from .names import Names
+from .sale import is_withdrawn, publish, require_sale
 from .terms import NewProduct, check_window, describe, terms_of
 
 CREATE = "POST /products"
+# A list without a limit has at most so many.
+MOST_LISTED = 1000
 WINDOW = {"opens_at", "closes_at"}
 NOTHING_PLANNED = {"planned_opens_at": None, "planned_closes_at": None}
+
+
+class CurrencyFixed(Conflict):
+    """There are orders in the product's currency."""
+
+    def __init__(self) -> None:
+        super().__init__("The currency is fixed: there are orders in it", "currency_fixed")
 
 
 class StaleVersion(Conflict):
@@ -31,17 +44,52 @@ class StaleVersion(Conflict):
         super().__init__("The product was changed meanwhile", "stale_version")
 
 
-def products_with_stock(product_id: int | None = None) -> list[tuple[Product, int]]:
-    """Return the products (or the one) by id, each with its free stock.
+class SkuTaken(Conflict):
+    """Another product has this sku."""
 
-    Raises UnknownProduct, and stock.Unavailable when Redis can't tell the stock.
+    def __init__(self) -> None:
+        super().__init__("Another product has this sku", "sku_taken")
+
+
+@dataclass(frozen=True)
+class Listed:
+    """Products with their free stock, by id; `after` continues the list, None where it ends."""
+
+    products: list[tuple[Product, int]]
+    after: int | None = None
+
+
+def listed(for_staff: bool, limit: int | None = None, after: int = 0) -> Listed:
+    """Return products above an id: those that shoppers are shown, or `for_staff` all of them.
+
+    Raises stock.Unavailable when Redis can't tell the stock.
     """
-    query = select(Product).order_by(Product.id)
-    if product_id is not None:
-        query = query.where(Product.id == product_id)
-    products = list(db.session.scalars(query))
-    if product_id is not None and not products:
+    limit = limit or MOST_LISTED
+    query = select(Product).where(Product.id > after).order_by(Product.id).limit(limit + 1)
+    if not for_staff:
+        query = query.where(Product.visibility == "listed", Product.archived.is_(False))
+    found = list(db.session.scalars(query))
+    page = _with_stock(found[:limit])
+    return Listed(page, found[limit - 1].id if len(found) > limit else None)
+
+
+def product_with_stock(product_id: int, for_staff: bool = True) -> tuple[Product, int]:
+    """Return a product with its free stock; errors as in `listed`.
+
+    Raises UnknownProduct, also for one that only the staff sees.
+    """
+    product = db.session.get(Product, product_id)
+    if product is None or not (for_staff or is_shown(product)):
         raise UnknownProduct(product_id)
+    return _with_stock([product])[0]
+
+
+def is_shown(product: Product) -> bool:
+    """Tell whether shoppers are told of the product."""
+    return product.visibility == "listed" and not product.archived
+
+
+def _with_stock(products: list[Product]) -> list[tuple[Product, int]]:
     held = stock.view([product.id for product in products])
     if not held.generation:
         raise Unprepared("the sale is not in Redis")
@@ -50,9 +98,9 @@ def products_with_stock(product_id: int | None = None) -> list[tuple[Product, in
     return [(p, held.products.get(p.id, {}).get("free", 0)) for p in products]
 
 
-def names() -> dict[int, str]:
-    """Return the name of every product, by its id."""
-    return dict(db.session.execute(select(Product.id, Product.name).order_by(Product.id)).all())
+def names() -> Names:
+    """Return the name of every product, by its id; it knows those of before, too."""
+    return Names.read()
 
 
 @dataclass(frozen=True)
@@ -76,50 +124,72 @@ def create(new: NewProduct, actor: Actor, key: str | None = None) -> Created:
         taken = idempotency.take(CREATE, "", key, [new.terms, new.units])
         if taken.answer is not None:
             created = Created(**taken.answer, replayed=True)
-            _put_on_sale(created.product["id"])
+            put_on_sale([created.product["id"]])
             return created
     require_sale()
-    product = Product(**new.terms)
-    db.session.add(product)
-    db.session.flush()
-    db.session.add(
-        StockMovement(
-            product_id=product.id,
-            kind="initial",
-            units=new.units,
-            actor=actor.name,
-            reason="created",
-        )
-    )
-    # Defaults of the schema are read back, so that the audit shows what really is in force.
-    db.session.refresh(product)
-    record(
-        actor,
-        "product.create",
-        f"product {product.id}",
-        after=terms_of(product) | {"stock": new.units},
-    )
+    (product,) = add([new], actor, "created")
     product.braked = stock.braked().bind(product.id)
     created = Created(describe(product, new.units), product.version)
     if taken:
         taken.answer = {"product": created.product, "version": created.version}
     db.session.commit()
-    _put_on_sale(product.id)
+    put_on_sale([product.id])
     return created
 
 
-def _put_on_sale(product_id: int) -> None:
-    """Do in Redis what is left of a creation: nothing, where it was done already."""
-    movement = db.session.scalar(
-        select(StockMovement).where(
-            StockMovement.product_id == product_id,
+def add(news: Sequence[NewProduct], actor: Actor, reason: str) -> list[Product]:
+    """Add products to this transaction, which puts them on record. Raises SkuTaken."""
+    products = [Product(**new.terms, minor_units=True) for new in news]
+    db.session.add_all(products)
+    # What the schema fills in comes back, so that the audit shows what really is in force.
+    _flush()
+    for product, new in zip(products, news, strict=True):
+        db.session.add(
+            StockMovement(
+                product_id=product.id,
+                kind="initial",
+                units=new.units,
+                actor=actor.name,
+                reason=reason,
+            )
+        )
+        record(
+            actor,
+            "product.create",
+            f"product {product.id}",
+            after=terms_of(product) | {"stock": new.units},
+        )
+    return products
+
+
+def _flush() -> None:
+    """Send what the session holds. Raises SkuTaken, and nothing of it is left then."""
+    try:
+        db.session.flush()
+    except IntegrityError as error:
+        db.session.rollback()
+        if "uq_products_sku" in str(error.orig):
+            raise SkuTaken from None
+        raise
+
+
+def put_on_sale(ids: list[int]) -> None:
+    """Do in Redis what is left of a creation: nothing, where it was done already.
+
+    Raises stock.Unavailable.
+    """
+    with_first_stock = (
+        select(Product, StockMovement)
+        .join(StockMovement, StockMovement.product_id == Product.id)
+        .where(
+            Product.id.in_(ids),
             StockMovement.kind == "initial",
             StockMovement.applied_at.is_(None),
         )
     )
-    if movement is not None:
-        publish(db.session.get_one(Product, product_id))
-        apply_movement(movement)
+    apply_first_stock(
+        [(product, movement) for product, movement in db.session.execute(with_first_stock)]
+    )
 
 
 def change(
@@ -128,7 +198,7 @@ def change(
     """Change terms of sale, given by column; return the product and its free stock.
 
     With `versions` only a product that still has one of them is changed. Raises WrongWindow,
-    StaleVersion, UnknownProduct, stock.Unavailable.
+    StaleVersion, SkuTaken, CurrencyFixed, UnknownProduct, stock.Unavailable.
     """
     return _change(product_id, lambda product: values, actor, versions)
 
@@ -165,6 +235,9 @@ def planned_end(product: Product, now: datetime) -> datetime | None:
 
 
 def _opened(product: Product, now: datetime) -> dict[str, Any]:
+    if is_withdrawn(product):
+        what = "archived: restore it" if product.archived else "a draft: list or hide it"
+        raise Conflict(f"The product is {what} first", "withdrawn")
     values: dict[str, Any] = {"paused": False}
     if is_ended(product, now):
         return values | {
@@ -211,6 +284,11 @@ def _change(
     check_window(
         values.get("opens_at", product.opens_at), values.get("closes_at", product.closes_at)
     )
+    if "currency" in values:
+        _check_currency(product, values)
+    if "price_cents" in values and product.minor_units is None and not has_orders(product.id):
+        # Whoever sets the price anew means what it is shown as.
+        values["minor_units"] = True
     if values:
         before = terms_of(product)
         for column, value in values.items():
@@ -225,6 +303,24 @@ def _change(
             before={name: before[name] for name in changed},
             after={name: after[name] for name in changed},
         )
+        _flush()
     db.session.commit()
     publish(product)
-    return products_with_stock(product_id)[0]
+    return product_with_stock(product_id)
+
+
+def _check_currency(product: Product, values: dict[str, Any]) -> None:
+    """Refuse another currency once something was sold, and a price that would mean another one.
+
+    Raises CurrencyFixed and InvalidRequest.
+    """
+    if has_orders(product.id):
+        db.session.rollback()
+        raise CurrencyFixed
+    if "price_cents" not in values and (
+        shown_digits(values["currency"]) != shown_digits(product.currency)
+    ):
+        db.session.rollback()
+        raise InvalidRequest(
+            "priceCents must come with a currency whose minor unit has other digits", "priceCents"
+        )

@@ -12,13 +12,16 @@ from ..reading import MAX_ID
 
 PAGE_PRODUCTS = 50
 # In the order of the list: what sells comes first, what is over comes last.
-STATES = ("live", "sold out", "paused", "scheduled", "ended")
+STATES = ("live", "sold out", "paused", "scheduled", "draft", "ended", "archived")
 SORTS = ("live", "newest", "name", "stock")
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is looked for: a part of the name, or the id; one of STATES, or all; one of SORTS."""
+    """What is looked for: a part of the name, the id or the sku; one of STATES; one of SORTS.
+
+    Without a state all are found but the archived ones.
+    """
 
     text: str = ""
     state: str | None = None
@@ -60,13 +63,18 @@ def find(wanted: Wanted, number: int = 1) -> Page:
 def _matching(wanted: Wanted, now: datetime) -> Select[int]:
     query = select(Product.id).join(ProductTotals, ProductTotals.product_id == Product.id)
     if wanted.text:
-        matches = [Product.name.icontains(wanted.text, autoescape=True)]
+        matches = [
+            Product.name.icontains(wanted.text, autoescape=True),
+            Product.sku == wanted.text,
+        ]
         number = wanted.text.removeprefix("#")
         if number.isascii() and number.isdigit() and len(number) <= 16 and int(number) <= MAX_ID:
             matches.append(Product.id == int(number))
         query = query.where(or_(*matches))
     if wanted.state:
         query = query.where(_rank(now) == STATES.index(wanted.state))
+    else:
+        query = query.where(Product.archived.is_(False))
     return query
 
 
@@ -83,6 +91,8 @@ def _order(sort: str, now: datetime) -> tuple[ColumnElement[Any], ...]:
 def _rank(now: datetime) -> ColumnElement[int]:
     """Return the place of a product's state in STATES, decided in the claim's order."""
     return case(
+        (Product.archived, STATES.index("archived")),
+        (Product.visibility == "draft", STATES.index("draft")),
         (Product.closes_at <= now, STATES.index("ended")),
         (Product.paused, STATES.index("paused")),
         (Product.opens_at > now, STATES.index("scheduled")),

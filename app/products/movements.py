@@ -21,7 +21,7 @@ from ..problems import Conflict, InvalidRequest, KeyMismatch, UnknownProduct
 from ..reading import MAX_RESTOCK, MAX_STOCK
 from ..stock.entries import STANDING, Entry
 from ..stock.gateway import Ended
-from .sale import publish, require_sale
+from .sale import in_force, publish, require_sale
 
 
 @dataclass(frozen=True)
@@ -146,6 +146,31 @@ def apply_movement(movement: StockMovement) -> int:
     movement.stock_after = free
     db.session.commit()
     return free
+
+
+def apply_first_stock(created: list[tuple[Product, StockMovement]]) -> None:
+    """Publish new products with their first movements, in one round trip, and mark these applied.
+
+    Safe to repeat, and beside `apply_movement`. Raises stock.Unavailable.
+    """
+    ids = [movement.id for _, movement in created]
+    if not ids:
+        return
+    db.session.execute(text(f"SELECT pg_advisory_xact_lock_shared({SALE_LOCK})"))
+    # Nobody else applies them meanwhile; in this order, so that two wait for each other in turn.
+    locked = select(StockMovement.id).where(StockMovement.id.in_(ids)).order_by(StockMovement.id)
+    db.session.execute(locked.with_for_update())
+    free = stock.put_new(
+        on_record(),
+        (
+            (product.id, product.version, in_force(product), movement.id, movement.units)
+            for product, movement in created
+        ),
+    )
+    for (_, movement), units in zip(created, free, strict=True):
+        movement.applied_at = datetime.now(UTC)
+        movement.stock_after = units
+    db.session.commit()
 
 
 def _ended_by(movement: StockMovement, order: Order | None = None) -> Ended | None:

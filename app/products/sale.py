@@ -28,6 +28,11 @@ def is_prepared() -> bool:
     return held(stock.generation(), on_record()) is Held.THIS
 
 
+def is_withdrawn(product: Product) -> bool:
+    """Tell whether the product can't be bought at all: to shoppers it is unknown."""
+    return bool(product.archived) or product.visibility == "draft"
+
+
 def in_force(product: Product) -> dict[str, object]:
     """Return the terms of sale in the form that Redis obeys."""
     return {
@@ -35,7 +40,8 @@ def in_force(product: Product) -> dict[str, object]:
         "closes": _milliseconds(product.closes_at),
         "pause": int(product.paused),
         "cap": product.per_user_limit,
-        "max": product.max_quantity,
+        # None at all, which claims of version 0.1.0 refuse, too.
+        "max": 0 if is_withdrawn(product) else product.max_quantity,
         # Opaque to Redis, and carried by each order: the price at the moment of the claim.
         "price": f"{product.price_cents} {product.currency}",
     }

@@ -7,11 +7,15 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ..models import Product
+from ..money import read_currency, shown_digits
 from ..problems import InvalidRequest
 from ..reading import MAX_ID, MAX_QUANTITY, MAX_STOCK, read_integer, read_text
 from ..times import utc_text
 
 MAX_NAME = 200
+# A draft can't be bought, and is seen by the staff alone; who knows of a hidden one can buy it.
+VISIBILITIES = ("draft", "hidden", "listed")
+SKU = re.compile(r"[\x21-\x7e]{1,64}").fullmatch
 # RFC 3339, 5.6: date, time and an offset.
 RFC3339 = re.compile(
     r"\d{4}-\d{2}-\d{2}[Tt ]\d{2}:\d{2}:\d{2}(\.\d{1,9})?([Zz]|[+-]\d{2}:\d{2})", re.ASCII
@@ -41,10 +45,17 @@ def moment(value: object, field: str, called: str | None = None) -> datetime:
     return found
 
 
-def currency(value: object, called: str = "currency") -> str:
-    """Return a currency's code. Raises InvalidRequest."""
-    if not isinstance(value, str) or not re.fullmatch("[A-Z]{3}", value):
-        raise InvalidRequest(f"{called} must be three capital letters (ISO 4217)", "currency")
+def visibility(value: object, called: str = "visibility") -> str:
+    """Return one of VISIBILITIES. Raises InvalidRequest."""
+    if value not in VISIBILITIES:
+        raise InvalidRequest(f"{called} must be one of {', '.join(VISIBILITIES)}", "visibility")
+    return str(value)
+
+
+def sku(value: object, called: str = "sku") -> str:
+    """Return the shop's own name for a product. Raises InvalidRequest."""
+    if not isinstance(value, str) or not SKU(value):
+        raise InvalidRequest(f"{called} must be 1 to 64 visible ASCII characters", "sku")
     return value
 
 
@@ -67,7 +78,7 @@ def _or_none(read: Read) -> Read:
 TERMS: dict[str, tuple[str, Read]] = {
     "name": ("name", lambda data, name: read_text(data, name, MAX_NAME)),
     "priceCents": ("price_cents", lambda data, name: read_integer(data, name, 0, MAX_ID)),
-    "currency": ("currency", lambda data, name: currency(data[name])),
+    "currency": ("currency", lambda data, name: read_currency(data[name])),
     "opensAt": ("opens_at", _or_none(lambda data, name: moment(data[name], name))),
     "closesAt": ("closes_at", _or_none(lambda data, name: moment(data[name], name))),
     "perUserLimit": (
@@ -76,6 +87,9 @@ TERMS: dict[str, tuple[str, Read]] = {
     ),
     "maxQuantity": ("max_quantity", lambda data, name: read_integer(data, name, 1, MAX_QUANTITY)),
     "paused": ("paused", _flag),
+    "sku": ("sku", _or_none(lambda data, name: sku(data[name]))),
+    "visibility": ("visibility", lambda data, name: visibility(data[name])),
+    "archived": ("archived", _flag),
 }
 REQUIRED_TERMS = ("name", "priceCents", "currency")
 
@@ -127,6 +141,9 @@ def terms_of(product: Product) -> dict[str, Any]:
         "perUserLimit": product.per_user_limit,
         "maxQuantity": product.max_quantity,
         "paused": product.paused,
+        "sku": product.sku,
+        "visibility": product.visibility,
+        "archived": product.archived,
     }
 
 
@@ -137,4 +154,5 @@ def describe(product: Product, free: int) -> dict[str, Any]:
         **terms_of(product),
         "stockRemaining": free,
         "braked": product.braked,
+        "currencyDigits": shown_digits(product.currency),
     }

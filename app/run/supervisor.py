@@ -180,6 +180,8 @@ class Supervisor:
         given = self.settings.admin_password
         where = "as given" if given else f"in {self.settings.data_dir / 'admin_password'}"
         telling.tell(f"Ready: {url}")
+        if self.settings.has_shop_page:
+            telling.tell(f"Shop:      {url}/shop, to try it as a shopper")
         telling.tell(f"Sign in:   {url}/admin as {self.settings.admin_email}, password {where}")
         # For programs that look for a running system. Without it they have to be told.
         with suppress(OSError):

@@ -88,6 +88,13 @@ class Accounts:
     products: dict[int, Account]
 
 
+def _publication(product_id: int, version: int, terms: dict[str, object]) -> tuple[list, list]:
+    """Return keys and arguments of put_product.lua."""
+    values = ["" if terms[name] is None else terms[name] for name in TERMS]
+    keys = [Keys.generation, Keys.products, Keys.product(product_id)]
+    return keys, [product_id, version, *values]
+
+
 class Stock:
     """The sale in Redis. One for each app; safe to use from several threads."""
 
@@ -179,15 +186,33 @@ class Stock:
 
         `terms` holds TERMS: opens and closes in ms since 1970, None where there is none.
         """
-        values = ["" if terms[name] is None else terms[name] for name in TERMS]
-        outcome = self._run(
-            "put_product",
-            [Keys.generation, Keys.products, Keys.product(product_id)],
-            [product_id, version, *values],
-        )
+        outcome = self._run("put_product", *_publication(product_id, version, terms))
         if outcome == "unprepared":
             raise Unprepared("the sale is not in Redis")
         return outcome == "published"
+
+    def put_new(
+        self, generation: str | None, products: Iterable[tuple[int, int, dict, int, int]]
+    ) -> list[int]:
+        """Publish new products and their first stock, all in one round trip; return what is free.
+
+        Each is (id, version, terms, id of the movement, its units), and may be there already.
+        Raises Unprepared when Redis holds another sale than `generation`.
+        """
+        try:
+            with self.client.pipeline(transaction=False) as pipe:
+                for product_id, version, terms, movement_id, units in products:
+                    keys, args = _publication(product_id, version, terms)
+                    self._scripts["put_product"](keys, args, client=pipe)
+                    keys = [Keys.generation, Keys.movements, Keys.product(product_id)]
+                    args = [movement_id, units, generation or ""]
+                    self._scripts["move"](keys, args, client=pipe)
+                moved = pipe.execute()[1::2]
+        except redis.RedisError as error:
+            raise Unavailable(str(error)) from error
+        if any(outcome == "unprepared" for outcome, _ in moved):
+            raise Unprepared("the sale is not in Redis")
+        return [free for _, free in moved]
 
     def move(
         self,

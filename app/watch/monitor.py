@@ -24,6 +24,8 @@ from .samples import Span
 # can't be told without Redis, unless the terms refuse it.
 ENDED, BRAKED, PAUSED, SCHEDULED = "ended", "braked", "paused", "scheduled"
 SOLD_OUT, LIVE, UNKNOWN = "sold out", "live", "unknown"
+# What shoppers can't buy at all, whatever its other terms say.
+ARCHIVED, DRAFT = "archived", "draft"
 
 # The ledger's proof is written every few seconds; an older one says nothing about now.
 LEDGER_SECONDS = 15
@@ -95,7 +97,9 @@ class Board:
     """Everything the dashboard shows at one instant."""
 
     now: datetime
+    # Without the archived ones, which stay in the ledger.
     items: list[Item]
+    archived: list[Item]
     # What is wrong with each, in words that name no server; None when nothing is.
     redis_error: str | None
     postgres_error: str | None
@@ -146,6 +150,10 @@ class Board:
 
 def state_of(product: Product, free: int | None, now: datetime, braked: bool = False) -> str:
     """Return what the next purchase would meet, as far as it can be told."""
+    if product.archived:
+        return ARCHIVED
+    if product.visibility == "draft":
+        return DRAFT
     if product.closes_at and product.closes_at <= now:
         return ENDED
     if braked:
@@ -298,7 +306,8 @@ def board() -> Board:
         rates = samples.rates(live.point, earlier)
     return Board(
         now=live.now,
-        items=found,
+        items=[item for item in found if item.state != ARCHIVED],
+        archived=[item for item in found if item.state == ARCHIVED],
         redis_error=live.error,
         postgres_error=live.postgres_error,
         sale_error=NOT_THIS_SALE if live.foreign else None,

@@ -15,6 +15,8 @@ from .identity import bearer_of
 from .limits import token_limit
 
 View = Callable[..., ResponseReturnValue]
+# RFC 7515, 7.1: head, body and mark.
+JWT_DOTS = 2
 
 
 def token_with(scope: str) -> Callable[[View], View]:
@@ -51,6 +53,26 @@ def token_with(scope: str) -> Callable[[View], View]:
 
 
 token_required = token_with(tokens.ALL)
+
+
+def token_optional(view: View) -> View:
+    """Note in `g.actor` whose API token came, None for shoppers; a token that is none is refused.
+
+    A shopper's own token (a JWT, in three parts) says nothing here. The limit is the look-ups'.
+    """
+
+    @functools.wraps(view)
+    def guarded(*args: Any, **kwargs: Any) -> ResponseReturnValue:
+        token = bearer_of(request.headers.get("Authorization"))
+        g.actor = None
+        if token and token.count(".") != JWT_DOTS:
+            name = tokens.name_of(token)
+            if name is None:
+                return _refused("admin", "A valid API token is required")
+            g.actor = Actor(name, request.remote_addr)
+        return view(*args, **kwargs)
+
+    return guarded
 
 
 def metrics_token_required(view: View) -> View:

@@ -29,7 +29,7 @@ from ..reading import (
 )
 from ..watch import health, telemetry
 from . import openapi, probe
-from .access import metrics_token_required, token_with
+from .access import metrics_token_required, token_optional, token_with
 from .errors import RETRY_AFTER_SECONDS, api_error
 from .limits import lookup_limit
 
@@ -120,11 +120,13 @@ def metrics() -> ResponseReturnValue:
     view = stock.view(ids)
     if not view.generation:
         raise Unprepared("the sale is not in Redis")
-    if product_id is not None and not view.products:
-        raise UnknownProduct(product_id)
     figures = list(view.products.values())
+    # What nobody can buy, a draft or an archived product, is not there to shoppers.
+    on_sale = [figure for figure in figures if figure.get("max")]
+    if product_id is not None and not on_sale:
+        raise UnknownProduct(product_id)
     return jsonify(
-        stock_remaining=sum(figure["free"] for figure in figures),
+        stock_remaining=sum(figure["free"] for figure in on_sale),
         queue_depth=sum(figure["accepted"] - figure["settled"] for figure in figures),
         total_processed=sum(figure["persisted"] for figure in figures),
     )
@@ -132,16 +134,27 @@ def metrics() -> ResponseReturnValue:
 
 @bp.get("/products")
 @lookup_limit
+@token_optional
 def list_products() -> ResponseReturnValue:
-    return jsonify([terms.describe(*pair) for pair in catalogue.products_with_stock()])
+    """The products that shoppers are shown; with an API token every product."""
+    limit = query_integer("limit", 1, catalogue.MOST_LISTED)
+    after = query_integer("after", 0, MAX_ID) or 0
+    found = catalogue.listed(g.actor is not None, limit, after)
+    response = jsonify([terms.describe(*pair) for pair in found.products])
+    if found.after is not None:
+        # Without a value, `limit` is left out.
+        target = url_for("api.list_products", limit=limit, after=found.after)
+        response.headers["Link"] = f'<{target}>; rel="next"'
+    return response
 
 
 @bp.get("/products/<int:product_id>")
 @lookup_limit
+@token_optional
 def show_product(product_id: int) -> ResponseReturnValue:
     if not 1 <= product_id <= MAX_ID:
         raise UnknownProduct(product_id)
-    return show(*catalogue.products_with_stock(product_id)[0])
+    return show(*catalogue.product_with_stock(product_id, g.actor is not None))
 
 
 def show(product: Product, free: int) -> Response:
@@ -169,7 +182,7 @@ def change_product(product_id: int) -> ResponseReturnValue:
     try:
         return show(*catalogue.change(product_id, values, g.actor, expected_versions()))
     except catalogue.StaleVersion as stale:
-        product, free = catalogue.products_with_stock(product_id)[0]
+        product, free = catalogue.product_with_stock(product_id)
         now = terms.describe(product, free)
         return with_version(api_error(409, str(stale), stale.code, product=now), product.version)
 

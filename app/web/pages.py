@@ -26,8 +26,10 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 
 from .. import logs
 from ..addresses import client_of
+from ..products.importing import MOST_BYTES
 from . import polls
 from .answer import FAILED, OVERLOADED, Answer
+from .cors import Cors
 from .files import COMPRESSIBLE, LEAST_COMPRESSED, Files, accepts_gzip
 from .probe import PATH as PROBE
 from .probe import Probe
@@ -40,8 +42,11 @@ MOST_WAITING = 500
 # Each holds a connection to PostgreSQL for as long as its reader takes.
 MOST_STREAMS = 4
 STREAM_THREADS = 2
+# The one page to which people send files, which are larger than forms.
+FILES_TO = b"/admin/products/import"
+MOST_OF_FILE = MOST_BYTES + 64 * 1024
 # Pages that are the same for everybody for as long as the process lives.
-LASTING = {"/docs", "/openapi.json"}
+LASTING = {"/docs", "/openapi.json", "/shop"}
 # A tenth of the size of a page of ours; level 9 takes three times as long for some percent more.
 COMPRESSION = 5
 # What belongs to one answer, not to the next one that is made of it.
@@ -121,7 +126,7 @@ class Pages:
     def __init__(self, app: Flask) -> None:
         settings = app.config["SETTINGS"]
         self.wsgi = app.wsgi_app
-        self.most = app.config["MAX_CONTENT_LENGTH"]
+        self._most = app.config["MAX_CONTENT_LENGTH"]
         self.files = Files(Path(app.static_folder or ""), f"{app.static_url_path}/")
         self.polls: polls.Polls = app.extensions["polls"]
         self.lasting: dict[tuple[str, bool], Answer] = {}
@@ -132,11 +137,16 @@ class Pages:
         # How many pages their threads ever took up: the watchdog tells busy from stuck by it.
         self.taken = 0
         self.probe = Probe()
+        self.cors = Cors(settings.cors_origins) if settings.cors_origins else None
         # Only for what it does to a request's address: the same rule on all ways in.
         self.trust_proxies: Callable[[dict[str, Any]], object] | None = None
         if isinstance(app.wsgi_app, ProxyFix):
             fix = ProxyFix(lambda environ, _: (), x_for=settings.trusted_proxies)
             self.trust_proxies = lambda environ: fix(environ, _start_nothing)
+
+    def most(self, url: bytes) -> int:
+        """Return how many bytes a request's body may have."""
+        return MOST_OF_FILE if url == FILES_TO else self._most
 
     def at_once(self, request: Request) -> Answer | None:
         """Return the answer where it needs no thread."""

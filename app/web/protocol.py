@@ -25,6 +25,7 @@ from .. import logs
 from ..extensions import stock
 from ..reading import MAX_BODY_BYTES
 from .answer import BAD_REQUEST, OVERLOADED, Answer, refusal
+from .cors import Cors
 from .lane import Headers, PurchaseLane
 from .pages import Pages, Stream
 from .request import Request
@@ -77,6 +78,8 @@ HEADERS = {
     b"accept-encoding": "HTTP_ACCEPT_ENCODING",
     b"if-none-match": "HTTP_IF_NONE_MATCH",
     b"cookie": "HTTP_COOKIE",
+    b"origin": "HTTP_ORIGIN",
+    b"access-control-request-method": "HTTP_ACCESS_CONTROL_REQUEST_METHOD",
     b"x-poll": "HTTP_X_POLL",
 }
 
@@ -437,9 +440,11 @@ class Connection(asyncio.BufferedProtocol):
             request.purchase, request.most = True, MAX_BODY_BYTES
         elif url[:1] == b"/" or url[:7].lower() == b"http://" or url[:8].lower() == b"https://":
             request.is_page(method, url, version, headers, self.server)
-            request.most = self.pages.most
+            request.most = self.pages.most(url)
         else:
             raise Stop(MALFORMED)
+        if self.pages.cors and "HTTP_ORIGIN" in environ:
+            self._allow_origin(self.pages.cors, request, method, url)
         request.size = self.wire_bytes + HEADER_COST * len(headers)
         request.keep_alive = version == "1.1" and parser.should_keep_alive()
         if "HTTP_EXPECT" in environ:
@@ -450,6 +455,13 @@ class Connection(asyncio.BufferedProtocol):
             self._cut(request)
         if parser.should_upgrade():
             self._prepare_to_ignore_upgrade(environ, length)
+
+    def _allow_origin(self, cors: Cors, request: Request, method: str, url: bytes) -> None:
+        environ = request.environ
+        if method == "OPTIONS" and (preflight := cors.preflight(environ, url)):
+            request.refusal, request.purchase = preflight, False
+        else:
+            request.allowed = cors.headers(environ["HTTP_ORIGIN"], method, url)
 
     def _prepare_to_ignore_upgrade(self, environ: dict[str, str], length: int) -> None:
         if "HTTP_TRANSFER_ENCODING" in environ:
@@ -566,6 +578,8 @@ class Connection(asyncio.BufferedProtocol):
         """Write a head, and a body with it; return whether it says that it is the last one."""
         last = not request.keep_alive or (self.state.ending and len(self.queue) == 1)
         lines = [f"HTTP/1.1 {status}\r\n", *[f"{name}: {value}\r\n" for name, value in headers]]
+        if request.allowed:
+            lines += [f"{name}: {value}\r\n" for name, value in request.allowed]
         if last:
             lines.append("Connection: close\r\n")
         head = "".join(lines).encode("latin-1")

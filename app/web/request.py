@@ -7,8 +7,8 @@ class Request:
     """What was asked, how much of it has come, and what is known about its answer."""
 
     __slots__ = (
-        "body", "environ", "expects_continue", "gone", "headers", "keep_alive", "method", "most",
-        "purchase", "refusal", "server", "size", "url", "version", "whole",
+        "allowed", "body", "environ", "expects_continue", "gone", "headers", "keep_alive", "method",
+        "most", "purchase", "refusal", "server", "size", "url", "version", "whole",
     )  # fmt: skip
 
     def __init__(self, environ: dict[str, str]) -> None:
@@ -22,8 +22,10 @@ class Request:
         self.expects_continue = False
         # Whether more may be asked on the connection after it.
         self.keep_alive = False
-        # What the connection itself answers, where it is no request that could be served.
+        # What the connection itself answers: a preflight, and what could not be served.
         self.refusal: Answer | None = None
+        # Headers that let a page of another origin read the answer.
+        self.allowed: tuple[tuple[str, str], ...] = ()
 
     def is_page(
         self,

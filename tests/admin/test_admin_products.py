@@ -49,7 +49,7 @@ def test_create(client, admin, buy):
         ("name", "", "The name must be"),
         ("price", "cheap", "must be an amount like 999.99"),
         ("price", "1.999", "must be an amount like 999.99"),
-        ("currency", "Euros", "The currency must be three capital letters"),
+        ("currency", "Euros", "The currency must be a code of ISO 4217"),
         ("stock", "-1", "The stock must be"),
         ("stock", "99999999", "The stock must be from 0 to"),
         ("max_quantity", "0", "The maximum must be from 1"),

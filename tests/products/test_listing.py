@@ -19,10 +19,11 @@ def thousand(app):
         db.session.execute(
             text(
                 "INSERT INTO products"
-                " (id, name, price_cents, currency, opens_at, closes_at, paused)"
+                " (id, name, price_cents, currency, opens_at, closes_at, paused, visibility)"
                 " OVERRIDING SYSTEM VALUE SELECT i, 'Drop ' || i, 100, 'USD',"
                 " CASE WHEN i % 10 = 3 THEN now() + interval '1 hour' END,"
-                " CASE WHEN i % 10 > 3 THEN now() - interval '1 hour' END, i % 10 = 2"
+                " CASE WHEN i % 10 > 3 THEN now() - interval '1 hour' END, i % 10 = 2,"
+                " CASE WHEN i % 10 = 8 THEN 'draft' ELSE 'listed' END"
                 " FROM generate_series(2, 1001) AS i"
             )
         )
@@ -40,7 +41,8 @@ def thousand(app):
 
 
 def state_of(product_id: int) -> str:
-    return {0: "live", 1: "sold out", 2: "paused", 3: "scheduled"}.get(product_id % 10, "ended")
+    states = {0: "live", 1: "sold out", 2: "paused", 3: "scheduled", 8: "draft"}
+    return states.get(product_id % 10, "ended")
 
 
 def test_every_product_stands_on_one_page_live_first(thousand):
@@ -59,7 +61,7 @@ def test_past_the_ends_are_the_first_and_the_last_page(thousand, number):
     assert page.number == (1 if number < 1 else 21)
 
 
-@pytest.mark.parametrize("state", listing.STATES)
+@pytest.mark.parametrize("state", [state for state in listing.STATES if state != "archived"])
 def test_a_state_is_all_of_it_and_nothing_else(thousand, state):
     page = listing.find(Wanted(state=state))
     assert {state_of(product_id) for product_id in page.ids if product_id > 1} == {state}
@@ -104,3 +106,13 @@ def test_past_and_future_are_judged_now(app, client, admin_headers):
             ("ended", [2]), ("scheduled", [3]), ("paused", [4]), ("sold out", [5]), ("live", [1]),
         ):  # fmt: skip
             assert listing.find(Wanted(state=state)).ids == ids
+
+
+def test_archived_products_are_found_among_themselves_alone(thousand):
+    db.session.execute(text("UPDATE products SET archived = true WHERE id % 10 = 0"))
+    assert listing.find(Wanted()).total == 901
+    assert listing.find(Wanted(state="live")).total == 0
+    assert listing.find(Wanted(state="archived")).total == 100
+    assert listing.find(Wanted(text="#770")).ids == []
+    assert listing.find(Wanted(text="#770", state="archived")).ids == [770]
+    db.session.rollback()

@@ -21,6 +21,7 @@ GROUND = {
     "logs",
     "locks",
     "money",
+    "numbers",
 }
 TABLES = GROUND | {"extensions", "models", "audit", "idempotency", "generation"}
 ROOMS = {
@@ -29,7 +30,8 @@ ROOMS = {
     "addresses": set(),
     "breaker": set(),
     "locks": set(),
-    "money": set(),
+    "money": {"problems"},
+    "numbers": {"money", "problems"},
     "reading": {"problems"},
     "sheet": set(),
     "config": set(),

@@ -46,7 +46,13 @@ def generated(server, tmp_path_factory):
             "show_order",
             "start_bulk_cancel",
         ),
-        "products": ("change_product", "create_product", "restock", "show_product"),
+        "products": (
+            "change_product",
+            "create_product",
+            "list_products",
+            "restock",
+            "show_product",
+        ),
     }
     sent = []
     client = shop.AuthenticatedClient(
@@ -56,6 +62,7 @@ def generated(server, tmp_path_factory):
     )
     yield SimpleNamespace(
         client=client,
+        anonymous=shop.Client(base_url=server.url),
         sent=sent,
         models=importlib.import_module("generated_shop_client.models"),
         **{
@@ -157,6 +164,53 @@ def test_buying_as_a_text_at_the_price_that_was_shown(generated, product):
     body.expected_price_cents = 499
     refused = generated.purchase.sync(client=client, body=body)
     assert (refused.code, refused.price_cents, refused.currency) == ("price_changed", 500, "EUR")
+
+
+def test_products_page_by_page_with_what_only_the_staff_sees(generated):
+    models, client = generated.models, generated.client
+    made = [
+        generated.create_product.sync(
+            client=client,
+            body=models.NewProduct(
+                name=visibility,
+                price_cents=1500,
+                currency="JPY",
+                stock=1,
+                sku=f"sku-{next(users)}",
+                visibility=models.NewProductVisibility(visibility),
+            ),
+        )
+        for visibility in ("draft", "hidden", "listed")
+    ]
+    draft, hidden, listed = (product.id for product in made)
+    assert made[0].visibility == models.ProductVisibility.DRAFT
+    assert (made[0].currency_digits, made[0].archived) == (0, False)
+
+    def ids(client, **query):
+        return [p.id for p in generated.list_products.sync(client=client, **query)]
+
+    assert ids(client, after=draft - 1) == [draft, hidden, listed]
+    assert ids(generated.anonymous, after=draft - 1) == [listed]
+    first = generated.list_products.sync_detailed(client=client, after=draft - 1, limit=2)
+    assert [product.id for product in first.parsed] == [draft, hidden]
+    assert first.headers["Link"] == f'</products?limit=2&after={hidden}>; rel="next"'
+    archive = models.ProductChange(archived=True)
+    assert generated.change_product.sync(listed, client=client, body=archive).archived
+    gone = generated.show_product.sync(listed, client=generated.anonymous)
+    assert gone.code == "unknown_product"
+
+
+def test_refusals_of_a_sku_and_of_a_currency(generated, product):
+    models, client = generated.models, generated.client
+    taken = models.ProductChange(sku=f"sku-{next(users)}")
+    generated.change_product.sync(product.id, client=client, body=taken)
+    body = models.NewProduct(name="Second", price_cents=1, currency="EUR", stock=1, sku=taken.sku)
+    assert generated.create_product.sync(client=client, body=body).code == "sku_taken"
+    purchase = models.Purchase(user_id=next(users), product_id=product.id)
+    generated.purchase.sync(client=client, body=purchase)
+    change = models.ProductChange(currency="USD")
+    refused = generated.change_product.sync(product.id, client=client, body=change)
+    assert refused.code == "currency_fixed"
 
 
 def test_orders_are_found_and_given_back(generated, product):

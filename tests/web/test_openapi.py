@@ -14,7 +14,7 @@ from app.web.openapi import document
 from app.web.openapi.components import ERRORS, SCHEMAS
 
 # Pages and their parts, which people use; static files.
-NOT_JSON = re.compile(r"/(admin|static|rq)(/|$)|/$|/favicon.ico$")
+NOT_JSON = re.compile(r"/(admin|static|rq)(/|$)|/(shop)?$|/favicon.ico$")
 
 
 def documented() -> set[tuple[str, str]]:

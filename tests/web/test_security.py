@@ -378,7 +378,7 @@ def test_a_failed_request_tells_nothing_of_the_inside(app, client, monkeypatch):
     def fail(*_):
         raise RuntimeError("/home/sale/app.py line 7: password=hunter2")
 
-    monkeypatch.setattr("app.products.catalogue.products_with_stock", fail)
+    monkeypatch.setattr("app.products.catalogue.listed", fail)
     monkeypatch.setattr(stock, "claim", fail)
     for answer in (
         client.get("/products"),

@@ -39,21 +39,13 @@ SABOTAGES = {
         [
             (
                 "app/stock/lua/claim.lua",
-                "if free <= 0 then return refuse('sold_out') end",
-                """local order_id = redis.call('INCR', KEYS[8])
-redis.call('XADD', KEYS[6], order_id .. '-0', 'order', table.concat(
-  { user, product_id, ARGV[3], product[7], string.format('%d', now), ARGV[11] or '' }, ' '))
-if free <= 0 then return refuse('sold_out') end""",
-            ),
-            (
-                "app/stock/lua/claim.lua",
-                "local order_id = redis.call('INCR', KEYS[8])\nlocal entry",
-                "local entry",
-            ),
-            (
-                "app/stock/lua/claim.lua",
-                "redis.call('XADD', KEYS[6], order_id .. '-0', 'order', entry)",
-                "",
+                "    elseif product.free <= 0 then outcome = 'sold_out'\n",
+                """    elseif product.free <= 0 then
+      redis.set_repl(redis.REPL_ALL)
+      redis.call('XADD', KEYS[5], redis.call('INCR', KEYS[7]) .. '-0', 'order', table.concat(
+        { claim.user, product.id, claim.units, product.price, string.format('%d', now), '' }, ' '))
+      outcome = 'sold_out'
+""",
             ),
         ],
         ("--kinds", "cut postgres", "--kills", "15"),
@@ -77,14 +69,15 @@ if free <= 0 then return refuse('sold_out') end""",
         [
             (
                 "app/stock/lines.py",
-                "        answer = await channel.ask(command)\n",
-                """        try:
-            answer = await channel.ask(command)
-        except Unavailable:
-            await asyncio.sleep(0.1)
-            channel = await self._reach()
-            answer = await channel.ask(command)
-""",
+                "        else:\n            self._tell(batch, answer)\n\n    def _tell(",
+                """        else:
+            asyncio.get_running_loop().call_later(0.1, self._again, batch)
+
+    def _again(self, batch):
+        reach = asyncio.get_running_loop().create_task(self._reach())
+        reach.add_done_callback(partial(self._reached, batch))
+
+    def _tell(""",
             ),
         ],
         ("--kinds", "lose redis", "--kills", "8"),

@@ -251,7 +251,7 @@ def test_a_fault_of_ours_is_still_a_500(shop, monkeypatch):
     def wrong(*_):
         db.session.execute(text("SELEKT"))
 
-    monkeypatch.setattr(catalogue, "products_with_stock", wrong)
+    monkeypatch.setattr(catalogue, "listed", wrong)
     assert shop.test_client().get("/products").status_code == 500
 
 

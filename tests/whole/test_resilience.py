@@ -345,7 +345,7 @@ def test_an_answer_cut_off_is_no_internal_error(client, monkeypatch, error):
     def fail(*arguments):
         raise error
 
-    monkeypatch.setattr(catalogue, "products_with_stock", fail)
+    monkeypatch.setattr(catalogue, "listed", fail)
     answer = client.get("/products")
     assert answer.status_code == 503
     assert answer.headers["Retry-After"]

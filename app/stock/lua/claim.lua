@@ -82,7 +82,9 @@ for _, product in ipairs(products) do
   local figures = redis.pcall('HMGET', product.hash,
     'free', 'opens', 'closes', 'pause', 'cap', 'max', 'price', 'accepted', 'claimed')
   product.wrong, product.counts = failed(figures), KEYS[8]
-  if not product.wrong and figures[1] then
+  -- A product that can't be sold at all, a draft or an archived one, is published with a maximum of
+  -- none: to shoppers it is not there.
+  if not product.wrong and figures[1] and figures[6] ~= '0' then
     product.free, product.max = tonumber(figures[1]), tonumber(figures[6])
     product.opens, product.closes = tonumber(figures[2]), tonumber(figures[3])
     product.cap, product.price = tonumber(figures[5]), figures[7]

@@ -35,8 +35,14 @@ ID = integer(1, MAX_ID, examples=[1])
 _TEXT = r"\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f"
 NOT_BLANK = rf"^[^{_TEXT}]*[^\s{_TEXT}\ufeff][^{_TEXT}]*$"
 TIME = {"type": ["string", "null"], "format": "date-time"}
-PRICE = integer(0, MAX_ID, "in the currency's smallest unit")
-CURRENCY = {"type": "string", "pattern": "^[A-Z]{3}$", "description": "ISO 4217"}
+PRICE = integer(
+    0, MAX_ID, "in the currency's minor unit by ISO 4217: 1500 is JPY 1500, USD 15.00, KWD 1.500"
+)
+CURRENCY = {
+    "type": "string",
+    "pattern": "^[A-Z]{3}$",
+    "description": "ISO 4217, with a minor unit (no gold, XAU, and no XXX)",
+}
 USER = {
     "description": 'a shopper by the shop\'s own name: `42` and `"42"` are the same one; any other '
     "text is itself, byte for byte",
@@ -75,6 +81,22 @@ TERMS = {
     },
     "maxQuantity": integer(1, MAX_QUANTITY, "units in one purchase"),
     "paused": {"type": "boolean"},
+    "sku": {
+        "type": ["string", "null"],
+        "minLength": 1,
+        "maxLength": 64,
+        "pattern": r"^[\x21-\x7e]+$",
+        "description": "the shop's own name for the product; no other one has it",
+    },
+    "visibility": {
+        "enum": ["draft", "hidden", "listed"],
+        "description": "`draft`: to shoppers it is unknown. `hidden`: shown nowhere, but who knows "
+        "its id can buy it",
+    },
+    "archived": {
+        "type": "boolean",
+        "description": "it sells nothing, to shoppers it is unknown; its orders and ledger stay",
+    },
 }
 
 SCHEMAS = {
@@ -188,6 +210,8 @@ SCHEMAS = {
         | {
             "maxQuantity": TERMS["maxQuantity"] | {"default": 10},
             "paused": TERMS["paused"] | {"default": False},
+            "visibility": TERMS["visibility"] | {"default": "listed"},
+            "archived": TERMS["archived"] | {"default": False},
             "stock": integer(0, MAX_STOCK, "the units on sale at first"),
         },
         ["name", "priceCents", "currency", "stock"],
@@ -204,6 +228,9 @@ SCHEMAS = {
                 "type": "boolean",
                 "description": "a brake is set: refused as `paused`, whatever `paused` is",
             },
+            "currencyDigits": integer(
+                0, 4, "of the minor unit: divide amounts by ten to this power to show them"
+            ),
         }
     ),
     "Brake": json_object(
@@ -285,8 +312,12 @@ PRODUCT = {
     "perUserLimit": 2,
     "maxQuantity": 10,
     "paused": False,
+    "sku": "LAMP-1",
+    "visibility": "listed",
+    "archived": False,
     "stockRemaining": 100,
     "braked": False,
+    "currencyDigits": 2,
 }
 ORDER = {
     "id": 17,
@@ -318,6 +349,11 @@ HEADERS = {
     ),
     "Idempotent-Replayed": ("^true$", "true", "the answer of an earlier request with this key"),
     "ETag": (r'^"[0-9]+"$', '"7"', "the version of the product's terms, for `If-Match`"),
+    "Link": (
+        '^<[^>]+>; rel="next"$',
+        '</products?after=1000>; rel="next"',
+        "where the list goes on (RFC 8288); absent on its last page",
+    ),
     "Location": ("^/(products|orders/bulk-cancels)/[0-9]+$", "/products/2", "what was made"),
     "WWW-Authenticate": ("^Bearer ", 'Bearer realm="shop"', "what is asked for (RFC 6750)"),
 }
@@ -359,6 +395,8 @@ ERRORS: dict[str, tuple[str, dict[str, Any]]] = {
     "body_too_large": ("The body is larger than 16 KiB", {}),
     "unsupported_media_type": ("Content-Type must be application/json", {}),
     "stale_version": ("The product was changed meanwhile", {"product": PRODUCT}),
+    "sku_taken": ("Another product has this sku", {}),
+    "currency_fixed": ("The currency is fixed: there are orders in it", {}),
     "idempotency_mismatch": ("Idempotency-Key was used with another request", {}),
     "rate_limited": ("Too many requests", {"limit": "user"}),
     "internal_error": ("Internal server error", {}),
@@ -371,8 +409,9 @@ STATUSES = {
     404: ("There is no such product", ["unknown_product", "not_found"], ()),
     408: ("The body did not come within 10 s", ["request_timeout"], ()),
     409: (
-        "The product no longer has a version that `If-Match` names; `product` is what it is now",
-        ["stale_version"],
+        "The product no longer has a version that `If-Match` names, and `product` is what it is "
+        "now; another product has the sku; or there are orders in the currency that it has",
+        ["stale_version", "sku_taken", "currency_fixed"],
         ("ETag",),
     ),
     413: ("The body is larger than 16 KiB", ["body_too_large"], ()),

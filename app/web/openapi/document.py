@@ -9,6 +9,8 @@ from typing import Any
 
 from ...config import VERSION
 from ...orders.lookup import MAX_LISTED
+from ...products.catalogue import MOST_LISTED
+from ...reading import MAX_ID
 from . import orders
 from .components import (
     CREATION_KEY,
@@ -48,6 +50,8 @@ answer came: it is made once, and answered the same.
 
 SHOPPER: list[dict[str, list[str]]] = [{}, {"shopper": []}]
 ADMIN: list[dict[str, list[str]]] = [{"admin": ["products:write"]}]
+# Any token will do, and so does none.
+OPEN_OR_ADMIN: list[dict[str, list[str]]] = [{}, {"admin": []}]
 RATE_NOTE = (
     "The body's shape is checked first, then replay, rate, product, window, price, cap, stock."
 )
@@ -203,24 +207,61 @@ def _paths() -> dict[str, Any]:
             "get": operation(
                 "Products",
                 "listProducts",
-                "The products on sale",
+                "The products on sale, by id",
                 {
                     "200": ok(
-                        "Every product",
+                        "Those that shoppers are shown; with an API token all, drafts, hidden and "
+                        "archived ones included",
                         json_content(
-                            {"type": "array", "items": ref("schemas", "Product")},
+                            {
+                                "type": "array",
+                                "items": ref("schemas", "Product"),
+                                "maxItems": MOST_LISTED,
+                            },
                             products=[PRODUCT],
                         ),
+                        (*LIMIT_HEADERS, "Link"),
                     ),
-                    **failures(429, 503),
+                    **failures(400, 401, 429, 503),
                 },
-                parameters=[REQUEST_ID],
+                security=OPEN_OR_ADMIN,
+                parameters=[
+                    parameter(
+                        "limit",
+                        "query",
+                        integer(1, MOST_LISTED, default=MOST_LISTED),
+                        "at most so many",
+                    ),
+                    parameter(
+                        "after",
+                        "query",
+                        integer(0, MAX_ID),
+                        "products with a larger id: the next page, as `Link` tells it",
+                    ),
+                    REQUEST_ID,
+                ],
             ),
             "post": operation(
                 "Products",
                 "createProduct",
                 "Put a product on sale",
-                {"201": created, **failures(400, 401, 403, 408, 413, 415, 422, 429, 431, 503)},
+                {
+                    "201": created,
+                    **failures(
+                        400,
+                        401,
+                        403,
+                        408,
+                        409,
+                        413,
+                        415,
+                        422,
+                        429,
+                        431,
+                        503,
+                        s409=("Another product has the sku", ["sku_taken"], ()),
+                    ),
+                },
                 security=ADMIN,
                 parameters=[CREATION_KEY, REQUEST_ID],
                 requestBody=body(
@@ -241,8 +282,10 @@ def _paths() -> dict[str, Any]:
                 "One product",
                 {
                     "200": ok("The product", product, (*LIMIT_HEADERS, "ETag")),
-                    **failures(404, 429, 503),
+                    **failures(401, 404, 429, 503),
                 },
+                description="Drafts, hidden and archived products are found with an API token.",
+                security=OPEN_OR_ADMIN,
                 parameters=[PRODUCT_ID, REQUEST_ID],
             ),
             "patch": operation(

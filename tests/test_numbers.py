@@ -2,7 +2,8 @@
 
 import pytest
 
-from app.admin import numbers
+from app import numbers
+from app.money import decimal, digits_of, read_currency
 from app.problems import InvalidRequest
 
 NBSP, NARROW, THIN = "\u00a0", "\u202f", "\u2009"
@@ -64,7 +65,7 @@ def test_out_of_range(text):
     ],
 )  # fmt: skip
 def test_amounts(text, cents):
-    assert numbers.cents(text, "price", "The price") == cents
+    assert numbers.amount(text, "price", "The price", "USD") == cents
 
 
 @pytest.mark.parametrize(
@@ -77,16 +78,68 @@ def test_amounts(text, cents):
 )  # fmt: skip
 def test_what_is_no_amount_is_refused(text):
     with pytest.raises(InvalidRequest, match=r"^The price must be an amount like 999\.99"):
-        numbers.cents(text, "price", "The price")
+        numbers.amount(text, "price", "The price", "USD")
 
 
 @pytest.mark.parametrize("text", ["1.234", "1,234"])
 def test_an_amount_that_could_be_two_is_asked_back(text):
     with pytest.raises(InvalidRequest, match=r"so type 1234\.00 or 1\.23$"):
-        numbers.cents(text, "price", "The price")
+        numbers.amount(text, "price", "The price", "USD")
 
 
 def test_an_amount_beyond_all():
     for text in ("99999999999999", "9" * 60_000):
         with pytest.raises(InvalidRequest, match=r"^The price must be at most 9,999,999,999,999\."):
-            numbers.cents(text, "price", "The price")
+            numbers.amount(text, "price", "The price", "USD")
+
+
+@pytest.mark.parametrize(
+    ("text", "currency", "minor_units"),
+    [
+        ("1500", "JPY", 1500), ("1,500", "JPY", 1500), ("1 500", "JPY", 1500), ("0", "JPY", 0),
+        ("1.5", "KWD", 1500), ("1.500", "KWD", 1500), ("1,5", "KWD", 1500),
+        ("1,234.567", "KWD", 1_234_567), ("1.234,567", "KWD", 1_234_567),
+        ("1500", "KWD", 1_500_000), ("1.2345", "CLF", 12_345), ("0,0001", "CLF", 1),
+        ("1,5", "EUR", 150),
+        ("999999999999999", "JPY", 10**15 - 1),
+    ],
+)  # fmt: skip
+def test_amounts_have_the_digits_of_their_currency(text, currency, minor_units):
+    assert numbers.amount(text, "price", "The price", currency) == minor_units
+
+
+@pytest.mark.parametrize(
+    ("text", "currency", "words"),
+    [
+        ("1500.00", "JPY", "JPY has no digits after the point"),
+        ("15,0", "JPY", "JPY has no digits after the point"),
+        ("1.500", "JPY", "so type 1500 or 1,500"),
+        ("1,500", "KWD", "so type 1500.000 or 1.500"),
+        ("1.2345", "KWD", "KWD has 3 digits after the point"),
+        ("19.999", "USD", "so type 19999.00 or 20.00"),
+        ("1", "XAU", "needs a currency first"),
+        ("1000000000000000", "JPY", "at most 999,999,999,999,999"),
+    ],
+)
+def test_an_amount_that_its_currency_does_not_have(text, currency, words):
+    with pytest.raises(InvalidRequest, match=words):
+        numbers.amount(text, "price", "The price", currency)
+
+
+@pytest.mark.parametrize("currency", ["JPY", "USD", "KWD", "CLF"])
+@pytest.mark.parametrize("minor_units", [0, 7, 1500, 123_456_789])
+def test_what_is_shown_is_read_as_it_was(currency, minor_units):
+    shown = decimal(minor_units, currency)
+    assert numbers.amount(shown, "price", "The price", currency) == minor_units
+    grouped = decimal(minor_units, currency, ",")
+    if grouped.count(",") != 1 or "." in grouped or currency == "JPY":
+        assert numbers.amount(grouped, "price", "The price", currency) == minor_units
+
+
+def test_currencies_are_those_of_the_standard():
+    # CLDR, and whoever follows it, has 0 digits for all of these.
+    assert [digits_of(code) for code in ("IQD", "IRR", "LAK", "MGA")] == [3, 2, 2, 2]
+    for refused in ("XAU", "XXX", "XTS", "XDR", "ABC", "usd", "US", "", None, 840, ["USD"]):
+        with pytest.raises(InvalidRequest) as error:
+            read_currency(refused)
+        assert error.value.field == "currency"

@@ -1,0 +1,178 @@
+"""The example page for shoppers, in a real browser: bought once, whatever happens on the way."""
+
+import json
+import re
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from browser import Shop
+from call import call
+from system import PRODUCTION
+
+from app.config import load_settings
+
+
+@pytest.fixture
+def shop(server):
+    return Shop(server)
+
+
+@pytest.fixture
+def page(open_page):
+    """A shopper's page: of nobody who has signed in anywhere."""
+    return lambda **options: open_page("/shop", storage_state=None, **options)
+
+
+def card(page, name: str):
+    return page.locator(".product").filter(has_text=name)
+
+
+def test_buying_and_the_order_turns_confirmed(page, shop):
+    product = shop.product(name="Bought here", stock=5)
+    opened = page()
+    item = card(opened, "Bought here")
+    item.get_by_text("5 left").wait_for()
+    item.get_by_label("Units").select_option("2")
+    item.get_by_role("button", name="Buy Bought here").click()
+    item.get_by_text("It is yours").wait_for()
+    opened.locator("#orders").get_by_text("2 × Bought here · €39.80 · Confirmed").wait_for()
+    item.get_by_text("3 left").wait_for()
+    assert shop.show(product)["stockRemaining"] == 3
+
+
+def test_pressing_again_and_again_buys_once(page, shop):
+    product = shop.product(name="Hammered", stock=9)
+    opened = page()
+    # All before the first answer is there.
+    opened.route("**/purchase", lambda route: (opened.wait_for_timeout(300), route.continue_()))
+    button = card(opened, "Hammered").get_by_role("button")
+    button.wait_for()
+    opened.wait_for_function("() => !document.querySelector('.product button:disabled')")
+    button.evaluate("button => { for (let i = 0; i < 5; i++) button.click(); }")
+    card(opened, "Hammered").get_by_text("It is yours").wait_for()
+    assert shop.show(product)["stockRemaining"] == 8
+
+
+def test_a_lost_answer_and_a_reload_buy_once(page, shop):
+    product = shop.product(name="Lost", stock=9)
+    opened = page(complain=False)
+    keys = []
+
+    def lose(route):
+        keys.append(route.request.headers["idempotency-key"])
+        route.fetch()  # the server has sold it
+        route.abort()
+
+    opened.route("**/purchase", lose)
+    card(opened, "Lost").get_by_role("button").click()
+    card(opened, "Lost").get_by_text("does not answer").wait_for()
+    opened.unroute("**/purchase")
+    opened.on(
+        "request",
+        lambda sent: (
+            keys.append(sent.headers["idempotency-key"]) if sent.url.endswith("/purchase") else None
+        ),
+    )
+    opened.reload()
+    card(opened, "Lost").get_by_text("It is yours").wait_for()
+    assert len(set(keys)) == 1
+    assert shop.show(product)["stockRemaining"] == 8
+
+
+def test_the_countdown_opens_the_button_by_the_servers_clock(page, shop):
+    opens = datetime.now(UTC) + timedelta(seconds=8)
+    shop.product(name="Later", opensAt=opens.isoformat(timespec="milliseconds"))
+    opened = page()
+    item = card(opened, "Later")
+    item.get_by_text(re.compile(r"Opens in 00:00:0\d")).wait_for()
+    assert item.get_by_role("button").is_disabled()
+    item.get_by_text("100 left").wait_for()
+    item.get_by_role("button").click()
+    item.get_by_text("It is yours").wait_for()
+
+
+@pytest.mark.parametrize(
+    ("terms", "words"),
+    [
+        ({"stock": 0}, "Sold out"),
+        ({"paused": True}, "Paused"),
+        ({"closesAt": "2020-01-01T00:00:00Z"}, "Over"),
+    ],
+)
+def test_what_can_not_be_bought_says_why(page, shop, terms, words):
+    name = f"Shut {words}"
+    shop.product(name=name, **terms)
+    item = card(page(), name)
+    item.get_by_text(words, exact=True).wait_for()
+    assert item.get_by_role("button").is_disabled()
+
+
+def test_refusals_in_words(page, shop):
+    product = shop.product(name="Scarce", stock=2)
+    opened = page(complain=False)
+    item = card(opened, "Scarce")
+    item.get_by_label("Units").select_option("2")
+    assert shop.buy(product).status == 200
+    item.get_by_role("button").click()
+    item.get_by_text("Only 1 left: take fewer.").wait_for()
+
+
+def test_nobody_buys_at_another_price_than_the_one_shown(page, shop):
+    product = shop.product(name="Dearer", stock=2)
+    opened = page(complain=False)
+    item = card(opened, "Dearer")
+    item.get_by_text("€19.90").wait_for()
+    # The page does not learn of the change before the click.
+    opened.route("**/products?*", lambda route: route.abort())
+    call(
+        f"{shop.url}/products/{product}", {"priceCents": 2990}, method="PATCH", headers=shop.headers
+    )
+    item.get_by_role("button").click()
+    item.get_by_text("It costs €29.90 now. Buy again if you like.").wait_for()
+    assert shop.show(product)["stockRemaining"] == 2
+
+
+def test_names_are_text_whatever_they_hold(page, shop):
+    shop.product(name="<img src=x onerror=alert(1)>")
+    opened = page()
+    opened.get_by_role("heading", name="<img src=x onerror=alert(1)>").wait_for()
+
+
+def test_axe_finds_nothing(page, shop):
+    shop.product(name="Seen by axe", stock=3)
+    opened = page()
+    card(opened, "Seen by axe").get_by_role("button").click()
+    card(opened, "Seen by axe").get_by_text("It is yours").wait_for()
+    opened.locator("#orders li").first.wait_for()
+    opened.evaluate(Axe().axe_script)
+    for width in (1200, 390, 320):
+        for scheme in ("light", "dark"):
+            opened.set_viewport_size({"width": width, "height": 800})
+            opened.emulate_media(color_scheme=scheme)
+            found = opened.evaluate("axe.run(document)")["violations"]
+            assert [f"{each['id']}: {each['nodes'][0]['html'][:150]}" for each in found] == []
+            wide = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+            assert opened.evaluate(wide) == 0
+
+
+def test_a_strict_policy(client):
+    answer = client.get("/shop")
+    assert answer.status_code == 200
+    policy = answer.headers["Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'; script-src 'self';")
+    assert "unsafe" not in policy
+    assert not re.search(r"<script>|<style|\son\w+=|style=", answer.text)
+
+
+def test_off_in_production_unless_set(make_app):
+    names = ("secret_key", "admin_email", "admin_password", "admin_api_token", "metrics_token")
+    given = {name: PRODUCTION[name.upper()] for name in names}
+    off = make_app(app_env="production", **given).test_client()
+    assert off.get("/shop").status_code == 404
+    assert "/shop" not in off.get("/").text
+    on = make_app(app_env="production", shop_page=True, **given).test_client()
+    assert on.get("/shop").status_code == 200
+    assert make_app(shop_page=False).test_client().get("/shop").status_code == 404
+    assert load_settings({"SHOP_PAGE": "off"}).shop_page is False
+    assert json.dumps(load_settings({"SHOP_PAGE": "ON"}).shop_page) == "true"
