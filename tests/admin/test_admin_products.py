@@ -232,7 +232,7 @@ def test_created_without_an_answer_is_finished_by_the_same_form(client, admin, m
     address = admin.get("/admin/products/new").location
     form = fields_of(admin.get(address)) | TERMS
     with monkeypatch.context() as patch:
-        patch.setattr(stock, "put_product", refuse)
+        patch.setattr(stock, "put_new", refuse)
         answer = admin.post(address, data=form)
     assert answer.status_code == 503
     assert "this form" not in answer.text

@@ -14,6 +14,7 @@ ASKED = {
     "brake": lambda stock: stock.brakes.change(True, None, {}, None),
     "acts": lambda stock: stock.brakes.acts(1),
     "put_product": lambda stock: stock.put_product(1, 1, TERMS),
+    "put_new": lambda stock: stock.put_new("g", [(1, 1, TERMS, 1, 1)]),
     "move": lambda stock: stock.move("g", 1, 1, 1),
     "queued_orders": lambda stock: stock.queued_orders(1, 1),
     "read_outbox": lambda stock: stock.read_outbox(1),
