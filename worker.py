@@ -138,7 +138,7 @@ def run(
         thread.start()
     heartbeat.start()
     # RQ blocks on its queue for seconds, and raises this client's timeout for it: one of its own.
-    connection = redis.Redis.from_url(app.config["SETTINGS"].redis_url, socket_connect_timeout=1)
+    connection = stock.jobs_server.client(decode=False, cautious=False, socket_timeout=None)
     with app.app_context():
         try:
             work(queue(connection), turned)

@@ -82,6 +82,7 @@ def reset(actor: Actor) -> int:
     db.session.execute(text(f"SELECT pg_advisory_xact_lock({DRAIN_LOCK})"))
     db.session.execute(text(f"SELECT pg_advisory_xact_lock({EVENTS_LOCK})"))
     db.session.execute(text(f"SELECT pg_advisory_xact_lock({SALE_LOCK})"))
+    made_on = stock.server_id()
     generation = secrets.token_hex(8)
     webhooks.begin_anew(generation)
     db.session.execute(
@@ -99,7 +100,7 @@ def reset(actor: Actor) -> int:
     db.session.add(Sale(generation=generation, epoch=generation))
     record(actor, "sale.reset", "sale", after=SEED_PRODUCT)
     db.session.commit()
-    stock.open(generation, first_order_id=1)
+    stock.open(generation, first_order_id=1, made_on=made_on)
     return int(catalogue.create(terms.read_new(SEED_PRODUCT), actor).product["id"])
 
 
@@ -200,6 +201,8 @@ def rebuild(actor: Actor, replace: bool = False) -> Rebuilt:
     started = time.monotonic()
     db.session.rollback()
     with _alone() as connection:
+        # Without as many replicas as are asked for it would close the sale, and not open it again.
+        made_on = stock.server_id()
         found = stock.view([])
         generation, last_sampled, first_of_sale, sampled_at = _read_sale(connection)
         holds = held(found.generation, generation)
@@ -235,7 +238,7 @@ def rebuild(actor: Actor, replace: bool = False) -> Rebuilt:
         _put_movements(connection)
         _put_bought(connection)
         keys = _put_keys(connection)
-        stock.open(generation, first_order_id=loss.first_order_id)
+        stock.open(generation, first_order_id=loss.first_order_id, made_on=made_on)
     sale.publish_stale()
     movements.finish_pending()
     totals = movements.totals().values()

@@ -42,7 +42,9 @@ DRAIN_WAIT_SECONDS = 20
 
 def orders_queue(connection: redis.Redis | None = None) -> rq.Queue:
     """Return the queue that every worker listens on. JSON, because pickle would run code."""
-    return rq.Queue(QUEUE, connection=connection or stock.raw_client, serializer=JSONSerializer)
+    return rq.Queue(
+        QUEUE, connection=connection or stock.jobs_raw_client, serializer=JSONSerializer
+    )
 
 
 def enqueue_drain() -> rq.job.Job | None:

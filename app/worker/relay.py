@@ -27,6 +27,7 @@ from ..problems import Unavailable
 from ..products import brake, movements, observed, sale
 from ..stock.gateway import View
 from ..stock.outcomes import REFUSALS
+from ..stock.replicas import Unreplicated
 from ..watch import samples, shelf
 from . import jobs
 
@@ -145,8 +146,15 @@ class Sweeper:
 
 
 def record_issued() -> None:
-    """Put on record which order ids Redis has surely issued. Raises stock.Unavailable."""
-    view = stock.view([])
+    """Put on record which order ids Redis has surely issued. Raises stock.Unavailable.
+
+    Not those that replicas lack: one that is promoted would seem to have forgotten them.
+    """
+    try:
+        view = stock.view([], surely=True)
+    except Unreplicated as error:
+        log.warning("no order ids are put on record: %s", error)
+        return
     if view.generation:
         db.session.execute(
             text(
