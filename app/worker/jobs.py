@@ -96,7 +96,7 @@ def persist_orders() -> str:
 def webhooks_queue(connection: redis.Redis | None = None) -> rq.Queue:
     """Return the queue of those who send webhooks."""
     return rq.Queue(
-        WEBHOOK_QUEUE, connection=connection or stock.raw_client, serializer=JSONSerializer
+        WEBHOOK_QUEUE, connection=connection or stock.jobs_raw_client, serializer=JSONSerializer
     )
 
 
