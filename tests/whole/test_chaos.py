@@ -69,15 +69,15 @@ SABOTAGES = {
         [
             (
                 "app/stock/lines.py",
-                "        else:\n            self._tell(batch, answer)\n\n    def _tell(",
+                "        else:\n            self._tell(batch, answer)\n\n    def _once_more(",
                 """        else:
             asyncio.get_running_loop().call_later(0.1, self._again, batch)
 
     def _again(self, batch):
         reach = asyncio.get_running_loop().create_task(self._reach())
-        reach.add_done_callback(partial(self._reached, batch))
+        reach.add_done_callback(partial(self._reached, batch, True))
 
-    def _tell(""",
+    def _once_more(""",
             ),
         ],
         ("--kinds", "lose redis", "--kills", "8"),
