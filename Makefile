@@ -71,6 +71,7 @@ fuzz: .venv/installed-dev
 # Granian, its ceiling, is a development requirement.
 bench: .venv/installed-dev
 	$(VENV)/python stress/bench.py
+	$(VENV)/python stress/bench_feed.py
 
 # Always made anew as a whole, so that one that was cut short, or of another Python, does no harm.
 .venv/installed: requirements.lock .venv/bin/python

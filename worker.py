@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
@@ -21,6 +21,7 @@ from wsgi import app  # before all else: from here on what goes wrong is a log l
 
 # isort: split
 import redis
+import rq
 from rq import SimpleWorker
 from rq.exceptions import StopRequested
 from rq.serializers import JSONSerializer
@@ -30,7 +31,15 @@ from app.problems import Unavailable
 from app.watch.telemetry import Meter
 from app.worker.alive import Heartbeat
 from app.worker.jobs import orders_queue
-from app.worker.relay import Canceller, Expirer, Relay, Sampler, Sweeper, run_forever
+from app.worker.relay import (
+    Canceller,
+    Expirer,
+    Numberer,
+    Relay,
+    Sampler,
+    Sweeper,
+    run_forever,
+)
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +68,8 @@ def new_name() -> str:
     return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
 
 
-def work(connection: redis.Redis, turned: Callable[[], None]) -> None:
-    """Run one RQ worker after the other until a signal comes.
+def work(queue: rq.Queue, turned: Callable[[], None]) -> None:
+    """Run one RQ worker of a queue after the other until a signal comes.
 
     RQ's worker ends when it stumbles over what it finds in Redis. The process stays: the relay in
     it has to live for some seconds to see that nobody stores the orders, and to do so itself.
@@ -71,9 +80,9 @@ def work(connection: redis.Redis, turned: Callable[[], None]) -> None:
         try:
             # No fork per job (19 ms). One queue: a worker of several can lose a job when killed.
             worker = Worker(
-                [orders_queue(connection)],
+                [queue],
                 name=new_name(),
-                connection=connection,
+                connection=queue.connection,
                 serializer=JSONSerializer,
                 worker_ttl=WORKER_TTL_SECONDS,
             )
@@ -95,7 +104,30 @@ def work(connection: redis.Redis, turned: Callable[[], None]) -> None:
 def main(pipe: str | None = None, replaces: str = "") -> None:
     """Work until a signal comes. `pipe` and `replaces`: see app/run/processes.py, `Watched`."""
     name = new_name()
-    meter = Meter("worker")
+    steps = (
+        Relay().run_once,
+        Numberer().run_once,
+        Sampler(name).run_once,
+        Sweeper().run_once,
+        Canceller().run_once,
+        Expirer().run_once,
+    )
+    try:
+        run("worker", orders_queue, steps, pipe, replaces)
+    finally:
+        with app.app_context(), contextlib.suppress(Unavailable):
+            stock.board.gone(name)
+
+
+def run(
+    role: str,
+    queue: Callable[[redis.Redis], rq.Queue],
+    steps: Sequence[Callable[..., None]],
+    pipe: str | None = None,
+    replaces: str = "",
+) -> None:
+    """Work on a queue, with the steps beside it each in a thread, until a signal comes."""
+    meter = Meter(role)
     if replaces:
         meter.count(f"worker-restart:{replaces}")
     meter.start()
@@ -108,29 +140,21 @@ def main(pipe: str | None = None, replaces: str = "") -> None:
             name=step.__qualname__,
             daemon=True,
         )
-        for step in (
-            Relay().run_once,
-            Sampler(name).run_once,
-            Sweeper().run_once,
-            Canceller().run_once,
-            Expirer().run_once,
-        )
+        for step in steps
     ]
     turned = heartbeat.thread("RQ")
     for thread in threads:
         thread.start()
     heartbeat.start()
     # RQ blocks on its queue for seconds, and raises this client's timeout for it: one of its own.
-    connection = redis.Redis.from_url(app.config["SETTINGS"].redis_url, socket_connect_timeout=1)
+    connection = stock.jobs_server.client(decode=False, cautious=False, socket_timeout=None)
     with app.app_context():
         try:
-            work(connection, turned)
+            work(queue(connection), turned)
         finally:
             stopped.set()
             for thread in threads:
                 thread.join(timeout=5)
-            with contextlib.suppress(Unavailable):
-                stock.board.gone(name)
 
 
 if __name__ == "__main__":

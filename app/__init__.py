@@ -37,6 +37,9 @@ def create_app(settings: Settings | None = None, commands_only: bool = False) ->
     db.init_app(app)
     migrate.init_app(app, db, directory=str(ROOT / "migrations"), compare_type=True)
     stock.init_app(settings, lambda: recovery.sale_on_record(app))
+    app.config["RATELIMIT_STORAGE_OPTIONS"] = {
+        "connection_pool": stock.jobs_server.pool(decode=False)
+    }
     cli.init_app(app)
     if commands_only:
         limiter.init_app(app)  # a new password ends the count of wrong ones
@@ -51,7 +54,7 @@ def _serve_requests(app: Flask, settings: Settings) -> None:
 
     from . import admin, logs
     from .extensions import csrf, limiter, login, stock
-    from .web import api, errors, front, headers, orders
+    from .web import api, errors, events, front, headers, orders, webhooks
     from .web.identity import Shoppers
     from .web.lane import PurchaseLane
     from .web.polls import Polls
@@ -68,6 +71,8 @@ def _serve_requests(app: Flask, settings: Settings) -> None:
     errors.init_app(app)
 
     app.register_blueprint(api.bp)
+    app.register_blueprint(events.bp)
+    app.register_blueprint(webhooks.bp)
     app.register_blueprint(orders.bp)
     app.register_blueprint(front.bp)
     admin.init_app(app)
@@ -88,18 +93,15 @@ def _serve_requests(app: Flask, settings: Settings) -> None:
 def flask_config(settings: Settings) -> dict[str, Any]:
     """Return what Flask and its extensions read, derived from our settings."""
     from . import database
-    from .stock.keys import cautious_options
 
-    # Whoever builds an app has filled in the URLs (run/embedded.py).
-    redis_url = settings.redis_url or ""
     return {
         "SETTINGS": settings,
         "SECRET_KEY": settings.secret_key,
         "ADMIN_API_TOKEN": settings.admin_api_token,
         "SQLALCHEMY_DATABASE_URI": settings.database_url,
         "SQLALCHEMY_ENGINE_OPTIONS": database.ENGINE_OPTIONS,
-        "RATELIMIT_STORAGE_URI": limiter_url(redis_url),
-        "RATELIMIT_STORAGE_OPTIONS": cautious_options(redis_url, decode=False),
+        # It gets connections of ours, so nothing else of a URL counts.
+        "RATELIMIT_STORAGE_URI": "redis://",
         # Its own headers are an older draft's, with a Retry-After on answers that are no refusal.
         "RATELIMIT_HEADERS_ENABLED": False,
         "RATELIMIT_KEY_PREFIX": "limits",
@@ -113,8 +115,3 @@ def flask_config(settings: Settings) -> dict[str, Any]:
         # where a request comes from is looked at in admin/guard.py.
         "WTF_CSRF_SSL_STRICT": False,
     }
-
-
-def limiter_url(redis_url: str) -> str:
-    """Return the URL as the limits package writes it."""
-    return "redis+" + redis_url if redis_url.startswith("unix://") else redis_url

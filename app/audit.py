@@ -23,6 +23,8 @@ ACTIONS = (
     "session.begin", "session.refuse", "session.end",
     "staff.create", "staff.activate", "staff.deactivate", "staff.role", "staff.password",
     "token.create", "token.revoke", "sale.brake", "sale.release",
+    "webhook.create", "webhook.change", "webhook.on", "webhook.off", "webhook.remove",
+    "webhook.rotate", "webhook.test", "webhook.redeliver",
 )  # fmt: skip
 # A step of a long export: few statements, and little memory.
 EXPORT_ENTRIES = 2000

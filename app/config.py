@@ -127,9 +127,28 @@ def _switch(value: str) -> bool:
 
 
 def _redis_url(value: str) -> str:
-    if not re.match(r"(redis|rediss|unix)://", value):
-        raise ValueError("must start with redis://, rediss:// or unix://")
+    if not re.match(r"(rediss?(\+(sentinel|cluster))?|unix)://", value):
+        raise ValueError(
+            "must start with redis://, rediss://, redis+sentinel://, redis+cluster:// or unix://"
+        )
+    if "+cluster:" in value and not re.match(
+        r"[a-z+]+://([^/@]*@)?[^/@?,]+(,[^/@?,]+)*/?(\?|$)", value
+    ):
+        raise ValueError(
+            "must name nodes of the cluster alone, like redis+cluster://host:6379,host2:6379"
+        )
+    sentinels = r"[a-z+]+://([^/@]*@)?[^/@?,]+(,[^/@?,]+)*/[^/?]"
+    if "+sentinel:" in value and not re.match(sentinels, value):
+        raise ValueError(
+            "must name Sentinels and their primary, like redis+sentinel://host:26379,host2:26379/name"
+        )
     return value
+
+
+def _one_redis_url(value: str) -> str:
+    if "+cluster:" in value:
+        raise ValueError("must be one server: RQ's commands span the slots of a cluster")
+    return _redis_url(value)
 
 
 def _database_url(value: str) -> str:
@@ -174,6 +193,20 @@ class Settings:
     )
     redis_url: str | None = setting(
         "REDIS_URL", None, _redis_url, "a real Redis or Valkey; embedded when not set"
+    )
+    jobs_redis_url: str | None = setting(
+        "JOBS_REDIS_URL",
+        None,
+        _one_redis_url,
+        "a Redis for RQ, the limits of other routes than the purchase, and sessions; `REDIS_URL` "
+        "when not set, unless that is a cluster",
+    )
+    redis_replicas: int = setting(
+        "REDIS_REPLICAS",
+        0,
+        _integer(0, 5),
+        "replicas of Redis that must have an order before it is answered 200; with fewer, nothing "
+        "is sold",
     )
     database_url: str | None = setting(
         "DATABASE_URL", None, _database_url, "a real PostgreSQL; embedded when not set"
@@ -282,6 +315,13 @@ class Settings:
         _choice("debug", "info", "warning", "error"),
         "least level that is logged; `debug` writes a line for every purchase",
     )
+    webhook_allow_private: bool = setting(
+        "WEBHOOK_ALLOW_PRIVATE",
+        False,
+        _switch,
+        "`on` lets webhooks be sent to private and loopback addresses: for a shop in the same "
+        "network; anybody who may make endpoints can then reach into it",
+    )
     trusted_proxies: int = setting(
         "TRUSTED_PROXIES", 0, _integer(0, 10), "hops of X-Forwarded-For to believe"
     )
@@ -360,6 +400,10 @@ def with_secrets(settings: Settings) -> Settings:
     together.
     """
     check_shopper_auth(settings)
+    if "+cluster:" in (settings.redis_url or "") and settings.jobs_redis_url is None:
+        raise SettingsError("REDIS_URL=redis+cluster://… needs JOBS_REDIS_URL, one small Redis")
+    if settings.redis_replicas and settings.embedded_redis:
+        raise SettingsError("REDIS_REPLICAS needs REDIS_URL: the embedded Redis has no replicas")
     if settings.app_env == "production":
         check_production(settings)
     key = settings.secret_key

@@ -14,6 +14,11 @@ REBUILD_LOCK = 7_316_004
 REPAIR_LOCK = 7_316_005
 # One drainer at a time; held too by whoever needs that no order is stored meanwhile.
 DRAIN_LOCK = 7_316_001
+# Who numbers events, makes their partitions or drops them: one writer, for all of the feed.
+EVENTS_LOCK = 7_316_006
 # Held shared while a movement is carried out or a dead letter replayed, alone while the sale in
 # Redis is replaced: what was applied to the old sale is never marked as applied to the new one.
 SALE_LOCK = 7_316_003
+# Of an endpoint of webhooks, by (this, its id) in PostgreSQL's space of pairs: one sender at a
+# time, for as long as its session lives. Held alone.
+WEBHOOK_LOCKS = 7_316_007

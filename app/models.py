@@ -4,7 +4,7 @@ The rules that must never break stand in the schema itself, so that no path arou
 break them either: see the checks, the unique indexes, and the triggers of the first migration.
 """
 
-from datetime import datetime
+from datetime import date, datetime
 from typing import Any
 
 from sqlalchemy import (
@@ -13,6 +13,7 @@ from sqlalchemy import (
     CheckConstraint,
     ColumnElement,
     Computed,
+    Date,
     ForeignKey,
     Identity,
     Index,
@@ -250,6 +251,9 @@ class Batch(Model):
     """One run of the drain: which job stored which orders."""
 
     __tablename__ = "batches"
+    __table_args__ = (
+        Index("ix_batches_unnumbered", "id", postgresql_where=text("event_number is null")),
+    )
 
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
     job_id: Mapped[str] = mapped_column(Text)
@@ -259,6 +263,8 @@ class Batch(Model):
     orders: Mapped[int] = mapped_column(Integer)
     dead_letters: Mapped[int] = mapped_column(Integer)
     persisted_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
+    # The number of its last order's event; none while it has none, 0 from before there were events.
+    event_number: Mapped[int | None] = mapped_column(BigInteger)
 
 
 class Order(OfUser, Model):
@@ -579,3 +585,157 @@ class AuditEntry(Model):
     address: Mapped[str | None] = mapped_column(Text)
     # Of an act that was noted in Redis first: it is carried over once.
     act_id: Mapped[str | None] = mapped_column(String(32))
+
+
+class NewEvent(Model):
+    """Something that happened and has no number yet: written with what it tells, and committed.
+
+    The id is taken after the row that it is about was locked, so of one order the later has the
+    higher. Orders that the drain stored are no rows here: their batch is the event.
+    """
+
+    __tablename__ = "new_events"
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.clock_timestamp())
+    type: Mapped[str] = mapped_column(Text)
+    order_id: Mapped[int | None] = mapped_column(BigInteger)
+    # The order's own count of what happened to it: 0 when it was stored.
+    sequence: Mapped[int | None] = mapped_column(Integer)
+    # JSON, not JSONB: it is passed on as the text it was written as.
+    body: Mapped[dict[str, Any]] = mapped_column(JSON)
+
+
+class Event(Model):
+    """Numbered events, a partition for each day. A batch is one row, with a number per order."""
+
+    __tablename__ = "events"
+    __table_args__ = (
+        Index("ix_events_order_id", "order_id", postgresql_where=text("order_id is not null")),
+        {"postgresql_partition_by": "RANGE (day)"},
+    )
+
+    # Of the last event in it, where the row is a batch.
+    number: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    # When it was numbered, by PostgreSQL's clock in UTC.
+    day: Mapped[date] = mapped_column(Date, primary_key=True)
+    count: Mapped[int] = mapped_column(Integer)
+    at: Mapped[datetime] = mapped_column(Timestamp)
+    type: Mapped[str] = mapped_column(Text)
+    order_id: Mapped[int | None] = mapped_column(BigInteger)
+    sequence: Mapped[int | None] = mapped_column(Integer)
+    batch_id: Mapped[int | None] = mapped_column(BigInteger)
+    first_order_id: Mapped[int | None] = mapped_column(BigInteger)
+    last_order_id: Mapped[int | None] = mapped_column(BigInteger)
+    body: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+
+
+class Feed(Model):
+    """One row: how far events are numbered, and up to where they are dropped again."""
+
+    __tablename__ = "feed"
+    __table_args__ = (CheckConstraint("id = 1", name="one_row"),)
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True, server_default="1")
+    head: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    floor: Mapped[int] = mapped_column(BigInteger, server_default="0")
+
+
+class SoldOut(Model):
+    """A product that was seen without free units, until it is seen with some."""
+
+    __tablename__ = "sold_out"
+
+    product_id: Mapped[int] = mapped_column(
+        ForeignKey("products.id", ondelete="CASCADE"), primary_key=True
+    )
+    at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
+
+
+class WebhookEndpoint(Model):
+    """An address of the shop to which events are sent, in their order, as far as `number`."""
+
+    __tablename__ = "webhook_endpoints"
+    __table_args__ = (
+        CheckConstraint("state in ('on', 'off')", name="state"),
+        # Found by whoever calls for deliveries, several times a second.
+        Index("ix_webhook_endpoints_due", "next_at", postgresql_where=text("state = 'on'")),
+    )
+
+    id: Mapped[int] = mapped_column(Integer, Identity(), primary_key=True)
+    url: Mapped[str] = mapped_column(Text)
+    description: Mapped[str] = mapped_column(Text, server_default="")
+    # Empty for every type.
+    types: Mapped[list[str]] = mapped_column(ARRAY(Text), server_default="{}")
+    # Encrypted (feed/secret.py); the former one signs too until its time is over.
+    secret: Mapped[str] = mapped_column(Text)
+    former_secret: Mapped[str | None] = mapped_column(Text)
+    former_until: Mapped[datetime | None] = mapped_column(Timestamp)
+    state: Mapped[str] = mapped_column(String(3), server_default="on")
+    # Why it was switched off by itself; none where a person did so.
+    off_reason: Mapped[str | None] = mapped_column(Text)
+    # Where it goes on: the sale's epoch, and the number of the last event that is done with.
+    epoch: Mapped[str] = mapped_column(String(32))
+    number: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    # Of the delivery that fails now.
+    failures: Mapped[int] = mapped_column(Integer, server_default="0")
+    failing_since: Mapped[datetime | None] = mapped_column(Timestamp)
+    next_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
+    created_by: Mapped[str] = mapped_column(Text)
+    created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
+
+
+class WebhookDelivery(Model):
+    """Events in one message: its contents and webhook-id are fixed before it is first sent."""
+
+    __tablename__ = "webhook_deliveries"
+    __table_args__ = (
+        CheckConstraint("kind in ('events', 'test')", name="kind"),
+        Index("ix_webhook_deliveries_endpoint_id_id", "endpoint_id", "id"),
+        Index("ix_webhook_deliveries_endpoint_id_last_number", "endpoint_id", "last_number"),
+        Index("ix_webhook_deliveries_created_at", "created_at"),
+        # The one that an endpoint's next ones wait for.
+        Index(
+            "uq_webhook_deliveries_pending",
+            "endpoint_id",
+            unique=True,
+            postgresql_where=text("pending"),
+        ),
+        Index(
+            "ix_webhook_deliveries_wanted",
+            "endpoint_id",
+            postgresql_where=text("wanted_at is not null"),
+        ),
+    )
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    endpoint_id: Mapped[int] = mapped_column(ForeignKey("webhook_endpoints.id", ondelete="CASCADE"))
+    kind: Mapped[str] = mapped_column(String(6))
+    message_id: Mapped[str] = mapped_column(Text, unique=True)
+    first_number: Mapped[int | None] = mapped_column(BigInteger)
+    last_number: Mapped[int | None] = mapped_column(BigInteger)
+    events: Mapped[int] = mapped_column(Integer)
+    body: Mapped[str] = mapped_column(Text)
+    created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
+    # It is sent until it is delivered; a test, or a copy that a person asked for, is sent once.
+    pending: Mapped[bool] = mapped_column(server_default=text("false"))
+    wanted_at: Mapped[datetime | None] = mapped_column(Timestamp)
+    attempts: Mapped[int] = mapped_column(Integer, server_default="0")
+    delivered_at: Mapped[datetime | None] = mapped_column(Timestamp)
+
+
+class WebhookAttempt(Model):
+    """One sending of a delivery, and what came of it."""
+
+    __tablename__ = "webhook_attempts"
+    __table_args__ = (Index("ix_webhook_attempts_delivery_id_id", "delivery_id", "id"),)
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    delivery_id: Mapped[int] = mapped_column(
+        ForeignKey("webhook_deliveries.id", ondelete="CASCADE")
+    )
+    at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
+    milliseconds: Mapped[int] = mapped_column(Integer)
+    # None where there was no answer: `error` then says why.
+    status: Mapped[int | None] = mapped_column(Integer)
+    error: Mapped[str | None] = mapped_column(Text)

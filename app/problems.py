@@ -31,12 +31,20 @@ class UnknownOrder(LookupError):
     """There is no order with this id."""
 
 
+class UnknownEndpoint(LookupError):
+    """There is no endpoint of webhooks, or no delivery to it, with this id."""
+
+
 class Conflict(Exception):
     """The change can't be made as things stand; `code` names why."""
 
     def __init__(self, message: str, code: str) -> None:
         super().__init__(message)
         self.code = code
+
+
+class CursorExpired(Exception):
+    """The events that would come next were kept for their time, and are dropped."""
 
 
 class KeyMismatch(Exception):

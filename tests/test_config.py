@@ -24,6 +24,8 @@ def test_defaults():
         ("PURCHASE_ADDRESS_LIMIT", "many"), ("TRUSTED_PROXIES", "11"), ("WEB_WORKERS", "0"),
         ("REDIS_URL", "localhost:6379"), ("DATABASE_URL", "mysql://x"), ("APP_ENV", "prod"),
         ("OUTBOX_LIMIT", "0"),
+        ("REDIS_REPLICAS", "6"), ("REDIS_URL", "redis+sentinel://host:26379"),
+        ("REDIS_URL", "redis+sentinel:///name"),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_named(name, value):

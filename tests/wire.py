@@ -67,7 +67,7 @@ class Process:
 async def serving(app) -> AsyncIterator[Process]:
     """Serve the app on a line of its own: a line to Redis belongs to one event loop."""
     kept = stock.loop_line
-    line = LoopLine(app.config["SETTINGS"].redis_url, kept.line._script, lambda: None)
+    line = LoopLine(stock.server, kept.line._script, lambda: None)
     stock.loop_line = Doorkeeper(line, stock.turn_away)
     listener = socket.create_server(("127.0.0.1", 0))
     told, ready = os.pipe()

@@ -15,9 +15,13 @@ from . import (
     products,
     session,
     staff,
+    webhooks,
 )
 
-PAGES = (session, dashboard, products, orders, bulk_cancels, dead_letters, ledger, staff, audit)
+PAGES = (
+    session, dashboard, products, orders, bulk_cancels, dead_letters, ledger, staff, webhooks,
+    audit,
+)  # fmt: skip
 
 
 def init_app(app: Flask) -> None:

@@ -36,7 +36,7 @@ JOBS_LIST: dict[str, Any] = {
 def init_app(app: Flask) -> None:
     # It would unpickle what is in Redis, and open new connections for every request.
     web.config.serializer = JSONSerializer
-    web.from_url = lambda *_, **__: (None, stock.raw_client)
+    web.from_url = lambda *_, **__: (None, stock.jobs_raw_client)
     # Shown on its pages, so not the URL, which may hold a password.
     app.config["RQ_DASHBOARD_REDIS_URL"] = ("this sale's Redis",)
     web.setup_rq_connection(app)
@@ -79,7 +79,7 @@ def check_request() -> ResponseReturnValue | None:
 def is_known(job_id: str) -> bool:
     """Tell whether RQ still remembers a job; False too when it can't be asked."""
     try:
-        return Job.exists(job_id, connection=stock.raw_client)
+        return Job.exists(job_id, connection=stock.jobs_raw_client)
     except redis.RedisError:
         return False
 

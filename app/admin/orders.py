@@ -1,5 +1,6 @@
 """The support desk: find an order, read its story, cancel it, take a list away."""
 
+import json
 import re
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,6 +21,7 @@ from flask.typing import ResponseReturnValue
 
 from .. import auth, numbers
 from ..extensions import limiter
+from ..feed import reading, webhooks
 from ..models import ENDED_STATUSES, MAX_HOLD_SECONDS
 from ..orders import cancelling, holds, intents, search, sheet
 from ..problems import Conflict, InvalidRequest, KeyMismatch, Unavailable, UnknownOrder
@@ -129,8 +131,12 @@ def show_story(
 ) -> str:
     story = search.story(order_id)
     held_until = story.order.held_until
+    events = reading.of_order(order_id)
     return render_template(
         template,
+        events=[_shown(event) for event in events],
+        deliveries=webhooks.deliveries_of([event.number for event in events]),
+        state_of=webhooks.state_of,
         story=story,
         product=catalogue.names().sold(story.order.product_id, story.order.claimed_at),
         cancelling=(intents.units_given_back(order_id) if story.order.status == "QUEUED" else 0),
@@ -194,6 +200,11 @@ def act_of_hold(
         flash(str(error) + ".", "error")
         return redirect(page)
     return forms.done(told, page)
+
+
+def _shown(event: reading.Event) -> dict[str, Any]:
+    told: dict[str, Any] = json.loads(event.json)
+    return told | {"at": datetime.fromisoformat(told["at"])}
 
 
 @bp.post("/<id:order_id>/cancel")

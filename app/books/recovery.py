@@ -21,8 +21,9 @@ from .. import idempotency
 from ..audit import Actor, record
 from ..database import waiting_at_most
 from ..extensions import db, stock
+from ..feed import webhooks
 from ..generation import Held, held
-from ..locks import DRAIN_LOCK, REBUILD_LOCK, SALE_LOCK
+from ..locks import DRAIN_LOCK, EVENTS_LOCK, REBUILD_LOCK, SALE_LOCK
 from ..models import STANDING_STATUSES, Sale
 from ..orders import bulk, cancelling, holds
 from ..orders.drain import BATCH_ORDERS, Row, store
@@ -71,30 +72,35 @@ def what_a_reset_deletes() -> tuple[int, int, int]:
 def reset(actor: Actor) -> int:
     """Delete every product, order and movement, here and in Redis; return the new product's id.
 
-    Staff, tokens and the audit stay. Ids start from 1 again. Raises stock.Unavailable before
-    anything is deleted when Redis can't be reached.
+    Staff, tokens, endpoints of webhooks and the audit stay. Ids start from 1 again. Raises
+    stock.Unavailable before anything is deleted when Redis can't be reached.
     """
     # Whoever holds a lock below may wait for a table that this transaction has read.
     db.session.rollback()
     # A drain under way finishes first, and so does a movement; the next ones find nothing.
     db.session.execute(text(f"SELECT pg_advisory_xact_lock({REBUILD_LOCK})"))
     db.session.execute(text(f"SELECT pg_advisory_xact_lock({DRAIN_LOCK})"))
+    db.session.execute(text(f"SELECT pg_advisory_xact_lock({EVENTS_LOCK})"))
     db.session.execute(text(f"SELECT pg_advisory_xact_lock({SALE_LOCK})"))
+    made_on = stock.server_id()
+    generation = secrets.token_hex(8)
+    webhooks.begin_anew(generation)
     db.session.execute(
         text(
             "TRUNCATE orders, order_intents, bulk_cancels, dead_letters, batches, stock_movements,"
-            " product_totals, product_names, products, sale RESTART IDENTITY"
+            " product_totals, product_names, products, sale, events, new_events, sold_out,"
+            " webhook_deliveries, webhook_attempts RESTART IDENTITY"
         )
     )
+    db.session.execute(text("UPDATE feed SET head = 0, floor = 0"))
     # What PostgreSQL refuses is refused by now, and what Redis refuses is rolled back.
     stock.clear()
     for route in (catalogue.CREATE, cancelling.CANCEL, bulk.START, *holds.ROUTES):
         idempotency.forget(route)
-    generation = secrets.token_hex(8)
     db.session.add(Sale(generation=generation, epoch=generation))
     record(actor, "sale.reset", "sale", after=SEED_PRODUCT)
     db.session.commit()
-    stock.open(generation, first_order_id=1)
+    stock.open(generation, first_order_id=1, made_on=made_on)
     return int(catalogue.create(terms.read_new(SEED_PRODUCT), actor).product["id"])
 
 
@@ -195,6 +201,8 @@ def rebuild(actor: Actor, replace: bool = False) -> Rebuilt:
     started = time.monotonic()
     db.session.rollback()
     with _alone() as connection:
+        # Without as many replicas as are asked for it would close the sale, and not open it again.
+        made_on = stock.server_id()
         found = stock.view([])
         generation, last_sampled, first_of_sale, sampled_at = _read_sale(connection)
         holds = held(found.generation, generation)
@@ -230,7 +238,7 @@ def rebuild(actor: Actor, replace: bool = False) -> Rebuilt:
         _put_movements(connection)
         _put_bought(connection)
         keys = _put_keys(connection)
-        stock.open(generation, first_order_id=loss.first_order_id)
+        stock.open(generation, first_order_id=loss.first_order_id, made_on=made_on)
     sale.publish_stale()
     movements.finish_pending()
     totals = movements.totals().values()

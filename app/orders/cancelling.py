@@ -17,8 +17,7 @@ from ..models import DeadLetter, Order, StockMovement
 from ..problems import Conflict, Unavailable, UnknownOrder
 from ..products.movements import apply_movement
 from . import intents, states
-from .listing import describe
-from .search import from_entry, story
+from .search import describe, from_entry, story
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from ..problems import Conflict, Unavailable
 from ..products.movements import apply_movement
 from ..reading import User
 from ..stock.entries import Entry
-from . import intents
+from . import events, intents
 from .lookup import MAX_LISTED, columns_of
 
 log = logging.getLogger(__name__)
@@ -210,6 +210,7 @@ def replay(ids: list[int], reason: str, actor: Actor) -> list[Resolved]:
             cause = str(getattr(error, "orig", error)).strip().partition("\n")[0]
             return Resolved(letter.id, False, f"It was refused again: {cause}")
         _mark(letter, "replayed", reason, actor)
+        events.record_ids("order.confirmed", [order_id])
         if order_id != letter.order_id:
             letter.replayed_as = order_id
         record(
@@ -236,6 +237,7 @@ def abandon(ids: list[int], reason: str, actor: Actor) -> list[Resolved]:
     def resolve(letter: DeadLetter) -> Resolved:
         units = _returnable(letter)
         _mark(letter, "abandoned", reason, actor)
+        events.record_letter("order.cancelled", letter, units=units, reason=reason)
         if letter.order_id:
             intents.give_up(letter.order_id, "the order was abandoned")
         record(

@@ -17,6 +17,7 @@ from ..database import raw_connection
 from ..extensions import db, stock
 from ..locks import DRAIN_LOCK
 from ..stock.entries import Columns, Entry, split
+from . import events
 
 log = logging.getLogger(__name__)
 
@@ -156,6 +157,7 @@ def _insert_all(cursor: Cursor, batch_id: int, rows: list[Row]) -> tuple[set[str
                     parts and parts.reference,
                 ),
             )
+    events.failed(cursor, dead)
     return set(dead), inserted
 
 

@@ -18,7 +18,7 @@ from ..problems import Conflict, KeyMismatch, UnknownOrder
 from ..products.movements import apply_movement
 from ..stock.entries import Entry
 from . import cancelling, intents, search, states
-from .listing import describe
+from .search import describe
 from .states import HoldExpired
 
 CONFIRM = "POST /orders/confirm"

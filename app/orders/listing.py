@@ -4,33 +4,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..problems import Unavailable
-from ..times import utc_text
 from . import intents, search
-from .search import Filter, Found
+from .search import Filter, describe
 
 PAGE_ORDERS = 50
 MOST_ORDERS = 500
-
-
-def describe(order: Found) -> dict[str, Any]:
-    """Return an order in the API's form; `userId` is always a text."""
-    return {
-        "id": order.id,
-        "status": order.status,
-        "userId": str(order.user),
-        "productId": order.product_id,
-        "quantity": order.quantity,
-        "cancelledQuantity": order.returned_units,
-        "unitPriceCents": order.unit_price_cents,
-        "currency": order.currency,
-        "reference": order.reference,
-        "createdAt": utc_text(order.claimed_at),
-        "storedAt": order.persisted_at and utc_text(order.persisted_at),
-        "endedAt": order.cancelled_at and utc_text(order.cancelled_at),
-        "endReason": order.cancel_reason,
-        "heldUntil": order.held_until and utc_text(order.held_until),
-        "payment": order.payment,
-    }
 
 
 def one(order_id: int) -> dict[str, Any]:

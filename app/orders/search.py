@@ -18,6 +18,7 @@ from ..models import Batch, DeadLetter, Order, StockMovement
 from ..problems import Unavailable, UnknownOrder
 from ..reading import REFERENCE, VALID_KEY, User, canonical
 from ..stock.entries import Entry
+from ..times import utc_text
 from .lookup import MAX_LISTED, columns_of
 
 STATUSES = ("QUEUED", "HELD", "CONFIRMED", "CANCELLED", "RELEASED", "EXPIRED", "FAILED")
@@ -102,6 +103,27 @@ class Found:
     @property
     def total_cents(self) -> int:
         return self.quantity * self.unit_price_cents
+
+
+def describe(order: Found) -> dict[str, Any]:
+    """Return an order in the API's form; `userId` is always a text."""
+    return {
+        "id": order.id,
+        "status": order.status,
+        "userId": str(order.user),
+        "productId": order.product_id,
+        "quantity": order.quantity,
+        "cancelledQuantity": order.returned_units,
+        "unitPriceCents": order.unit_price_cents,
+        "currency": order.currency,
+        "reference": order.reference,
+        "createdAt": utc_text(order.claimed_at),
+        "storedAt": order.persisted_at and utc_text(order.persisted_at),
+        "endedAt": order.cancelled_at and utc_text(order.cancelled_at),
+        "endReason": order.cancel_reason,
+        "heldUntil": order.held_until and utc_text(order.held_until),
+        "payment": order.payment,
+    }
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from ..reading import MAX_RESTOCK, MAX_STOCK
 from ..stock.entries import Entry, standing
 from ..stock.gateway import Ended, Expired
 from ..times import to_ms
+from .observed import restocked
 from .sale import in_force, publish, require_sale
 
 
@@ -159,6 +160,8 @@ def apply_movement(movement: StockMovement) -> int:
     movement.stock_after = free
     if finish:
         finish.applied(movement)
+    if movement.kind in ("restock", "correction") and movement.units > 0:
+        restocked(movement, free)
     db.session.commit()
     return free
 

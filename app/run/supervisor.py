@@ -49,13 +49,14 @@ class Supervisor:
     """One run of the whole system on one DATA_DIR."""
 
     def __init__(self, settings: Settings, tree: Path = ROOT):
-        """`tree` holds wsgi.py and worker.py."""
+        """`tree` holds wsgi.py, worker.py and webhooks.py."""
         self.settings, self.tree = settings, tree
         self.note = tree / ".runs" / str(os.getpid())
         self.signals = Signals()
         self.kept: list[Kept[Program]] = []
         self.web: Program | None = None
         self.worker: Worker | None = None
+        self.webhooks: Program | None = None
         self.started_at = time.monotonic()
         self.ready = self.warned = False
 
@@ -96,10 +97,11 @@ class Supervisor:
         telling.tell("Preparing the database: migrations, and what a first start needs")
         flask = [sys.executable, "-m", "flask", "--app", "wsgi"]
         self._run_to_end(Command("prepare", [*flask, "prepare"], environ, self.tree))
-        telling.tell("Starting the web server and a worker")
+        telling.tell("Starting the web server, a worker and who sends webhooks")
         self.web = Command("web", [sys.executable, "-m", "app.run.serve"], environ, self.tree)
         self.worker = Worker("worker", [sys.executable, "worker.py"], environ, self.tree)
-        for program in (self.worker, self.web):
+        self.webhooks = Command("webhooks", [sys.executable, "webhooks.py"], environ, self.tree)
+        for program in (self.worker, self.webhooks, self.web):
             self._keep(program)
             program.launch()
 
@@ -116,6 +118,8 @@ class Supervisor:
             self.web.send_signal(signal.SIGHUP)
             self.worker.terminate()  # ends its batch first, and is started again as if it had died
             self.worker.replaces = ""
+            if self.webhooks:
+                self.webhooks.terminate()
         for kept in self.kept:
             kept.check(time.monotonic())
             if isinstance(kept.program, Watched) and kept.restart_at is None:

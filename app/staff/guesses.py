@@ -60,7 +60,7 @@ def whose(person: Staff | None, device: str | None, address: str) -> str:
     """Return the name of the count for this person's password from this browser and address."""
     if device:
         return f"device {device}"
-    if person and stock.client.exists(StaffKeys.known_address(person.id, client_of(address))):
+    if person and stock.jobs_client.exists(StaffKeys.known_address(person.id, client_of(address))):
         return f"address {client_of(address)}"
     return STRANGERS
 
@@ -68,7 +68,7 @@ def whose(person: Staff | None, device: str | None, address: str) -> str:
 def know(person: Staff, address: str) -> None:
     """Remember that this person signed in from this address."""
     key = StaffKeys.known_address(person.id, client_of(address))
-    stock.client.set(key, 1, ex=KNOWN_ADDRESS_SECONDS)
+    stock.jobs_client.set(key, 1, ex=KNOWN_ADDRESS_SECONDS)
 
 
 def _account(person: Staff | None, email: str) -> str:

@@ -141,7 +141,9 @@ def _confirm(person: SignedIn, clock: int) -> None:
         return
     words = {"id": person.id, "email": person.email, "role": person.role, "at": int(clock)}
     try:
-        stock.client.set(StaffKeys.session(person.session_id), json.dumps(words), ex=RECORD_SECONDS)
+        stock.jobs_client.set(
+            StaffKeys.session(person.session_id), json.dumps(words), ex=RECORD_SECONDS
+        )
     except redis.RedisError as error:
         log.info("Redis can't remember a session: %s", error)
         return
@@ -153,7 +155,7 @@ def _confirm(person: SignedIn, clock: int) -> None:
 def _on_record(staff_id: int, session_id: str) -> SignedIn | None:
     """Return whom Redis knows by this session, unless that is older than what was revoked."""
     try:
-        text, *bars = stock.client.mget(
+        text, *bars = stock.jobs_client.mget(
             StaffKeys.session(session_id), StaffKeys.bar(session_id), StaffKeys.bar(staff_id)
         )
     except redis.RedisError:
@@ -176,13 +178,13 @@ def revoking(subject: int | str) -> Iterator[None]:
     """
     key = StaffKeys.bar(subject)
     try:
-        stock.client.set(key, UNTIL_COMMITTED, ex=RECORD_SECONDS)
+        stock.jobs_client.set(key, UNTIL_COMMITTED, ex=RECORD_SECONDS)
     except redis.RedisError as error:
         raise Unavailable(str(error)) from error
     yield
     try:
         after = db.session.scalars(select(_clock())).one()
         db.session.rollback()
-        stock.client.set(key, int(after), ex=RECORD_SECONDS)
+        stock.jobs_client.set(key, int(after), ex=RECORD_SECONDS)
     except (SQLAlchemyError, redis.RedisError) as error:
         log.warning("%s stays barred from signing in without PostgreSQL: %s", subject, error)

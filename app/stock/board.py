@@ -109,6 +109,18 @@ class Noticeboard:
             ],
         )
 
+    def tell_head(self, epoch: str, number: int) -> None:
+        """Tell where the feed of events ends, so that nobody has to ask PostgreSQL in vain."""
+        with _asking():
+            self.client.set(Keys.feed_head, f"{epoch} {number}")
+
+    def feed_head(self) -> tuple[str, int] | None:
+        """Return the epoch and the number at which the feed ends, None where nobody has told."""
+        with _asking():
+            told = self.client.get(Keys.feed_head)
+        epoch, _, number = cast("str", told or "").partition(" ")
+        return (epoch, int(number)) if number.isdecimal() else None
+
     def take_turn(self, seconds: int) -> bool:
         """Return whether it is the caller's turn to prove the ledger; it then is for so long."""
         with _asking():
@@ -184,6 +196,19 @@ class Noticeboard:
         """Return whether no drain is under way; then the caller's is, for so long at most."""
         with _asking():
             return bool(self.raw_client.set(Keys.drain_lease, b"1", nx=True, px=milliseconds))
+
+    def take_webhook_lease(self, name: str, milliseconds: int) -> bool:
+        """Return whether nobody is about to send there; then the caller is, for so long at most."""
+        with _asking():
+            return bool(
+                self.raw_client.set(
+                    Keys.webhook_lease_prefix + name, b"1", nx=True, px=milliseconds
+                )
+            )
+
+    def end_webhook_lease(self, *names: str) -> None:
+        with _asking():
+            self.raw_client.delete(*(Keys.webhook_lease_prefix + name for name in names))
 
     def end_drain_lease(self, after_ms: int = 0) -> None:
         """End it, at once or after so long; one that ends earlier is left alone."""

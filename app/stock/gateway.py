@@ -24,10 +24,11 @@ from .board import HISTORY_SAMPLES, Noticeboard
 from .brakes import BrakeGateway, Brakes
 from .doorkeeper import Doorkeeper
 from .entries import FAILED, Entry, former_key_record, key_record
-from .keys import Keys, cautious_options
+from .keys import Keys
 from .lines import Claim, ClaimScript, LoopLine, Request, ThreadLine
 from .outcomes import REFUSALS
 from .place import queued_score
+from .servers import Server
 
 log = logging.getLogger(__name__)
 
@@ -114,10 +115,19 @@ class Stock:
 
         `on_record` tells the sale's name and an order id that it has issued: see lines.py.
         """
-        url = settings.redis_url
-        self.client = redis.Redis.from_url(url, **cautious_options(url, decode=True))
+        # Whoever builds an app has filled in the URL (run/embedded.py).
+        self.server = Server(settings.redis_url or "")
+        self.client = self.server.client(decode=True)
         # RQ, and the drain's batches, want answers undecoded.
-        self.raw_client = redis.Redis.from_url(url, **cautious_options(url, decode=False))
+        self.raw_client = self.server.client(decode=False)
+        # What is no part of the sale: RQ, limits of other routes, who is signed in. To lose it
+        # loses no order, and it may be a server of its own.
+        self.jobs_server, self.jobs_client = self.server, self.client
+        self.jobs_raw_client = self.raw_client
+        if settings.jobs_redis_url:
+            self.jobs_server = Server(settings.jobs_redis_url)
+            self.jobs_client = self.jobs_server.client(decode=True)
+            self.jobs_raw_client = self.jobs_server.client(decode=False)
         scripts = {
             path.name.removesuffix(".lua"): path.read_text()
             for path in resources.files("app.stock.lua").iterdir()
@@ -125,10 +135,11 @@ class Stock:
         }
         script = ClaimScript(scripts.pop("claim"), settings)
         self._scripts = {name: self.client.register_script(text) for name, text in scripts.items()}
+        self.replicas = script.replicas
         self.board = Noticeboard(self.client, self.raw_client, self._run)
-        self.brakes = BrakeGateway(self.client, self._run)
-        self.thread_line = ThreadLine(url, script, on_record)
-        self.loop_line = Doorkeeper(LoopLine(url, script, on_record), self.turn_away)
+        self.brakes = BrakeGateway(self.client, self._run_surely)
+        self.thread_line = ThreadLine(self.server, script, on_record)
+        self.loop_line = Doorkeeper(LoopLine(self.server, script, on_record), self.turn_away)
 
     def claim(
         self,
@@ -152,6 +163,29 @@ class Stock:
             return self._scripts[name](keys=keys, args=args)
         except redis.RedisError as error:
             raise Unavailable(str(error)) from error
+
+    def _run_surely(self, name: str, keys: list, args: list):
+        """Run a script; return once replicas have what it wrote, and what it read.
+
+        Raises Unavailable, also when too few replicas answer: then it is done all the same.
+        """
+        if not self.replicas.count:
+            return self._run(name, keys, args)
+        try:
+            with self.client.pipeline(transaction=False) as pipe:
+                self._scripts[name](keys=keys, args=args, client=pipe)
+                return self.replicas.run(pipe)[0]
+        except redis.RedisError as error:
+            raise Unavailable(str(error)) from error
+
+    def check_replicas(self) -> None:
+        """Raise Unavailable unless as many replicas as are asked for have all that there is."""
+        if self.replicas.count:
+            try:
+                with self.client.pipeline(transaction=False) as pipe:
+                    self.replicas.run(pipe)
+            except redis.RedisError as error:
+                raise Unavailable(str(error)) from error
 
     def braked(self) -> Brakes:
         """Return (whether the whole sale is braked, ids of products with brakes of their own)."""
@@ -232,7 +266,7 @@ class Stock:
                             keys += [name, Keys.former_idempotency(user, ended.key)]
                             args += [field, ended.order_id, ended.status]
                     move(keys=keys, args=args, client=pipe)
-                moved = pipe.execute()
+                moved = self.replicas.run(pipe)
         except redis.RedisError as error:
             raise Unavailable(str(error)) from error
         if any(outcome == "unprepared" for outcome, _ in moved):
@@ -281,9 +315,14 @@ class Stock:
     def read_outbox(
         self, count: int, after: str | None = None
     ) -> list[tuple[bytes, dict[bytes, bytes]]]:
-        """Return the oldest waiting entries, or those after a stream id, as (stream id, fields)."""
+        """Return the oldest waiting entries, or those after a stream id, as (stream id, fields).
+
+        Once replicas have them: what is stored must not be sold again by a promoted one.
+        """
         try:
-            return self.raw_client.xrange(Keys.outbox, f"({after}" if after else "-", count=count)
+            with self.raw_client.pipeline(transaction=False) as pipe:
+                pipe.xrange(Keys.outbox, f"({after}" if after else "-", count=count)
+                return self.replicas.run(pipe)[0]
         except redis.RedisError as error:
             raise Unavailable(str(error)) from error
 
@@ -324,16 +363,19 @@ class Stock:
         product_ids: list[int],
         stored_through: int | None = None,
         movement_ids: list[int] | tuple[int, ...] = (),
+        surely: bool = False,
     ) -> View:
         """Return what Redis holds, read at one instant.
 
         `stored_through` asks for the entries up to this id that are still in the outbox,
         `movement_ids` which of these movements are applied. Unknown products are left out.
+        `surely` waits until replicas have it all.
         """
         keys = [Keys.generation, Keys.movements, Keys.outbox, Keys.order_ids, Keys.brakes]
         keys += [Keys.product(product_id) for product_id in product_ids]
         through = "" if stored_through is None else stored_through
-        generation, last, waiting, head, applied, overlap, brakes, hashes = self._run(
+        run = self._run_surely if surely else self._run
+        generation, last, waiting, head, applied, overlap, brakes, hashes = run(
             "view", keys, [through, *movement_ids]
         )
         products = {}
@@ -444,7 +486,9 @@ class Stock:
 
         With `issued`, an order id surely given out, only if Redis has forgotten it.
         """
-        return bool(self._run("close", [Keys.generation, Keys.order_ids], [generation, issued]))
+        return bool(
+            self._run_surely("close", [Keys.generation, Keys.order_ids], [generation, issued])
+        )
 
     def product_ids(self) -> list[int]:
         """Return the ids of the products on sale in Redis, ascending."""
@@ -626,10 +670,10 @@ class Stock:
     def new_order_id(self) -> int:
         """Issue an order id. Raises Unavailable; Unprepared when the counter can't be trusted."""
         try:
-            with self.client.pipeline() as pipe:
+            with self.client.pipeline(transaction=False) as pipe:
                 pipe.get(Keys.generation)
                 pipe.incr(Keys.order_ids)
-                generation, order_id = pipe.execute()
+                generation, order_id = self.replicas.run(pipe)
         except redis.RedisError as error:
             raise Unavailable(str(error)) from error
         if generation is None:
@@ -655,8 +699,30 @@ class Stock:
             raise Unprepared("the sale is not in Redis")
         return outcome == "done"
 
-    def open(self, generation: str, first_order_id: int) -> None:
-        """Let claims in: from here on order ids start at `first_order_id`."""
+    def attached_replicas(self) -> int:
+        """Return how many replicas Redis has, in step or not."""
+        try:
+            return int(self.client.info("replication")["connected_slaves"])
+        except redis.RedisError as error:
+            raise Unavailable(str(error)) from error
+
+    def server_id(self) -> str:
+        """Return what tells this Redis from every other, and from itself before a restart."""
+        try:
+            with self.client.pipeline(transaction=False) as pipe:
+                pipe.info("server")
+                return str(self.replicas.run(pipe)[0]["run_id"])
+        except redis.RedisError as error:
+            raise Unavailable(str(error)) from error
+
+    def open(self, generation: str, first_order_id: int, made_on: str | None = None) -> None:
+        """Let claims in: from here on order ids start at `first_order_id`.
+
+        `made_on` is the server_id from when the sale began to be made. Raises Unavailable where it
+        is another by now: that one may have the first half of what was written, or the second.
+        """
+        if made_on is not None and self.server_id() != made_on:
+            raise Unavailable("Redis has failed over or restarted meanwhile: start again")
         try:
             with self.client.pipeline() as pipe:
                 pipe.set(Keys.order_ids, first_order_id - 1)

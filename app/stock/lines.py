@@ -17,6 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
 
@@ -28,17 +29,17 @@ from ..breaker import RETRY_AFTER_FAILURE_SECONDS
 from ..config import NO_LIMIT, RateLimit, Settings
 from ..problems import Unavailable, Unprepared
 from ..reading import User
-from .keys import (
+from .keys import Keys
+from .place import place, queued_score
+from .replicas import Replicas, Unreplicated
+from .servers import (
     COMMAND_TIMEOUT_SECONDS,
     CONNECT_TIMEOUT_SECONDS,
     NOTHING_RAN,
     UNFIT,
-    Keys,
+    Server,
     code_of,
-    connection_options,
-    leave_server,
 )
-from .place import place, queued_score
 
 log = logging.getLogger(__name__)
 
@@ -48,10 +49,14 @@ RECONNECT_SECONDS = 1.0
 MOST_AT_ONCE = 32
 # How often a connection that owes answers is looked at.
 WATCH_SECONDS = 0.1
+# A claim of which surely nothing ran is sent once more, where its server is found again so soon.
+AGAIN_SECONDS = 0.3
 
 # Of a claim that met something in Redis which can't be, such as a key of another type.
 UNDONE = b"undone"
 LIMITED = b"limited"
+# Outcomes that promise an order.
+PROMISES = (b"accepted", b"replayed")
 
 EARLY_ATTEMPTS_A_MINUTE = 60
 # Attempts take no more memory than this, with no maxmemory either: some 2 million shoppers.
@@ -128,6 +133,7 @@ class ClaimScript:
         network, early = settings.purchase_network_limit, early_limit(user)
         self._networks = bool(network)
         self._address_units = settings.purchase_address_units
+        self.replicas = Replicas(settings.redis_replicas)
         # A sliding counter looks back into the window before: two of them.
         turn = max(user.window_ms, *(2 * limit.window_ms for limit in (early, address, network)), 1)
         constants = {
@@ -143,6 +149,7 @@ class ClaimScript:
             "TURN": turn,
             "MOST_BYTES": MOST_ATTEMPTS_BYTES,
             "MOST_WAITING": settings.outbox_limit,
+            "REPLICAS": self.replicas.count,
         }
         names, values = ", ".join(constants), ", ".join(map(str, constants.values()))
         # As a part of the script they cost nothing; as arguments 5 % of what a claim costs Redis.
@@ -181,6 +188,8 @@ class ClaimScript:
                 letters += "s"
                 more.append(str(queued_score(user)))
             args += (str(user), field, numbers[product_id], str(quantity), address, letters, *more)
+        if self.replicas.count:
+            keys.append(Keys.fence)
         return hiredis.pack_command(("EVALSHA", self._sha, str(len(keys)), *keys, *args))
 
 
@@ -208,10 +217,22 @@ class Undone(redis.ResponseError):
     """A claim met something in Redis that can't be; nothing is left of it."""
 
 
+class _Unsent(redis.ConnectionError):
+    """There was nobody to send the claim to."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.status_code = code_of(cause)
+
+
 def refused(error: Exception) -> Unavailable:
     """Return what an error that Redis answered means for a claim."""
-    nothing_ran = isinstance(error, Undone) or code_of(error) in NOTHING_RAN
+    nothing_ran = isinstance(error, (Undone, _Unsent)) or code_of(error) in NOTHING_RAN
     return Unavailable(str(error), executed=False if nothing_ran else None)
+
+
+def _ignore(answer: object) -> None:
+    """Have an answer told to nobody."""
 
 
 def _claim_of(answer: list) -> Claim:
@@ -225,16 +246,16 @@ def _claim_of(answer: list) -> Claim:
 class ThreadLine:
     """Claims that block their thread. Safe to use from any number of threads."""
 
-    def __init__(self, url: str, script: ClaimScript, on_record: OnRecord) -> None:
+    def __init__(self, server: Server, script: ClaimScript, on_record: OnRecord) -> None:
+        self._server = server
         self._script = script
+        self._replicas = script.replicas
         self._on_record = on_record
         self._record: tuple[str, int] | None = None
         self._recorded_at = 0.0
         self._record_lock = threading.Lock()
         # Only a factory here (it knows URLs, TLS, passwords): each thread keeps its connection.
-        self._pool = redis.ConnectionPool.from_url(
-            url, max_connections=2**31, **connection_options(decode=False)
-        )
+        self._pool = server.pool(decode=False, cautious=False, max_connections=2**31)
         self._local = threading.local()
         # A failure anywhere makes every thread's connection suspect: they connect anew.
         self._failures = 0
@@ -242,39 +263,82 @@ class ThreadLine:
 
     def claim(self, request: Request) -> Claim:
         """Decide one purchase. Raises Unavailable when Redis gave no answer."""
-        failures = self._failures
         if self._closed_until and time.monotonic() < self._closed_until:
             raise Unavailable("Redis was unreachable a moment ago", executed=False)
         if self._closed_until:
             # This request is the one that tries; the others go on being refused meanwhile.
             self._closed_until = time.monotonic() + COMMAND_TIMEOUT_SECONDS
         command = self._script.command(request)
-        sent = False
+        started = time.monotonic()
         try:
-            connection = self._connection(failures)
-            sent = True
             try:
-                answer = self._exchange(connection, command)
-            except redis.exceptions.NoScriptError:
-                # Nothing ran, so this is the one case where sending again is safe.
-                self._exchange(connection, self._script.load)
-                answer = self._exchange(connection, command)
-            claim = _claim_of(answer[0])
+                claim = self._decide(command)
+            except redis.RedisError as error:
+                if code_of(error) not in UNFIT or time.monotonic() > started + AGAIN_SECONDS:
+                    raise
+                # Nothing ran, and another server may be in its place by now.
+                self._leave(error)
+                claim = self._decide(command)
         except Unprepared:
             self._closed_until = time.monotonic() + RETRY_AFTER_FAILURE_SECONDS
+            raise
+        except Unreplicated:
+            self._leave()
             raise
         except (redis.RedisError, OSError) as error:
             if isinstance(error, redis.ResponseError) and code_of(error) not in UNFIT:
                 # This claim was refused; the next one may be asked all the same.
                 self._closed_until = 0.0
             else:
-                if code_of(error) in UNFIT:
-                    leave_server()
-                self._failures += 1
-                self._closed_until = time.monotonic() + RETRY_AFTER_FAILURE_SECONDS
-            raise (refused(error) if sent else Unavailable(str(error), executed=False)) from error
+                self._leave(error)
+            raise refused(error) from error
         self._closed_until = 0.0
         return claim
+
+    def _leave(self, error: Exception | None = None) -> None:
+        if error and code_of(error) in UNFIT:
+            self._server.leave()
+        self._failures += 1
+        self._closed_until = time.monotonic() + RETRY_AFTER_FAILURE_SECONDS
+
+    def _decide(self, command: bytes) -> Claim:
+        """Return the claim. Raises redis.RedisError, OSError, Unreplicated, Unprepared."""
+        try:
+            connection = self._connection(self._failures)
+        except (redis.RedisError, OSError) as error:
+            raise _Unsent(error) from error
+        try:
+            answer, copied = self._ask(connection, command)
+        except redis.exceptions.NoScriptError:
+            # Nothing ran, so this is the one case where sending again is safe.
+            self._exchange(connection, self._script.load)
+            answer, copied = self._ask(connection, command)
+        claim = _claim_of(answer[0])
+        if copied is not None and not self._replicas.enough(copied):
+            if claim.outcome in PROMISES:
+                raise Unreplicated(copied)
+            # The next one connects anew, and is asked for its replicas first.
+            self._failures += 1
+        return claim
+
+    def _ask(self, connection, command: bytes) -> tuple[list, object]:
+        """Return the script's answer, and WAIT's where replicas are asked for."""
+        wait = self._replicas.wait
+        connection.send_packed_command((command + wait,))
+        if not wait:
+            return connection.read_response(), None
+        error = None
+        try:
+            answer = connection.read_response()
+        except redis.ResponseError as refusal:
+            error = refusal
+        try:
+            copied = connection.read_response()
+        except redis.ResponseError as refusal:
+            copied = refusal
+        if error:
+            raise error
+        return answer, copied
 
     def check(self) -> bool:
         """Return whether the sale was compared with PostgreSQL; as LoopLine.check."""
@@ -309,11 +373,22 @@ class ThreadLine:
             local.connection.connect()
             self._exchange(local.connection, self._script.load)
             self._exchange(local.connection, TRY_WRITING)
+            if self._replicas.count:
+                self._try_replicas(local.connection)
             # First PostgreSQL, then Redis: the ids on record were issued before Redis is asked.
             record = self._sale_on_record()
             _check_sale(record, *self._exchange(local.connection, ASK_SALE))
             local.failures = failures
         return local.connection
+
+    def _try_replicas(self, connection) -> None:
+        connection.send_packed_command((self._replicas.fence,))
+        with suppress(redis.ResponseError):
+            connection.read_response()
+        connection.read_response()
+        copied = connection.read_response()
+        if not self._replicas.enough(copied):
+            raise redis.ConnectionError(str(Unreplicated(copied)))
 
     def _sale_on_record(self) -> tuple[str, int] | None:
         now = time.monotonic()
@@ -331,12 +406,16 @@ class LoopLine:
     A turn has more of them the busier the process is, and more in one batch cost less each.
     """
 
-    def __init__(self, url: str, script: ClaimScript, on_record: OnRecord) -> None:
-        self._options = redis.connection.parse_url(url)
+    def __init__(self, server: Server, script: ClaimScript, on_record: OnRecord) -> None:
+        self._server = server
+        self._options = server.options
         self._script = script
+        self._replicas = script.replicas
         self._on_record = on_record
         # What goes out at the end of this turn of the loop.
         self._gathered: Batch = []
+        # Batches that wait for replicas. Other claims gather meanwhile, and cost less together.
+        self._in_flight = 0
         # Is told of users who are over their limit.
         self.on_limited: Callable[[Request, Claim], None] = lambda request, claim: None
         self._channel: Channel | None = None
@@ -367,70 +446,135 @@ class LoopLine:
             asyncio.get_running_loop().call_soon(self._send)
 
     def _send(self) -> None:
-        batch, self._gathered = self._gathered, []
-        if not batch:
+        if self._in_flight or not self._gathered:
             return
+        batch, self._gathered = self._gathered, []
+        if len(batch) > MOST_AT_ONCE:
+            # Some had to wait for replicas.
+            batch, self._gathered = batch[:MOST_AT_ONCE], batch[MOST_AT_ONCE:]
         channel = self._channel
         if channel is None or channel.lost:
             reach = asyncio.get_running_loop().create_task(self._reach())
-            reach.add_done_callback(partial(self._reached, batch))
+            reach.add_done_callback(partial(self._reached, batch, False))
         else:
             self._decide(channel, batch)
+        if self._gathered:
+            self._send()
 
-    def _reached(self, batch: Batch, reach: asyncio.Task) -> None:
-        if error := reach.exception():
+    def _reached(self, batch: Batch, again: bool, reach: asyncio.Task) -> None:
+        error = None if reach.cancelled() else reach.exception()
+        if isinstance(error, Unavailable):
             self._tell(batch, error)
-        elif reach.result().lost:
+        elif error or reach.cancelled() or reach.result().lost:
             self._tell(batch, Unavailable("the connection to Redis was lost", executed=False))
         else:
-            self._decide(reach.result(), batch)
+            self._decide(reach.result(), batch, again)
 
-    def _decide(self, channel: "Channel", batch: Batch, loaded: bool = False) -> None:
+    def _decide(self, channel: "Channel", batch: Batch, again: bool = False) -> None:
+        """Send a batch; `again` that it was sent before, and surely nothing of it ran."""
         command = self._script.command(*[request for request, _ in batch])
-        channel.send(command, partial(self._answered, channel, batch, loaded))
+        if not self._replicas.count:
+            channel.send(command, partial(self._answered, channel, batch, again, None))
+            return
+        promised: list[tuple[Tell, Claim]] = []
+        self._in_flight += 1
+        channel.send(
+            command + self._replicas.wait,
+            partial(self._answered, channel, batch, again, promised),
+            partial(self._copied, channel, promised),
+        )
 
-    def _answered(self, channel: "Channel", batch: Batch, loaded: bool, answer: object) -> None:
+    def _answered(
+        self,
+        channel: "Channel",
+        batch: Batch,
+        again: bool,
+        promised: list[tuple[Tell, Claim]] | None,
+        answer: object,
+    ) -> None:
         if isinstance(answer, list):
-            self._tell(batch, answer)
+            undone = self._tell(batch, answer, promised)
+            if not undone:
+                return
+            channel.retire()
+            self._server.leave()
+            self._once_more(undone, again, Undone("READONLY"))
         elif isinstance(answer, hiredis.ReplyError):
             code = code_of(answer)
-            if code == "NOSCRIPT" and not loaded and not channel.lost:
-                # Nothing ran, so this is the one case where sending again is safe.
-                channel.send(self._script.load, lambda _: None)
-                self._decide(channel, batch, loaded=True)
-                return
-            if code in UNFIT:
+            if code == "NOSCRIPT" and not again and not channel.lost:
+                # Nothing ran, so sending again is safe.
+                channel.send(self._script.load, _ignore)
+                self._decide(channel, batch, again=True)
+            elif code in UNFIT:
                 channel.retire()
-                leave_server()
-            self._tell(batch, refused(answer))
+                self._server.leave()
+                self._once_more(batch, again, answer)
+            else:
+                self._tell(batch, refused(answer))
         else:
             self._tell(batch, answer)
 
-    def _tell(self, batch: Batch, answer: list | Exception) -> None:
-        """Tell each of the batch what became of it."""
+    def _once_more(self, batch: Batch, again: bool, error: Exception) -> None:
+        """Send what surely has not run to the server that may be in that one's place by now."""
+        if again:
+            self._tell(batch, refused(error))
+            return
+        loop = asyncio.get_running_loop()
+        reach = loop.create_task(asyncio.wait_for(self._reach(), AGAIN_SECONDS))
+        reach.add_done_callback(partial(self._reached, batch, True))
+
+    def _copied(
+        self, channel: "Channel", promised: list[tuple[Tell, Claim]], answer: object
+    ) -> None:
+        """Tell of the orders which a batch promises, now that replicas have them or do not."""
+        self._in_flight -= 1
+        enough = self._replicas.enough(answer)
+        if not enough:
+            # Connecting anew finds out whether there are enough again.
+            self._closed_until = time.monotonic() + RETRY_AFTER_FAILURE_SECONDS
+            channel.retire()
+        for tell, claim in promised:
+            self._tell_one(tell, claim if enough else Unreplicated(answer))
+        self._send()
+
+    def _tell(
+        self,
+        batch: Batch,
+        answer: list | Exception,
+        promised: list[tuple[Tell, Claim]] | None = None,
+    ) -> Batch:
+        """Tell each of the batch what became of it; promises are kept back in `promised`.
+
+        Returns those of which nothing ran because the server is unfit; they are not told yet.
+        """
+        undone: Batch = []
         for number, (request, tell) in enumerate(batch):
             result: Claim | Exception
             if isinstance(answer, list):
                 result = Claim._make(answer[number])
                 if result.outcome == UNDONE:
-                    result = self._undone(result)
+                    error = Undone(result.text.decode("utf-8", "replace"))
+                    if code_of(error) in UNFIT:
+                        undone.append((request, tell))
+                        continue
+                    result = refused(error)
                 elif result.outcome == LIMITED:
                     self.on_limited(request, result)
+                elif promised is not None and result.outcome in PROMISES:
+                    promised.append((tell, result))
+                    continue
             else:
                 result = answer
-            try:
-                tell(result)
-            except Exception:
-                # One that can't be told must not keep the others waiting.
-                log.exception("a claim was decided, and not answered")
+            self._tell_one(tell, result)
+        return undone
 
-    def _undone(self, claim: Claim) -> Unavailable:
-        error = Undone(claim.text.decode("utf-8", "replace"))
-        if code_of(error) in UNFIT:
-            leave_server()
-            if self._channel:
-                self._channel.retire()
-        return refused(error)
+    @staticmethod
+    def _tell_one(tell: Tell, result: Claim | Exception) -> None:
+        try:
+            tell(result)
+        except Exception:
+            # One that can't be told must not keep the others waiting.
+            log.exception("a claim was decided, and not answered")
 
     async def check(self) -> bool:
         """Return whether the sale was compared with PostgreSQL; if not, try it now and then.
@@ -479,6 +623,8 @@ class LoopLine:
                 channel = await self._connect()
                 await channel.ask_well(self._script.load)
                 await channel.ask_well(TRY_WRITING)
+                if self._replicas.count:
+                    await self._try_replicas(channel)
                 await self._compare(channel)
         except (Unavailable, OSError, TimeoutError) as error:
             self._closed_until = time.monotonic() + RETRY_AFTER_FAILURE_SECONDS
@@ -495,6 +641,14 @@ class LoopLine:
         channel.on_lost = self._reconnect_later
         return channel
 
+    async def _try_replicas(self, channel: "Channel") -> None:
+        """Raise Unreplicated when too few replicas have all that there is."""
+        copied, tell = channel.awaited()
+        # A fence that could not be made or moved is told by the next claim's own writes.
+        channel.send(self._replicas.fence, _ignore, _ignore, tell)
+        if not self._replicas.enough(answer := await copied):
+            raise Unreplicated(answer)
+
     def _reconnect_later(self) -> None:
         """Don't leave it to a shopper to find Redis again."""
         if self._reconnects is None:
@@ -510,11 +664,17 @@ class LoopLine:
 
     async def _connect(self) -> "Channel":
         loop, options = asyncio.get_running_loop(), self._options
+        found = None
+        if self._server.moves:
+            try:
+                found = await loop.run_in_executor(None, self._server.address)
+            except redis.RedisError as error:
+                raise Unavailable(str(error)) from error
         async with asyncio.timeout(CONNECT_TIMEOUT_SECONDS):
             if path := options.get("path"):
                 _, channel = await loop.create_unix_connection(Channel, path)
             else:
-                host, port = options.get("host", "localhost"), options.get("port", 6379)
+                host, port = found or (options.get("host", "localhost"), options.get("port", 6379))
                 tls = _tls(options)
                 _, channel = await loop.create_connection(Channel, host, port, ssl=tls)
         if password := options.get("password"):
@@ -559,19 +719,28 @@ class Channel(asyncio.Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:
         self._transport = transport
 
-    def send(self, command: bytes, tell: Callable[[object], None]) -> None:
-        """Send a command; `tell` gets the answer, maybe a hiredis.ReplyError, or Unavailable."""
+    def send(self, command: bytes, *tell: Callable[[object], None]) -> None:
+        """Send one or several commands; each `tell` gets the answer to one of them.
+
+        That may be a hiredis.ReplyError, or Unavailable.
+        """
         self._transport.write(command)
         if not self._watched:
             self._watched = True
             self._heard_at = self._loop.time()
             self._loop.call_later(WATCH_SECONDS, self._watch)
-        self._waiting.append(tell)
+        self._waiting.extend(tell)
 
     def ask(self, command: bytes) -> asyncio.Future:
         """Send a command; the result may be a hiredis.ReplyError, or Unavailable is raised."""
         if self.lost:
             raise Unavailable("the connection to Redis was lost", executed=False)
+        future, tell = self.awaited()
+        self.send(command, tell)
+        return future
+
+    def awaited(self) -> tuple[asyncio.Future, Callable[[object], None]]:
+        """Return an answer to wait for, and what is to be told of it."""
         future = self._loop.create_future()
 
         def tell(answer: object) -> None:
@@ -582,8 +751,7 @@ class Channel(asyncio.Protocol):
                 else:
                     future.set_result(answer)
 
-        self.send(command, tell)
-        return future
+        return future, tell
 
     async def ask_well(self, command: bytes):
         """Send a command that Redis does not refuse. Raises Unavailable when it does."""

@@ -95,15 +95,23 @@ def in_words(error: BaseException) -> str:
 def check(app: Flask) -> dict[str, dict[str, Any]]:
     """Return {part: {"ok": bool, "state": text}}.
 
-    The parts are redis, postgres, migrations, sale, worker and queue.
+    The parts are redis, postgres, migrations, sale, worker and queue; jobs where that is a Redis of
+    its own.
     """
     parts, redis_says = {}, None
     try:
         redis_says = stock.view([]), stock.board.news(0)
         stock.board.try_write()
+        stock.check_replicas()
         parts["redis"] = _part(True, "reachable")
     except Unavailable as error:
         parts["redis"] = _part(False, in_words(error))
+    if stock.jobs_server is not stock.server:
+        try:
+            stock.jobs_client.ping()
+            parts["jobs"] = _part(True, "reachable")
+        except redis.RedisError as error:
+            parts["jobs"] = _part(False, in_words(error))
     expected = None
     parts |= {"postgres": _part(True, "reachable"), "migrations": _part(False, "unknown")}
     try:
@@ -191,4 +199,13 @@ def weak_durability() -> list[str]:
             return ["this Redis does not show its configuration"]
         if found != wanted:
             weak.append(f"{name} is {found}, not {wanted}")
+    try:
+        attached = stock.attached_replicas() if stock.replicas.count else 0
+    except Unavailable:
+        return weak
+    if attached > stock.replicas.count:
+        weak.append(
+            f"it has {attached} replicas, and REDIS_REPLICAS is {stock.replicas.count}: a failover"
+            " to one that lags loses answered orders"
+        )
     return weak

@@ -15,7 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from ..database import is_unavailable
 from ..extensions import db, stock
 from ..generation import Held, held, on_record
-from ..models import Order, Product, ProductTotals
+from ..models import Order, Product, ProductTotals, WebhookEndpoint
 from ..problems import Unavailable, UnknownProduct
 from ..stock.brakes import Brakes
 from . import health, samples, shelf
@@ -129,6 +129,8 @@ class Board:
     held_orders: int
     # When the next hold ends, if it is not paid before.
     next_end: datetime | None
+    # Endpoints of webhooks that were switched off because they failed.
+    webhooks_off: int
     # The chart's newest seconds, as columns.
     samples: samples.Columns
 
@@ -348,6 +350,7 @@ def board() -> Board:
         failed_orders=sum(item.failed_orders for item in found),
         held_orders=sum(item.held_orders for item in found),
         next_end=_next_end() if any(item.held for item in found) else None,
+        webhooks_off=0 if live.postgres_error else _webhooks_off(),
         samples=samples.columns(live.samples, live.now.timestamp()),
     )
 
@@ -361,6 +364,16 @@ def _next_end() -> datetime | None:
             raise
         db.session.rollback()
         return None
+
+
+def _webhooks_off() -> int:
+    try:
+        off = WebhookEndpoint.off_reason.is_not(None)
+        return db.session.scalar(select(func.count(WebhookEndpoint.id)).where(off)) or 0
+    except SQLAlchemyError:
+        # PostgreSQL went away a moment ago, which the next look tells.
+        db.session.rollback()
+        return 0
 
 
 class _Durability:

@@ -44,6 +44,25 @@ DURATION_BOUNDS = (
 BATCH_BOUNDS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 # Each product is some 20 series. Those with the lowest ids are told apart, the rest are one.
 MOST_PRODUCTS = 200
+# Few rows each, however many events there were.
+FEED = text("""
+    SELECT feed.head,
+      greatest(0, extract(epoch FROM clock_timestamp() - least(
+        (SELECT at FROM new_events ORDER BY id LIMIT 1),
+        (SELECT persisted_at FROM batches WHERE event_number IS NULL ORDER BY id LIMIT 1),
+        clock_timestamp()))) AS unnumbered,
+      e."on", e.failing, e.off, e.failed, e.failing_seconds,
+      greatest(0, feed.head - coalesce(e.number, feed.head)) AS behind
+    FROM feed, LATERAL (
+      SELECT count(*) FILTER (WHERE state = 'on' AND failures = 0) AS "on",
+        count(*) FILTER (WHERE state = 'on' AND failures > 0) AS failing,
+        count(*) FILTER (WHERE state = 'off' AND off_reason IS NULL) AS off,
+        count(*) FILTER (WHERE off_reason IS NOT NULL) AS failed,
+        min(number) FILTER (WHERE state = 'on') AS number,
+        coalesce(max(extract(epoch FROM now() - failing_since)) FILTER (WHERE state = 'on'), 0)
+          AS failing_seconds
+      FROM webhook_endpoints) AS e
+""")
 # Told by who starts the processes (app/run/serve.py, app/run/supervisor.py): the field's beginning,
 # the name, the causes.
 RESTARTS = (
@@ -202,6 +221,7 @@ def _of_redis() -> Iterator[Metric]:
     yield CounterMetricFamily(
         "flashsale_holds_lost", "Payments that came too late for their units.", value=lost
     )
+    yield from _webhooks(counted)
     yield _gauge("flashsale_workers", "Worker processes seen lately.", news.workers)
     weak = health.weak_durability()
     yield _gauge("flashsale_redis_durable", "Whether Redis keeps every promise.", not weak)
@@ -293,6 +313,20 @@ def _restarts(counted: dict[str, str]) -> Iterator[Metric]:
         yield restarts
 
 
+def _webhooks(counted: dict[str, str]) -> Iterator[Metric]:
+    sent = CounterMetricFamily(
+        "flashsale_webhook_attempts", "Deliveries sent to webhooks.", labels=["result"]
+    )
+    for result in ("delivered", "failed"):
+        sent.add_metric([result], int(counted.get(f"webhook:{result}", 0)))
+    yield sent
+    yield CounterMetricFamily(
+        "flashsale_webhook_events",
+        "Events that webhooks took.",
+        value=int(counted.get("webhook:events", 0)),
+    )
+
+
 def _of_processes(
     processes: dict[str, dict[str, Any]], counted: dict[str, str]
 ) -> Iterator[Metric]:
@@ -348,3 +382,26 @@ def _of_postgres() -> Iterator[Metric]:
             "By how much the clocks of Redis and PostgreSQL differ.",
             abs(stock.board.now() - float(now)),
         )
+    feed = db.session.execute(FEED).one()
+    yield CounterMetricFamily("flashsale_feed_events", "Events numbered so far.", value=feed.head)
+    yield _gauge(
+        "flashsale_feed_unnumbered_age_seconds",
+        "Age of the oldest event that nobody has numbered.",
+        float(feed.unnumbered),
+    )
+    endpoints = GaugeMetricFamily(
+        "flashsale_webhook_endpoints", "Endpoints of webhooks by state.", labels=["state"]
+    )
+    for state in ("on", "failing", "off", "failed"):
+        endpoints.add_metric([state], getattr(feed, state))
+    yield endpoints
+    yield _gauge(
+        "flashsale_webhook_behind_events",
+        "Events that the endpoint furthest behind has not had, of those that are switched on.",
+        feed.behind,
+    )
+    yield _gauge(
+        "flashsale_webhook_failing_seconds",
+        "For how long the endpoint that fails longest has taken nothing.",
+        float(feed.failing_seconds),
+    )

@@ -12,6 +12,7 @@ from werkzeug.exceptions import UnsupportedMediaType
 from ..extensions import csrf, limiter, stock
 from ..models import Product
 from ..orders import lookup as orders
+from ..orders.lookup import MAX_LISTED
 from ..problems import AnotherShopper, InvalidRequest, UnknownProduct, Unprepared
 from ..products import catalogue, movements, terms
 from ..products.brake import brake
@@ -96,7 +97,7 @@ def with_version(response: Response, version: int) -> Response:
 def list_orders(user: str) -> ResponseReturnValue:
     """A shopper's orders, newest first; those of the last moment included."""
     shopper = read_user({"userId": user})
-    limit = query_integer("limit", 1, orders.MAX_LISTED) or 50
+    limit = query_integer("limit", 1, MAX_LISTED) or 50
     before = query_integer("before", 1, MAX_ID)
     current_app.extensions["lane"].callers.check(request.remote_addr or "")
     if (shoppers := current_app.extensions["shoppers"]) and shopper != shoppers.identify(

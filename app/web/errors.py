@@ -13,11 +13,13 @@ from ..extensions import db
 from ..problems import (
     AnotherShopper,
     Conflict,
+    CursorExpired,
     InvalidRequest,
     KeyMismatch,
     Unauthenticated,
     Unavailable,
     UnknownCaller,
+    UnknownEndpoint,
     UnknownOrder,
     UnknownProduct,
 )
@@ -148,9 +150,17 @@ def init_app(app: Flask) -> None:
     def unknown_order(error: UnknownOrder) -> ResponseReturnValue:
         return show_error(404, "Unknown order", "unknown_order")
 
+    @app.errorhandler(UnknownEndpoint)
+    def unknown_endpoint(error: UnknownEndpoint) -> ResponseReturnValue:
+        return show_error(404, "Unknown webhook endpoint or delivery", "unknown_webhook")
+
     @app.errorhandler(Conflict)
     def conflict(error: Conflict) -> ResponseReturnValue:
         return show_error(409, str(error), error.code)
+
+    @app.errorhandler(CursorExpired)
+    def cursor_expired(error: CursorExpired) -> ResponseReturnValue:
+        return show_error(410, str(error), "cursor_expired")
 
     @app.errorhandler(KeyMismatch)
     def mismatch(error: KeyMismatch) -> ResponseReturnValue:

@@ -12,6 +12,7 @@ from limits.errors import StorageError
 
 from ..config import RateLimit
 from ..extensions import limited_client, limiter
+from .polls import OFFER
 
 # Wrong tokens of one address: guessing is hopeless, this is for the sake of PostgreSQL.
 FAILED_TOKEN_LIMIT = "600/minute"  # noqa: S105
@@ -70,5 +71,9 @@ token_limit = limiter.limit(
     _token_limit,
     key_func=lambda: g.actor.name if g.get("actor") else limited_client(),
     scope=lambda endpoint: "token" if g.get("actor") else "failed_token",
-    exempt_when=lambda: g.get("actor") is not None and request.endpoint in ALWAYS,
+    # A poll that has waited is the same request still.
+    exempt_when=lambda: (
+        (g.get("actor") is not None and request.endpoint in ALWAYS)
+        or getattr(request.environ.get(OFFER), "again", False)
+    ),
 )

@@ -32,6 +32,7 @@ from .answer import FAILED, OVERLOADED, Answer
 from .confirms import Confirms
 from .cors import Cors
 from .files import COMPRESSIBLE, LEAST_COMPRESSED, Files, accepts_gzip
+from .parked import Parking
 from .probe import PATH as PROBE
 from .probe import Probe
 from .request import Request
@@ -139,6 +140,7 @@ class Pages:
         self.taken = 0
         self.probe = Probe()
         self.confirms = Confirms(app)
+        self.parking = Parking()
         self.cors = Cors(settings.cors_origins) if settings.cors_origins else None
         # Only for what it does to a request's address: the same rule on all ways in.
         self.trust_proxies: Callable[[dict[str, Any]], object] | None = None
@@ -167,6 +169,17 @@ class Pages:
         """Have Flask answer; None when the client is gone before it was its turn."""
         if request.method in ("GET", "HEAD") and request.url.partition("?")[0] == PROBE:
             return await self.probe.serve(request.environ.get("HTTP_X_REQUEST_ID"))
+        offer = polls.Offer()
+        answer = await self._ask(request, offer)
+        if offer.wait is not None and not request.gone:
+            # Without a thread; what is asked afterwards is a whole request again, token and all.
+            if not await self.parking.park(offer.wait, request):
+                return OVERLOADED
+            answer = await self._ask(request, polls.Offer(again=True))
+        return answer
+
+    async def _ask(self, request: Request, offer: polls.Offer) -> Answer | Stream | None:
+        """Have Flask answer, in a thread."""
         asked_at = time.monotonic()
         known = request.environ.copy()
         if self.trust_proxies:
@@ -179,7 +192,7 @@ class Pages:
             self.turns.leave()
             return None
         environ = environ_of(request)
-        offer = environ[polls.OFFER] = polls.Offer()
+        environ[polls.OFFER] = offer
         context = contextvars.copy_context()
         call = asyncio.get_running_loop().run_in_executor(
             self.threads, context.run, self._call, environ, context

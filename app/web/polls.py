@@ -13,6 +13,7 @@ from typing import NamedTuple
 from flask import current_app, request
 
 from .answer import Answer
+from .parked import Wait
 
 # How old an answer may be; the pages know that theirs may be (static/admin.js).
 FRESH_SECONDS = 0.8
@@ -34,10 +35,17 @@ class Poll(NamedTuple):
 
 
 class Offer:
-    """What a view says of its answer to a poll: who else may have it, and how old it is."""
+    """What a view says of its answer to a poll: who else may have it, and how old it is.
+
+    Or that it had best be asked again later, once (parked.py), which a view then sees by `again`.
+    """
 
     group: str | None = None
     made_at = 0.0
+    wait: Wait | None = None
+
+    def __init__(self, again: bool = False) -> None:
+        self.again = again
 
 
 class Shared(NamedTuple):

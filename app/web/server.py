@@ -85,6 +85,7 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.server_state.ending = True
+        self.pages.parking.end()
         await super().shutdown(sockets)
         await stock.loop_line.report()
 

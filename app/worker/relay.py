@@ -1,6 +1,7 @@
-"""What a worker does beside RQ's work: relay, sampler and sweeper, each a `run_once`.
+"""What a worker does beside RQ's work: relay, numberer, sampler and sweeper, each a `run_once`.
 
-The relay calls for a drain when orders wait. Once a second the sampler tells what Redis holds, and
+The relay calls for a drain when orders wait, and the numberer numbers the events of what was
+stored. Once a second the sampler tells what Redis holds, and
 the sweeper finishes what crashes left undone. Any number of worker processes may run; they do no
 harm together.
 """
@@ -19,13 +20,15 @@ from sqlalchemy.exc import SQLAlchemyError
 from ..books import ledger, recovery
 from ..database import waiting_at_most
 from ..extensions import db, stock
+from ..feed import numbering
 from ..orders import bulk, intents
 from ..orders.drain import drain_batch
 from ..orders.expiry import Expiry
 from ..problems import Unavailable
-from ..products import brake, movements, sale
+from ..products import brake, movements, observed, sale
 from ..stock.gateway import View
 from ..stock.outcomes import REFUSALS
+from ..stock.replicas import Unreplicated
 from ..watch import samples, shelf
 from . import jobs
 
@@ -37,6 +40,8 @@ PACE_SECONDS = 0.2
 WATCH_MS = 500
 SWEEP_SECONDS = 1.0
 EXPIRE_SECONDS = 0.5
+# How old an event may be before it is told, when nothing else is amiss.
+NUMBER_SECONDS = 0.2
 # The same order is the first in the outbox for so long only when nobody drains.
 STUCK_SECONDS = 3.0
 # All that a step of the relay or the sweeper may wait for PostgreSQL; past it nobody answers.
@@ -74,6 +79,17 @@ class Relay:
         stopped.wait(max(0.0, self._last + PACE_SECONDS - time.monotonic()))
         self._last = time.monotonic()
         jobs.enqueue_drain()
+
+
+class Numberer:
+    """Numbers the events that were committed, a few times a second."""
+
+    def __init__(self) -> None:
+        self._numberer = numbering.Numberer()
+
+    def run_once(self, stopped: threading.Event) -> None:
+        if not self._numberer.run_once():
+            stopped.wait(NUMBER_SECONDS)
 
 
 class Sampler:
@@ -125,6 +141,7 @@ class Sweeper:
 
     def __init__(self) -> None:
         self._shelf = shelf.Shelf()
+        self._observer = observed.Observer()
 
     def run_once(self, stopped: threading.Event) -> None:
         started = time.monotonic()
@@ -136,13 +153,21 @@ class Sweeper:
             movements.finish_pending()
             intents.apply_open()
             self._shelf.renew()
+            self._observer.run_once()
         ledger.check_in_turn()
         stopped.wait(max(0.0, started + SWEEP_SECONDS - time.monotonic()))
 
 
 def record_issued() -> None:
-    """Put on record which order ids Redis has surely issued. Raises stock.Unavailable."""
-    view = stock.view([])
+    """Put on record which order ids Redis has surely issued. Raises stock.Unavailable.
+
+    Not those that replicas lack: one that is promoted would seem to have forgotten them.
+    """
+    try:
+        view = stock.view([], surely=True)
+    except Unreplicated as error:
+        log.warning("no order ids are put on record: %s", error)
+        return
     if view.generation:
         db.session.execute(
             text(

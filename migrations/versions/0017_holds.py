@@ -8,7 +8,7 @@ from alembic import op
 from online import add_check, add_index, lock_briefly
 
 revision = "0017_holds"
-down_revision = "0008_shop"
+down_revision = "0013_webhooks"
 branch_labels = None
 depends_on = None
 

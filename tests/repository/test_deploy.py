@@ -243,7 +243,7 @@ def test_the_image_holds_what_is_needed_and_no_more():
     names = {name for words in copied for name in words.split()}
     assert names == {
         "requirements-image.lock", "app", "migrations", "static", "templates", "web.py", "wsgi.py",
-        "worker.py", ".flaskenv",
+        "worker.py", "webhooks.py", ".flaskenv",
     }  # fmt: skip
     for name in names:
         assert (ROOT / name).exists(), name
@@ -272,7 +272,7 @@ def test_systemd_units(path):
     program = service["ExecStart"].split("/bin/", 1)[1].split()
     assert program[0] in ("python", "flask")
     if program[0] == "python":
-        assert program[1:] in (["-m", "app.run.serve"], ["worker.py"])
+        assert program[1:] in (["-m", "app.run.serve"], ["worker.py"], ["webhooks.py"])
         assert (ROOT / program[-1].replace("app.run.serve", "app/run/serve.py")).exists()
         assert service["Restart"] == "always"
     assert service["User"] != "root"

@@ -23,7 +23,7 @@ GROUND = {
     "money",
     "numbers",
 }
-TABLES = GROUND | {"extensions", "models", "audit", "idempotency", "generation"}
+TABLES = GROUND | {"extensions", "models", "audit", "idempotency", "generation", "events"}
 ROOMS = {
     "problems": set(),
     "times": set(),
@@ -44,6 +44,7 @@ ROOMS = {
     "models": {"extensions", "reading"},
     "audit": {"extensions", "models"},
     "generation": {"extensions", "models"},
+    "events": {"extensions", "models"},
     "idempotency": {"extensions", "models", "problems"},
     "staff": TABLES | {"stock"},
     # Who of the staff is asking.
@@ -51,7 +52,9 @@ ROOMS = {
     "watch": GROUND | {"extensions", "generation", "database", "models", "stock"},
     "products": TABLES | {"stock"},
     "orders": TABLES | {"database", "stock", "products"},
-    "books": TABLES | {"database", "stock", "products", "orders"},
+    # Told to the shop: what the others have put on record.
+    "feed": TABLES | {"database", "stock", "orders"},
+    "books": TABLES | {"database", "stock", "products", "orders", "feed"},
 }
 USE_CASES = {"products", "orders", "books", "staff"}
 BELOW = set(ROOMS) - {"run"}

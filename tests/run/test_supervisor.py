@@ -64,7 +64,7 @@ class Run:
         (tree / "wsgi.py").write_text(WSGI)
         (tree / "app").symlink_to(ROOT / "app")
         # Copies: Python looks for modules where a script really lies.
-        for program in ("web.py", "worker.py"):
+        for program in ("web.py", "worker.py", "webhooks.py"):
             shutil.copy(ROOT / program, tree)
         (tree / "wsgi.py").write_text(WSGI)
         self.hang = tmp_path / "hang"
@@ -138,6 +138,7 @@ def test_a_run_from_start_to_end(run):
 
     for name, words in {
         "worker": ["worker.py"],
+        "webhooks": ["webhooks.py"],
         "web": ["app.run.serve"],
         "Redis": ["valkey-server"],
         "Postgres": ["bin/postgres"],

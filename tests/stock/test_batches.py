@@ -368,7 +368,7 @@ def test_a_batch_costs_few_commands(app):
 
 
 def test_claims_of_one_turn_go_together(app):
-    line = LoopLine(app.config["SETTINGS"].redis_url, stock.loop_line.line._script, lambda: None)
+    line = LoopLine(stock.server, stock.loop_line.line._script, lambda: None)
 
     async def rush(users):
         return await asyncio.gather(
@@ -387,7 +387,7 @@ def test_claims_of_one_turn_go_together(app):
 
 
 def test_one_that_can_t_be_told_keeps_nobody_waiting(app, caplog):
-    line = LoopLine(app.config["SETTINGS"].redis_url, stock.loop_line.line._script, lambda: None)
+    line = LoopLine(stock.server, stock.loop_line.line._script, lambda: None)
 
     async def whole():
         done = asyncio.get_running_loop().create_future()

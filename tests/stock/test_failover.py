@@ -15,7 +15,7 @@ from collections.abc import Callable
 import pytest
 import redis
 from client import free_port
-from waiting import wait_until
+from waiting import patience, wait_until
 from wire import purchase, serving
 
 from app import create_app
@@ -26,7 +26,9 @@ from app.extensions import stock
 from app.problems import Unavailable
 from app.products import movements
 from app.run.embedded import RedisServer
-from app.stock.keys import UNFIT, Keys, code_of
+from app.stock import lines
+from app.stock.keys import Keys
+from app.stock.servers import UNFIT, code_of
 from app.worker import relay
 
 WITHIN_SECONDS = 2.0
@@ -182,6 +184,24 @@ def test_the_event_loop_sells_again(app, pair):
     assert {reply.status for reply in after} == {200}
     # The first, the one that was asked until it was sold, and the twenty after it.
     assert stock.view([1]).products[1]["accepted"] == 22
+
+
+def test_what_surely_did_not_run_is_sent_once_more(app, pair, monkeypatch):
+    """The old primary says that it did nothing, and the new one is there: nobody is refused."""
+    monkeypatch.setattr(lines, "AGAIN_SECONDS", patience(1))
+    assert stock.claim(1, 1, 1, None, "a").outcome == b"accepted"
+
+    async def talk():
+        line = lines.LoopLine(stock.server, stock.loop_line.line._script, lambda: None)
+        claims = [await line.claim(lines.Request(2, 1, 1, None, "a"))]
+        await asyncio.get_running_loop().run_in_executor(None, pair.fail_over)
+        asked = [line.claim(lines.Request(user, 1, 1, None, "a")) for user in range(3, 10)]
+        return claims + await asyncio.gather(*asked)
+
+    claims = asyncio.run(talk())
+    assert [claim.outcome for claim in claims] == [b"accepted"] * 8
+    assert stock.claim(10, 1, 1, None, "a").outcome == b"accepted"
+    assert stock.view([1]).products[1]["accepted"] == 10
 
 
 def test_a_replica_is_not_sold_from_however_often_it_is_asked(app, pair):

@@ -16,12 +16,13 @@ from app.problems import Unavailable
 from app.run.embedded import RedisServer
 from app.stock.gateway import Stock
 from app.stock.lines import ClaimScript, LoopLine, Request
+from app.stock.servers import Server
 
 
 @pytest.fixture
 def line(app):
     """A line of its own: a line belongs to one event loop."""
-    return LoopLine(app.config["SETTINGS"].redis_url, stock.loop_line.line._script, lambda: None)
+    return LoopLine(stock.server, stock.loop_line.line._script, lambda: None)
 
 
 def test_hundreds_in_flight_share_a_connection_and_stay_exact(line):
@@ -97,7 +98,7 @@ def test_no_redis_at_all(app, tmp_path):
     script = ClaimScript("return 1", app.config["SETTINGS"])
 
     async def claims():
-        line = LoopLine(f"unix://{tmp_path}/nothing.sock", script, lambda: None)
+        line = LoopLine(Server(f"unix://{tmp_path}/nothing.sock"), script, lambda: None)
         tries = [line.claim(Request(user, 1, 1, None, "a")) for user in range(20)]
         return await asyncio.gather(*tries, return_exceptions=True)
 
@@ -105,10 +106,8 @@ def test_no_redis_at_all(app, tmp_path):
 
 
 def test_another_sale_in_redis_sells_nothing(app):
-    settings = app.config["SETTINGS"]
-
     async def claim():
-        line = LoopLine(settings.redis_url, stock.loop_line.line._script, lambda: ("another", 5))
+        line = LoopLine(stock.server, stock.loop_line.line._script, lambda: ("another", 5))
         with pytest.raises(Unavailable):
             await line.claim(Request(1, 1, 1, None, "a"))
 

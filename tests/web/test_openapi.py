@@ -155,6 +155,8 @@ def test_every_setting_is_in_the_table():
     wrong = []
     for entry in fields(Settings):
         name, default = entry.metadata["name"], entry.default
+        if isinstance(default, bool):
+            default = "on" if default else "off"
         lines = [line for line in settings_text().splitlines() if f"`{name}`" in line]
         lines = [line for line in lines if line.startswith("|")]
         if not lines:

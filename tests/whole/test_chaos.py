@@ -14,7 +14,9 @@ from app.config import ROOT
 
 pytestmark = pytest.mark.drill
 
-PARTS = ("app", "migrations", "stress", "templates", "web.py", "wsgi.py", "worker.py")
+PARTS = (
+    "app", "migrations", "stress", "templates", "web.py", "wsgi.py", "worker.py", "webhooks.py",
+)  # fmt: skip
 
 
 def run_chaos(*arguments: str, tree=ROOT) -> subprocess.CompletedProcess:
@@ -69,15 +71,11 @@ SABOTAGES = {
         [
             (
                 "app/stock/lines.py",
-                "        else:\n            self._tell(batch, answer)\n\n    def _tell(",
+                "        else:\n            self._tell(batch, answer)\n\n    def _once_more(",
                 """        else:
-            asyncio.get_running_loop().call_later(0.1, self._again, batch)
+            asyncio.get_running_loop().call_later(0.1, self._once_more, batch, False, answer)
 
-    def _again(self, batch):
-        reach = asyncio.get_running_loop().create_task(self._reach())
-        reach.add_done_callback(partial(self._reached, batch))
-
-    def _tell(""",
+    def _once_more(""",
             ),
         ],
         ("--kinds", "lose redis", "--kills", "8"),

@@ -4,7 +4,8 @@
 -- KEYS  1 generation   2 brakes   3 and 4 attempts, by turns   5 outbox   6 queued   7 order ids
 --       8 refused   then the products; then, only where units by address are limited, each product's
 --       units by address; then for each claim: bought (a bucket of users), and only with a key: the
---       keys of the bucket, and the name under which 0.1.0 kept this key
+--       keys of the bucket, and the name under which 0.1.0 kept this key; last, only where replicas
+--       are asked for, the fence
 -- ARGV  1 how many products   2 how many claims   then the products' ids; then for each claim: user,
 --       field of the user in its buckets, number of its product (from 1), quantity, address, and
 --       letters that say what follows: e expected price in cents, k key, n network, r reference,
@@ -12,7 +13,7 @@
 -- What is the same for every claim stands in a line that lines.py puts before this script:
 --       USER_, EARLY_, ADDRESS_, NETWORK_: LIMIT (attempts, 0 for no limit) and WINDOW (ms),
 --       ADDRESS_UNITS (0 for no limit), TURN (ms, see below), MOST_BYTES of attempts,
---       MOST_WAITING orders in the outbox
+--       MOST_WAITING orders in the outbox, REPLICAS that must have an order
 -- Returns for each claim {outcome, detail, attempts left, ms until one more is allowed, text};
 --       attempts left is -1 where the rate limit was not reached. detail: the order id, the units
 --       left, or the opening time in ms. text: the price (and of an order that is held, until when, in
@@ -215,7 +216,7 @@ local function units_of(hash, field)
 end
 
 local waiting
-local accepted = {}
+local accepted, replayed = {}, false
 
 local function decide(claim)
   local product, quantity = claim.product, tonumber(claim.units)
@@ -264,6 +265,7 @@ local function decide(claim)
     outcome = record.request ~= request and 'mismatched' or record.status == '+' and 'replayed' or 'order_ended'
     if outcome ~= 'mismatched' then
       detail, text = record.id or 0, outcome == 'replayed' and record.price or record.status
+      replayed = replayed or outcome == 'replayed'
       claim.again = record.claim
     end
     left, reset = -1, 0
@@ -372,6 +374,21 @@ if next(noted) then
 end
 for hash, of in pairs(counts) do
   for outcome, times in pairs(of) do redis.pcall('HINCRBY', hash, outcome, times) end
+end
+
+-- An order that is told once more may be on no replica yet, and WAIT waits for this connection's
+-- writes alone: see replicas.py. PEXPIRE is allowed where memory is short.
+if REPLICAS > 0 and replayed then
+  redis.set_repl(redis.REPL_ALL)
+  local done = redis.pcall('PEXPIRE', KEYS[#KEYS], '1000000000000')
+  if done == 0 then done = redis.pcall('SET', KEYS[#KEYS], '1') end
+  if failed(done) then
+    for _, answer in ipairs(answers) do
+      if answer[1] == 'replayed' then
+        for i, word in ipairs({ 'undone', 0, -1, 0, done.err }) do answer[i] = word end
+      end
+    end
+  end
 end
 if #accepted == 0 then return answers end
 

@@ -382,7 +382,11 @@ HEADERS = {
         '</products?after=1000>; rel="next"',
         "where the list goes on (RFC 8288); absent on its last page",
     ),
-    "Location": ("^/(products|orders/bulk-cancels)/[0-9]+$", "/products/2", "what was made"),
+    "Location": (
+        "^/(products|orders/bulk-cancels|webhooks)/[0-9]+$",
+        "/products/2",
+        "what was made",
+    ),
     "WWW-Authenticate": ("^Bearer ", 'Bearer realm="shop"', "what is asked for (RFC 6750)"),
 }
 LIMIT_HEADERS = ("RateLimit-Policy", "RateLimit")
@@ -428,6 +432,13 @@ ERRORS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "body_too_large": ("The body is larger than 16 KiB", {}),
     "unsupported_media_type": ("Content-Type must be application/json", {}),
+    "other_sale": ("The cursor is from another sale, before a reset", {}),
+    "cursor_ahead": ("The cursor is ahead of the feed, which has lost events", {}),
+    "cursor_expired": ("The events after this cursor are no longer kept", {}),
+    "no_sale": ("There is no sale yet", {}),
+    "too_many_endpoints": ("There are 100 endpoints, the most there can be", {}),
+    "unknown_webhook": ("Unknown webhook endpoint or delivery", {}),
+    "secret_unreadable": ("SECRET_KEY was changed since: make a new secret", {}),
     "stale_version": ("The product was changed meanwhile", {"product": PRODUCT}),
     "sku_taken": ("Another product has this sku", {}),
     "currency_fixed": ("The currency is fixed: there are orders in it", {}),

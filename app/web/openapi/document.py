@@ -11,7 +11,7 @@ from ...config import VERSION
 from ...orders.lookup import MAX_LISTED
 from ...products.catalogue import MOST_LISTED
 from ...reading import MAX_ID
-from . import holds, orders
+from . import feed, holds, orders
 from .components import (
     CREATION_KEY,
     HEADERS,
@@ -48,6 +48,7 @@ answer came: it is made once, and answered the same.
 * `X-Request-Id` is taken over from a request, and found again in the server's log lines."""
 
 
+TAGS = ("Buying", "Orders", "Events", "Products", "Operation")
 SHOPPER: list[dict[str, list[str]]] = [{}, {"shopper": []}]
 ADMIN: list[dict[str, list[str]]] = [{"admin": ["products:write"]}]
 # Any token will do, and so does none.
@@ -115,6 +116,7 @@ def _paths() -> dict[str, Any]:
     }
     before = parameter("before", "query", ID, "orders with a smaller id: the next page")
     return {
+        **feed.paths(),
         "/purchase": {
             "post": operation(
                 "Buying",
@@ -467,10 +469,12 @@ def document() -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {"title": "Flash sale", "version": VERSION, "description": INTRODUCTION},
         "servers": [{"url": "/"}],
-        "tags": [{"name": name} for name in ("Buying", "Orders", "Products", "Operation")],
+        "tags": [
+            {"name": name} for name in ("Buying", "Orders", "Products", "Events", "Operation")
+        ],
         "paths": _paths(),
         "components": {
-            "schemas": SHOPPERS_SCHEMAS | orders.SCHEMAS | holds.SCHEMAS,
+            "schemas": SHOPPERS_SCHEMAS | orders.SCHEMAS | holds.SCHEMAS | feed.SCHEMAS,
             "headers": {
                 name: {
                     "description": meaning,

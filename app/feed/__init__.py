@@ -1,0 +1,1 @@
+"""The feed of what happened, and webhooks, which send it: numbered by one, read by everybody."""

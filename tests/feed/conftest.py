@@ -1,0 +1,43 @@
+"""A shop whose webhooks may be sent to this machine, and somebody who takes them."""
+
+import pytest
+from consumer import Consumer, number
+from sqlalchemy import text
+
+from app.extensions import db
+from app.orders.drain import drain_batch
+
+
+@pytest.fixture
+def consumer():
+    started = Consumer()
+    yield started
+    started.close()
+
+
+@pytest.fixture
+def shop(make_app):
+    """The app, whose webhooks may be sent to this machine; no endpoint is left of another test."""
+    app = make_app(webhook_allow_private=True)
+    with app.app_context():
+        db.session.execute(text("TRUNCATE webhook_endpoints CASCADE"))
+        db.session.commit()
+        yield app
+        db.session.remove()
+        db.session.execute(text("TRUNCATE webhook_endpoints CASCADE"))
+        db.session.commit()
+
+
+@pytest.fixture
+def sell(shop):
+    """Have so many orders stored, and their events numbered."""
+    users = iter(range(1, 100_000))
+
+    def run(count: int = 1) -> None:
+        client = shop.test_client()
+        for _ in range(count):
+            client.post("/purchase", json={"userId": next(users), "productId": 1, "quantity": 1})
+        drain_batch("test", "test")
+        number()
+
+    return run
