@@ -229,7 +229,7 @@ def test_an_order_keeps_the_name_as_sold(app, client, admin, buy, admin_headers,
 
 def test_names_of_before_are_taken_from_the_audit(app, client, admin_headers):
     """The migration's own statement, on what a system of before has: entries, and no names."""
-    path = ROOT / "migrations/versions/0008_shop.py"
+    path = ROOT / "migrations/versions/0010_shop.py"
     spec = importlib.util.spec_from_file_location("shop_migration", path)
     migration = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(migration)

@@ -8,8 +8,8 @@ keeps it, too; what was renamed before is taken from the audit. Every step can b
 from alembic import op
 from online import add_check, add_index, lock_briefly
 
-revision = "0008_shop"
-down_revision = "0011_bulk_cancels"
+revision = "0010_shop"
+down_revision = "0009_bulk_cancels"
 branch_labels = None
 depends_on = None
 

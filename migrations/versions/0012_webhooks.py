@@ -4,8 +4,8 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import postgresql
 
-revision = "0013_webhooks"
-down_revision = "0012_events"
+revision = "0012_webhooks"
+down_revision = "0011_events"
 branch_labels = None
 depends_on = None
 

@@ -12,7 +12,7 @@ from alembic import context, op
 from online import add_check, add_index, lock_briefly
 from sqlalchemy.dialects import postgresql
 
-revision = "0010_order_states"
+revision = "0008_order_states"
 down_revision = "0007_user_names"
 branch_labels = None
 depends_on = None

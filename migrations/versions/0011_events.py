@@ -10,8 +10,8 @@ from alembic import op
 from online import add_index, lock_briefly
 from sqlalchemy.dialects import postgresql
 
-revision = "0012_events"
-down_revision = "0008_shop"
+revision = "0011_events"
+down_revision = "0010_shop"
 branch_labels = None
 depends_on = None
 

@@ -5,8 +5,8 @@ from alembic import op
 from online import lock_briefly
 from sqlalchemy.dialects import postgresql
 
-revision = "0011_bulk_cancels"
-down_revision = "0010_order_states"
+revision = "0009_bulk_cancels"
+down_revision = "0008_order_states"
 branch_labels = None
 depends_on = None
 

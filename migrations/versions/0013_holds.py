@@ -7,8 +7,8 @@ a system of an earlier version sells on beside it.
 from alembic import op
 from online import add_check, add_index, lock_briefly
 
-revision = "0017_holds"
-down_revision = "0013_webhooks"
+revision = "0013_holds"
+down_revision = "0012_webhooks"
 branch_labels = None
 depends_on = None
 
