@@ -41,12 +41,11 @@ SABOTAGES = {
         [
             (
                 "app/stock/lua/claim.lua",
-                "    elseif product.free <= 0 then outcome = 'sold_out'\n",
-                """    elseif product.free <= 0 then
+                "    elseif product.free < quantity then\n",
+                """    elseif product.free < quantity then
       redis.set_repl(redis.REPL_ALL)
       redis.call('XADD', KEYS[5], redis.call('INCR', KEYS[7]) .. '-0', 'order', table.concat(
         { claim.user, product.id, claim.units, product.price, string.format('%d', now), '' }, ' '))
-      outcome = 'sold_out'
 """,
             ),
         ],
