@@ -15,7 +15,8 @@ from .models import ApiToken, AuditEntry, Product, Staff
 ACTIONS = (
     "product.create", "product.change", "product.import", "product.currency", "product.restock",
     "product.correct", "movement.refused",
-    "order.cancel", "order.release", "order.bulk-cancel",
+    "order.cancel", "order.release", "order.confirm", "order.extend", "order.reclaim",
+    "order.bulk-cancel",
     "order.bulk-cancel.stop", "order.bulk-cancel.done", "dead-letter.replay",
     "dead-letter.abandon", "ledger.repair",
     "sale.reset", "sale.rebuild.start", "sale.rebuild", "sale.rebuild.done",

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from datetime import UTC, date, datetime, timedelta
 from typing import Any, NamedTuple
 
-from psycopg2 import errors
+from psycopg2 import errors, sql
 
 from ..database import raw_connection
 from ..extensions import db, stock
@@ -26,6 +26,17 @@ KEPT_DAYS = 30
 # A partition is there before its day begins, whatever the hour.
 DAYS_AHEAD = 2
 KEEP_HOUSE_SECONDS = 60.0
+
+MAKE = """
+SET LOCAL lock_timeout = '1s'; SELECT pg_advisory_xact_lock({lock});
+CREATE TABLE IF NOT EXISTS {name} (LIKE events INCLUDING DEFAULTS);
+ALTER TABLE events ATTACH PARTITION {name} FOR VALUES FROM ({day}) TO ({next})
+"""
+DROP = """
+SET LOCAL lock_timeout = '1s'; SELECT pg_advisory_xact_lock({lock});
+UPDATE feed SET floor = greatest(floor, (SELECT max(number) FROM {name}));
+DROP TABLE {name}
+"""
 
 IS_ANY = """
     SELECT EXISTS (SELECT FROM new_events ORDER BY id LIMIT 1)
@@ -137,16 +148,19 @@ def keep_partitions() -> list[date]:
     return old
 
 
+def _of_day(statements: str, day: date) -> sql.Composed:
+    return sql.SQL(statements).format(
+        lock=sql.Literal(EVENTS_LOCK),
+        name=sql.Identifier(f"events_{day:%Y%m%d}"),
+        day=sql.Literal(str(day)),
+        next=sql.Literal(str(day + timedelta(1))),
+    )
+
+
 def _make(connection: Any, cursor: Any, day: date) -> None:
     """Attach an empty table as a day's partition, which nobody has to wait for."""
-    name = f"events_{day:%Y%m%d}"
     try:
-        cursor.execute(
-            f"SET LOCAL lock_timeout = '1s'; SELECT pg_advisory_xact_lock({EVENTS_LOCK});"  # noqa: S608
-            f" CREATE TABLE IF NOT EXISTS {name} (LIKE events INCLUDING DEFAULTS);"
-            f" ALTER TABLE events ATTACH PARTITION {name}"
-            f" FOR VALUES FROM ('{day}') TO ('{day + timedelta(1)}')"
-        )
+        cursor.execute(_of_day(MAKE, day))
         connection.commit()
     except (errors.WrongObjectType, errors.InvalidObjectDefinition):
         # Attached already, by another worker.
@@ -154,12 +168,7 @@ def _make(connection: Any, cursor: Any, day: date) -> None:
 
 
 def _drop(connection: Any, cursor: Any, day: date) -> None:
-    name = f"events_{day:%Y%m%d}"
-    cursor.execute(
-        f"SET LOCAL lock_timeout = '1s'; SELECT pg_advisory_xact_lock({EVENTS_LOCK});"  # noqa: S608
-        f" UPDATE feed SET floor = greatest(floor, (SELECT max(number) FROM {name}));"
-        f" DROP TABLE {name}"
-    )
+    cursor.execute(_of_day(DROP, day))
     connection.commit()
     log.info("the events of %s are dropped: they were kept for %d days", day, KEPT_DAYS)
 

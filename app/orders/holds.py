@@ -29,8 +29,9 @@ MAX_PAYMENT = 128
 
 
 # The orders, locked, and of each whether something was accepted that is still to be done.
+COLUMNS = ", ".join(column.key for column in search.COLUMNS)
 LOCKED = text(f"""
-SELECT {", ".join(column.key for column in search.COLUMNS)},
+SELECT {COLUMNS},
        EXISTS (SELECT FROM order_intents i WHERE i.order_id = o.id AND i.applied_at IS NULL)
 FROM orders o WHERE id = ANY(:ids) ORDER BY id FOR UPDATE
 """)  # noqa: S608

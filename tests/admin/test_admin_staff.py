@@ -227,7 +227,9 @@ def recorded(tree) -> set[str]:
     named = [
         node.args[1]
         for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "record"
+        if isinstance(node, ast.Call)
+        and getattr(node.func, "id", "") in ("record", "_note")
+        and len(node.args) > 1
     ] + [
         value
         for node in ast.walk(tree)

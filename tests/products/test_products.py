@@ -58,7 +58,7 @@ def test_change_terms(client, admin_headers, app):
     assert answer.json == change | {
         "id": 1, "stockRemaining": 100, "opensAt": "2030-01-01T00:00:00.000Z",
         "closesAt": "2030-01-02T00:00:00.000Z", "braked": False, "sku": None,
-        "visibility": "listed", "archived": False, "currencyDigits": 2,
+        "visibility": "listed", "archived": False, "currencyDigits": 2, "holdSeconds": None,
     }  # fmt: skip
     answer = client.patch("/products/1", json={"opensAt": None}, headers=admin_headers)
     assert answer.json["opensAt"] is None
@@ -150,7 +150,15 @@ def test_terms_that_never_reached_redis_are_published(app, buy):
 
 
 def test_an_older_version_never_overwrites_a_newer_one(app):
-    known = {"opens": None, "closes": None, "pause": 0, "cap": None, "max": 10, "price": "1 USD"}
+    known = {
+        "opens": None,
+        "closes": None,
+        "pause": 0,
+        "cap": None,
+        "max": 10,
+        "price": "1 USD",
+        "hold": None,
+    }
     assert stock.put_product(1, 7, known | {"pause": 1})
     assert not stock.put_product(1, 6, known)
     assert stock.view([1]).products[1]["pause"] == 1

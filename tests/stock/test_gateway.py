@@ -7,7 +7,15 @@ import pytest
 from app.problems import Unavailable
 from app.stock.gateway import Stock
 
-TERMS = {"opens": None, "closes": None, "pause": 0, "cap": None, "max": 10, "price": "1 USD"}
+TERMS = {
+    "opens": None,
+    "closes": None,
+    "pause": 0,
+    "cap": None,
+    "max": 10,
+    "price": "1 USD",
+    "hold": None,
+}
 ASKED = {
     "claim": lambda stock: stock.claim(1, 1, 1, None, "a"),
     "braked": lambda stock: stock.braked(),

@@ -149,7 +149,15 @@ def test_a_password_and_a_database(locked_redis, settings, road):
     url = locked_redis
     own = stock_at(url, settings)
     own.open("test", 1)
-    terms = {"opens": None, "closes": None, "pause": 0, "cap": None, "max": 10, "price": "1 USD"}
+    terms = {
+        "opens": None,
+        "closes": None,
+        "pause": 0,
+        "cap": None,
+        "max": 10,
+        "price": "1 USD",
+        "hold": None,
+    }
     own.put_product(1, 1, terms)
     own.move("test", 1, 1, 5)
     request = Request(1, 1, 1, None, "a")

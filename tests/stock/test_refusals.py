@@ -109,7 +109,7 @@ def test_refusals_leave_nothing_in_the_log(tmp_path, settings):
         other.init_app(replace(settings, redis_url=server.url, **short))
         other.client.set(Keys.generation, "sale")
         terms = dict.fromkeys(("opens", "closes", "cap"))
-        other.put_product(1, 1, terms | {"pause": 0, "max": 10, "price": "1 USD"})
+        other.put_product(1, 1, terms | {"pause": 0, "max": 10, "price": "1 USD", "hold": None})
         before = other.client.info("persistence")["aof_current_size"]
         for user in range(1, 1001):
             assert other.claim(user, 1, 1, None, str(IPv4Address(user))).outcome == b"sold_out"
