@@ -395,6 +395,7 @@ def test_a_double_click_makes_one_and_shows_its_secret(open_page):
     page = open_page("/admin/staff/")
     name = f"double {next(users)}"
     page.fill("#f-name", name)
+    page.check('input[name=scope][value="orders:read"]')
     page.route("**/admin/staff/tokens", lambda route: (time.sleep(0.5), route.continue_()))
     page.get_by_role("button", name="Create token").dblclick()
     assert page.inner_text("#secret").startswith("fst_")

@@ -178,7 +178,7 @@ def test_an_error_keeps_the_menu(open_page):
     page = open_page("/admin/", complain=False)
     for path, status in (("/admin/nothing", 404), ("/admin/orders/999999999", 404)):
         assert page.goto(path).status == status
-        assert page.get_by_role("navigation", name="Main").get_by_role("link").count() == 8
+        assert page.get_by_role("navigation", name="Main").get_by_role("link").count() == 9
 
 
 def test_the_keyboard_is_led_where_one_acts(open_page, shop):
