@@ -47,8 +47,7 @@ def test_pressing_again_and_again_buys_once(page, shop):
     # All before the first answer is there.
     opened.route("**/purchase", lambda route: (opened.wait_for_timeout(300), route.continue_()))
     button = card(opened, "Hammered").get_by_role("button")
-    button.wait_for()
-    opened.wait_for_function("() => !document.querySelector('.product button:disabled')")
+    card(opened, "Hammered").locator("button:not(:disabled)").wait_for()
     button.evaluate("button => { for (let i = 0; i < 5; i++) button.click(); }")
     card(opened, "Hammered").get_by_text("It is yours").wait_for()
     assert shop.show(product)["stockRemaining"] == 8

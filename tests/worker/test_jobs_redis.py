@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import redis
+from people import create_person, sign_in
 from waiting import wait_until
 
 from app import create_app
@@ -27,10 +28,11 @@ def app(jobs_server, make_app, settings):
     create_app(settings)
 
 
-def test_each_has_its_own(app, jobs_server, client, buy, admin):
+def test_each_has_its_own(app, jobs_server, client, buy):
     assert buy(1).status_code == 200
     assert client.get("/purchase/orders/1").status_code == 200
-    assert admin.get("/admin/").status_code == 200
+    assert sign_in(client, create_person(app, "admin")).status_code == 302
+    assert client.get("/admin/").status_code == 200
     with app.app_context():
         assert jobs.enqueue_drain()
     theirs = {key.split(b":")[0] for key in redis.Redis.from_url(jobs_server.url).scan_iter()}
