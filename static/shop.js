@@ -13,14 +13,18 @@
 const PRODUCTS_MS = 10_000;
 const ORDERS_MS = 1000; // ... and an order that is on its way
 const ANSWER_MS = 5000; // no answer by then: nobody knows the outcome
-const FIRST_WAIT_MS = 1000, LONGEST_WAIT_MS = 8000, PATIENCE_MS = 90_000;
+const FIRST_WAIT_MS = 1000,
+  LONGEST_WAIT_MS = 8000,
+  PATIENCE_MS = 90_000;
 
 const $ = (selector) => document.querySelector(selector);
 const sleep = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 const some = (ms) => ms * (0.75 + Math.random() / 2); // a crowd must not ask in step
 // crypto.randomUUID is there on https alone.
 const random = (bytes) =>
-  [...crypto.getRandomValues(new Uint8Array(bytes))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
+  [...crypto.getRandomValues(new Uint8Array(bytes))]
+    .map((byte) => byte.toString(16).padStart(2, "0"))
+    .join("");
 
 // Who buys. A real shop knows its shoppers; where it runs with SHOPPER_AUTH=jwt their token goes
 // along. Put it, and the user it names, into localStorage to try that.
@@ -59,7 +63,8 @@ const now = () => Date.now() + ahead;
 const intents = {
   name: (productId) => `intent-${user}-${productId}`,
   load: (productId) => JSON.parse(sessionStorage.getItem(intents.name(productId))),
-  keep: (productId, intent) => sessionStorage.setItem(intents.name(productId), JSON.stringify(intent)),
+  keep: (productId, intent) =>
+    sessionStorage.setItem(intents.name(productId), JSON.stringify(intent)),
   drop: (productId) => sessionStorage.removeItem(intents.name(productId)),
 };
 
@@ -74,7 +79,8 @@ async function buy({ key, purchase }, waits) {
       headers: { "Content-Type": "application/json", "Idempotency-Key": key },
       body: JSON.stringify(purchase),
     });
-    if (answer.status >= 200 && answer.status < 500 && ![408, 429].includes(answer.status)) return answer;
+    if (answer.status >= 200 && answer.status < 500 && ![408, 429].includes(answer.status))
+      return answer;
     const wait = Math.random() * longest + answer.retryAfter * 1000;
     longest = Math.min(2 * longest, LONGEST_WAIT_MS);
     if (Date.now() + wait > deadline) return null;
@@ -90,14 +96,16 @@ const REFUSALS = {
   paused: () => "The sale is paused. Try again in a moment.",
   ended: () => "The sale is over.",
   purchase_limit: () => "You have bought as much of it as one shopper may.",
-  price_changed: ({ priceCents, currency }) => `It costs ${money(priceCents, currency)} now. Buy again if you like.`,
+  price_changed: ({ priceCents, currency }) =>
+    `It costs ${money(priceCents, currency)} now. Buy again if you like.`,
   order_ended: () => "That order was cancelled since.",
   unknown_product: () => "It is not on sale any more.",
 };
 
 function told({ status, body }) {
   if (status === 200) return `It is yours: order ${body.orderId}.`;
-  if (status === 401 || status === 403) return "This shop asks for a shopper's token; see the beginning of shop.js.";
+  if (status === 401 || status === 403)
+    return "This shop asks for a shopper's token; see the beginning of shop.js.";
   return (REFUSALS[body.code] ?? (() => body.error ?? "That did not work."))(body);
 }
 
@@ -121,7 +129,8 @@ function left(ms) {
 
 // What the next purchase would meet, in the order in which the server checks it.
 function stateOf(product) {
-  const opens = Date.parse(product.opensAt ?? 0) - now(), closes = Date.parse(product.closesAt ?? "");
+  const opens = Date.parse(product.opensAt ?? 0) - now(),
+    closes = Date.parse(product.closesAt ?? "");
   if (closes <= now()) return { words: "Over" };
   if (product.paused || product.braked) return { words: "Paused" };
   if (opens > 0) return { words: `Opens in ${left(opens)}` };
@@ -137,12 +146,22 @@ function cardOf(product) {
   const element = $("#product").content.firstElementChild.cloneNode(true);
   const card = { element, product, busy: false };
   const part = (selector) => element.querySelector(selector);
-  Object.assign(card, { title: part("h2"), price: part(".price"), state: part(".state"), told: part(".told") });
+  Object.assign(card, {
+    title: part("h2"),
+    price: part(".price"),
+    state: part(".state"),
+    told: part(".told"),
+  });
   Object.assign(card, { quantity: part("select"), button: part("button") });
   part("form").addEventListener("submit", (event) => {
     event.preventDefault();
     const { id, priceCents } = card.product;
-    const purchase = { userId: user, productId: id, quantity: Number(card.quantity.value), expectedPriceCents: priceCents };
+    const purchase = {
+      userId: user,
+      productId: id,
+      quantity: Number(card.quantity.value),
+      expectedPriceCents: priceCents,
+    };
     if (!card.busy) carryOut(card, { key: random(16), purchase });
   });
   cards.set(product.id, card);
@@ -164,7 +183,9 @@ async function carryOut(card, intent) {
     card.told.textContent = `${why}: trying again in ${seconds} s.`;
   });
   if (answer) intents.drop(id);
-  card.told.textContent = answer ? told(answer) : "No answer. Reload the page to go on: you can't buy it twice.";
+  card.told.textContent = answer
+    ? told(answer)
+    : "No answer. Reload the page to go on: you can't buy it twice.";
   card.busy = !answer;
   await Promise.all([showProducts(), showOrders()]);
 }
@@ -180,7 +201,9 @@ function draw(card) {
   card.button.setAttribute("aria-label", `Buy ${product.name}`);
   const most = Math.min(product.maxQuantity, product.perUserLimit ?? 10, 10);
   if (card.quantity.length !== most)
-    card.quantity.replaceChildren(...Array.from({ length: most }, (_, n) => new Option(String(n + 1))));
+    card.quantity.replaceChildren(
+      ...Array.from({ length: most }, (_, n) => new Option(String(n + 1))),
+    );
 }
 
 async function showProducts() {
