@@ -45,7 +45,7 @@ class Stock:
         self.board = Noticeboard(self.first)
         self.brakes = BrakeGateway(self.first)
         self.thread_line = self.first.thread_line
-        self.loop_line = Doorkeeper(self.first.loop_line, self.first.turn_away)
+        self.loop_line = Doorkeeper(self.first.loop_line, self.turn_away)
 
     def claim(
         self,
@@ -152,6 +152,10 @@ class Stock:
     def generation(self) -> str | None:
         """Return the name of the sale that Redis holds, None when it holds none."""
         return self.first.generation()
+
+    def turn_away(self, refusals: dict[int, int]) -> None:
+        """Count refusals for the user's limit that Redis was not asked about, by product id."""
+        self.first.turn_away(refusals)
 
     def clock(self) -> datetime:
         """Return the time by which claims are judged, in whole milliseconds, rounded down."""

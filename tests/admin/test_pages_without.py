@@ -46,7 +46,7 @@ def without_redis(app, monkeypatch):
 
     def stop():
         away = redis.Redis.from_url(GONE)
-        for holder in (stock, stock.board):
+        for holder in (stock.first, stock.board):
             monkeypatch.setattr(holder, "client", away)
         for script in stock.first._scripts.values():
             monkeypatch.setattr(script, "registered_client", away)

@@ -267,7 +267,7 @@ def test_interrupted_anywhere_it_stays_closed_and_can_be_repeated(sold, buy, mon
             raise Unavailable("test")
 
         with monkeypatch.context() as patch:
-            patch.setattr(stock, step, fail)
+            patch.setattr(stock.first, step, fail)
             with pytest.raises(Unavailable):
                 recovery.rebuild(CLI)
         assert buy(50).status_code == 503, step
@@ -290,7 +290,7 @@ def test_what_is_sold_the_moment_it_opens_is_sold_by_its_terms(sold, buy, monkey
         opened.append(buy(40, quantity=2))
         opened.append(buy(41, quantity=11))
 
-    monkeypatch.setattr(stock, "open", open_and_sell)
+    monkeypatch.setattr(stock.first, "open", open_and_sell)
     recovery.rebuild(CLI)
     assert [answer.status_code for answer in opened] == [200, 400]
     assert opened[1].json["error"] == "quantity must be from 1 to 10"

@@ -226,7 +226,7 @@ def test_an_abandoned_letter_read_again_stays_abandoned(app, buy, monkeypatch):
         occupy(1)
         assert buy(2).status_code == 200
         with monkeypatch.context() as patch:
-            patch.setattr(stock, "settle", lambda *arguments: False)
+            patch.setattr(stock.first, "settle", lambda *arguments: False)
             assert drain_batch("test", "test").dead_letters == 1
         (letter,) = deadletters.list_letters()
         deadletters.abandon([letter.id], "given up", CLI)
@@ -272,7 +272,7 @@ def test_a_stored_order_read_again_is_no_dead_letter(app, buy, monkeypatch):
     with app.app_context():
         assert buy(1).status_code == 200
         with monkeypatch.context() as patch:
-            patch.setattr(stock, "settle", lambda *arguments: False)
+            patch.setattr(stock.first, "settle", lambda *arguments: False)
             drain_batch("test", "test")
         db.session.execute(
             text("ALTER TABLE orders ADD CONSTRAINT odd CHECK (user_id > 1) NOT VALID")

@@ -72,7 +72,7 @@ def test_a_drain_that_hangs_in_its_transaction_is_thrown_out(app, monkeypatch):
                 awake.wait(20)
             return real(count, after)
 
-        monkeypatch.setattr(stock, "read_outbox", hang)
+        monkeypatch.setattr(stock.first, "read_outbox", hang)
 
         def drain():
             # It may find nothing to do any more, or its connection gone.
@@ -99,7 +99,7 @@ def test_a_late_settle_takes_nothing(app, monkeypatch):
         kept = []
         real = stock.first.settle
         with monkeypatch.context() as patch:
-            patch.setattr(stock, "settle", lambda *arguments: kept.append(arguments))
+            patch.setattr(stock.first, "settle", lambda *arguments: kept.append(arguments))
             drain_batch("slow", "slow")
         assert drain_batch("next", "next").duplicates == 3
         claim(10, 2)

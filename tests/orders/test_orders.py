@@ -55,7 +55,7 @@ def test_ids_of_different_length_keep_their_order(client, buy):
 def test_read_between_commit_and_trim_shows_an_order_once(client, buy, app, monkeypatch):
     buy(1)
     with app.app_context():
-        monkeypatch.setattr(stock, "settle", lambda *arguments: False)
+        monkeypatch.setattr(stock.first, "settle", lambda *arguments: False)
         drain_batch("test", "test")
     listed = client.get("/purchase/orders/1").json
     assert [(order["id"], order["status"]) for order in listed] == [(1, "CONFIRMED")]

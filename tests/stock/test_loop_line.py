@@ -149,7 +149,7 @@ def stock_at(url, settings) -> Stock:
 def test_a_password_and_a_database(locked_redis, settings, road):
     url = locked_redis
     own = stock_at(url, settings)
-    own.open("test", 1)
+    own.first.open("test", 1)
     terms = {
         "opens": None,
         "closes": None,

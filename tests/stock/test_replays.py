@@ -102,7 +102,7 @@ def test_a_drain_that_was_cut_off_marks_what_nobody_has_decided_since(context, b
     occupy(1)
     buy(7, key="k")
     settle = stock.first.settle
-    monkeypatch.setattr(stock, "settle", lambda *batch: False)
+    monkeypatch.setattr(stock.first, "settle", lambda *batch: False)
     drain_batch("test", "test")
     (letter,) = deadletters.list_letters()
     # Whose entry still waits, and so would be marked later, is not stored yet.
@@ -112,7 +112,7 @@ def test_a_drain_that_was_cut_off_marks_what_nobody_has_decided_since(context, b
     assert db.session.scalar(select(func.count()).select_from(Order)) == 1
     deadletters.abandon([letter.id], "test", CLI)
     assert told(buy(7, key="k")) == ENDED
-    monkeypatch.setattr(stock, "settle", settle)
+    monkeypatch.setattr(stock.first, "settle", settle)
     drain_batch("test", "test")
     assert stock.waiting() == 0
     assert told(buy(7, key="k")) == ENDED

@@ -184,7 +184,7 @@ def test_a_token_of_its_own(make_app, admin_headers):
 
 
 def test_servers_that_are_down(app, client, admin_headers, monkeypatch):
-    monkeypatch.setattr(stock, "client", redis.Redis.from_url("redis://127.0.0.1:1"))
+    monkeypatch.setattr(stock.first, "client", redis.Redis.from_url("redis://127.0.0.1:1"))
     figures = read(client, admin_headers)
     assert value(figures, "flashsale_up", server="redis") == 0
     assert value(figures, "flashsale_up", server="postgres") == 1
