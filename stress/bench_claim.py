@@ -21,8 +21,8 @@ import redis
 
 from app.config import NO_LIMIT, load_settings
 from app.run.embedded import RedisServer
-from app.stock.keys import Keys
-from app.stock.lines import ClaimScript, Request
+from app.stock.claims import ClaimScript, Request
+from app.stock.keys import KEYS
 
 IN_FLIGHT = 64
 SIZES = (1, 4, 8, 16, 32, 64)
@@ -46,10 +46,10 @@ class Sale:
 
     def begin(self, free: int) -> None:
         self.redis.flushdb()
-        self.redis.set(Keys.generation, "sale")
+        self.redis.set(KEYS.generation, "sale")
         terms = {"max": 10, "cap": 10, "pause": 0, "price": "1999 EUR", "opens": "", "closes": ""}
         figures = {"free": free, "moved": free, "accepted": 0, "claimed": 0}
-        self.redis.hset(Keys.product(1), mapping=terms | figures)
+        self.redis.hset(KEYS.product(1), mapping=terms | figures)
 
     def ask(self, commands: list[bytes]) -> list:
         self.connection.send_packed_command(commands)
@@ -71,7 +71,7 @@ class Sale:
 
     def memory(self) -> int:
         """Return the bytes of all that the sale holds, but the attempts, which pass."""
-        kept = {name.encode() for name in Keys.attempts}
+        kept = {name.encode() for name in KEYS.attempts}
         with self.redis.pipeline(transaction=False) as pipe:
             for name in self.redis.scan_iter(count=10_000):
                 if name not in kept:

@@ -41,7 +41,7 @@ from app.extensions import db, stock
 from app.feed import numbering, reading
 from app.orders.drain import drain_batch
 from app.run.embedded import PostgresServer, RedisServer
-from app.stock.keys import Keys
+from app.stock.keys import KEYS
 
 TOKEN = "fst_token-of-the-benchmark-of-the-feed"
 SECRET = "secret-key-of-the-benchmark-of-the-feed"
@@ -103,7 +103,7 @@ def claim(count: int, ids: Iterator[int]) -> None:
     for _ in range(0, count, 1000):
         with stock.client.pipeline(transaction=False) as pipe:
             for order in [next(ids) for _ in range(1000)]:
-                pipe.xadd(Keys.outbox, {"order": f"{order} 1 1 99999 USD {now} "}, f"{order}-0")
+                pipe.xadd(KEYS.outbox, {"order": f"{order} 1 1 99999 USD {now} "}, f"{order}-0")
             pipe.execute()
     # What was written so far is on the disks, and not in the way of what is measured.
     time.sleep(2)

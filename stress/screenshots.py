@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from app.config import load_settings, with_secrets
 from app.run.embedded import embedded_servers
-from app.stock.keys import Keys
+from app.stock.keys import KEYS
 
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
 WIDTHS = {"wide": (1440, 900), "narrow": (360, 780)}
@@ -134,7 +134,7 @@ def fill(shop: Shop) -> None:
     for user, key in ((7001, "checkout-5f31"), (7002, "checkout-9ac2")):
         shop.buy(2, user, 2, Idempotency_Key=key)
         time.sleep(1)
-        shop.redis.hdel(*Keys.idempotency(user, key))
+        shop.redis.hdel(*KEYS.idempotency(user, key))
         shop.buy(2, user, 2, Idempotency_Key=key)
     shop.ask("PATCH", "/products/4", {"paused": True})
     shop.ask("PATCH", "/products/6", {"closesAt": iso(datetime.now(UTC))})
@@ -144,7 +144,7 @@ def fill(shop: Shop) -> None:
 
 def draw_history(shop: Shop) -> None:
     """Put samples of a plausible quarter of an hour before the ones that are really there."""
-    samples = shop.redis.xrange(Keys.history)
+    samples = shop.redis.xrange(KEYS.history)
     newest = json.loads(samples[-1][1]["sample"])
     end = int(samples[-1][0].partition("-")[0])
     figures = dict(newest)
@@ -162,9 +162,9 @@ def draw_history(shop: Shop) -> None:
         waiting = 0.7 * figures["waiting"] + random.gauss(rush * 0.12, 0.7)
         figures["waiting"] = max(0, round(waiting))
     with shop.redis.pipeline() as pipe:
-        pipe.delete(Keys.history)
+        pipe.delete(KEYS.history)
         for second, sample in reversed(past):
-            pipe.xadd(Keys.history, {"sample": json.dumps(sample)}, id=f"{second}-1")
+            pipe.xadd(KEYS.history, {"sample": json.dumps(sample)}, id=f"{second}-1")
         pipe.execute()
 
 

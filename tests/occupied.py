@@ -3,7 +3,7 @@
 from sqlalchemy import text
 
 from app.extensions import db, stock
-from app.stock.keys import Keys
+from app.stock.keys import KEYS
 
 
 def occupy(order_id: int, key: str | None = None, user: int = 99) -> None:
@@ -17,6 +17,6 @@ def occupy(order_id: int, key: str | None = None, user: int = 99) -> None:
     )
     # Its units are put on sale besides, so that the ledger stays even.
     db.session.commit()
-    stock.client.hincrby(Keys.product(1), "claimed", 1)
-    stock.client.hincrby(Keys.product(1), "settled_units", 1)
-    stock.client.hincrby(Keys.product(1), "free", -1)
+    stock.client.hincrby(KEYS.product(1), "claimed", 1)
+    stock.client.hincrby(KEYS.product(1), "settled_units", 1)
+    stock.client.hincrby(KEYS.product(1), "free", -1)

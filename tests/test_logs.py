@@ -159,7 +159,7 @@ def test_no_secret_is_logged(make_app, lines, monkeypatch):
     client.post("/purchase", json={"userId": 1, "productId": 9}, headers=bearer)
     client.get("/products", headers={"Cookie": "session=the-cookie"})
     broken = redis.Redis.from_url("redis://user:the-redis-password@127.0.0.1:1/0")
-    monkeypatch.setattr(stock, "client", broken)
+    monkeypatch.setattr(stock.first, "client", broken)
     client.get("/readyz")
     text = "\n".join(told())
     assert "status" in text

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from app.extensions import stock
 from app.stock.doorkeeper import Doorkeeper
-from app.stock.lines import LoopLine
+from app.stock.loop_line import LoopLine
 from app.web.server import Server
 
 
@@ -67,7 +67,7 @@ class Process:
 async def serving(app) -> AsyncIterator[Process]:
     """Serve the app on a line of its own: a line to Redis belongs to one event loop."""
     kept = stock.loop_line
-    line = LoopLine(stock.server, kept.line._script, lambda: None)
+    line = LoopLine(stock.first.server, kept.line._script, lambda: None)
     stock.loop_line = Doorkeeper(line, stock.turn_away)
     listener = socket.create_server(("127.0.0.1", 0))
     told, ready = os.pipe()

@@ -20,7 +20,7 @@ from ..extensions import db, stock
 from ..generation import Held, held, on_record
 from ..locks import DRAIN_LOCK, REPAIR_LOCK
 from ..problems import Conflict, Unprepared
-from ..stock.gateway import Account, Accounts
+from ..stock.figures import Account, Accounts
 
 # Under load a batch is stored every 200 ms and a reading takes a few: the first mostly succeeds.
 READINGS = 20
@@ -179,7 +179,7 @@ def _consistent_view(count_up_to: int) -> tuple[Stored, Accounts]:
                 db.session.rollback()
                 db.session.execute(text(STANDSTILL))
                 before = _read_stored()
-            accounts = stock.accounts(
+            accounts = stock.first.accounts(
                 sorted({*before.totals, *stock.product_ids()}),
                 before.last_order_id,
                 list(before.pending),
@@ -324,7 +324,7 @@ def count_persisted(result: Check) -> None:
     It decides nothing, so that being late or wrong by a few for some seconds does no harm.
     """
     for product_id, excess in result.uncounted.items():
-        stock.mend(result.generation, product_id, 0, {"persisted": -excess})
+        stock.first.mend(result.generation, product_id, 0, {"persisted": -excess})
 
 
 @dataclass(frozen=True)
@@ -351,13 +351,13 @@ def differences(product_id: int) -> Differences:
     """
     # In this order an order that is being stored is seen at least once.
     issued = stock.view([]).last_order_id
-    waiting = stock.outbox_ids()
-    queued = stock.queued_ids()
+    waiting = stock.first.outbox_ids()
+    queued = stock.first.queued_ids()
     for order_id in waiting:
         queued.discard(order_id)
     # An order that was settled between the two readings waits in neither.
-    queued -= set(stock.outbox_ids())
-    still_queued = queued & stock.queued_ids()
+    queued -= set(stock.first.outbox_ids())
+    still_queued = queued & stock.first.queued_ids()
     gaps = db.session.execute(
         text(
             """
@@ -401,7 +401,7 @@ def differences(product_id: int) -> Differences:
     return Differences(
         missing_orders=[(first, last) for first, last in gaps],
         unknown_orders=list(unknown),
-        unapplied_movements=stock.unapplied_movements(list(applied))[:MOST_IDS],
+        unapplied_movements=stock.first.unapplied_movements(list(applied))[:MOST_IDS],
         not_waiting=sorted(still_queued)[:MOST_IDS],
     )
 
@@ -442,7 +442,9 @@ def repair(actor: Actor) -> list[Repair]:
         result = check()
         done = []
         for planned in plan_repair(result):
-            taken = stock.mend(result.generation, planned.product_id, planned.take, planned.amounts)
+            taken = stock.first.mend(
+                result.generation, planned.product_id, planned.take, planned.amounts
+            )
             if taken < 0:
                 continue
             carried_out = Repair(planned.product_id, taken, planned.amounts, planned.held_back)

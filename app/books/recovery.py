@@ -82,7 +82,7 @@ def reset(actor: Actor) -> int:
     db.session.execute(text(f"SELECT pg_advisory_xact_lock({DRAIN_LOCK})"))
     db.session.execute(text(f"SELECT pg_advisory_xact_lock({EVENTS_LOCK})"))
     db.session.execute(text(f"SELECT pg_advisory_xact_lock({SALE_LOCK})"))
-    made_on = stock.server_id()
+    made_on = stock.first.server_id()
     generation = secrets.token_hex(8)
     webhooks.begin_anew(generation)
     db.session.execute(
@@ -94,13 +94,13 @@ def reset(actor: Actor) -> int:
     )
     db.session.execute(text("UPDATE feed SET head = 0, floor = 0"))
     # What PostgreSQL refuses is refused by now, and what Redis refuses is rolled back.
-    stock.clear()
+    stock.first.clear()
     for route in (catalogue.CREATE, cancelling.CANCEL, bulk.START, *holds.ROUTES):
         idempotency.forget(route)
     db.session.add(Sale(generation=generation, epoch=generation))
     record(actor, "sale.reset", "sale", after=SEED_PRODUCT)
     db.session.commit()
-    stock.open(generation, first_order_id=1, made_on=made_on)
+    stock.first.open(generation, first_order_id=1, made_on=made_on)
     return int(catalogue.create(terms.read_new(SEED_PRODUCT), actor).product["id"])
 
 
@@ -202,7 +202,7 @@ def rebuild(actor: Actor, replace: bool = False) -> Rebuilt:
     db.session.rollback()
     with _alone() as connection:
         # Without as many replicas as are asked for it would close the sale, and not open it again.
-        made_on = stock.server_id()
+        made_on = stock.first.server_id()
         found = stock.view([])
         generation, last_sampled, first_of_sale, sampled_at = _read_sale(connection)
         holds = held(found.generation, generation)
@@ -211,7 +211,7 @@ def rebuild(actor: Actor, replace: bool = False) -> Rebuilt:
         # A counter below what was seen before means an old copy of this very sale.
         intact = holds is Held.THIS and found.last_order_id >= last_sampled
         if holds is not Held.NOTHING:
-            stock.close(found.generation)
+            stock.first.close(found.generation)
         rescued = _store_waiting(connection)
         issued = 0 if holds is Held.ANOTHER else found.last_order_id
         if intact:
@@ -232,13 +232,13 @@ def rebuild(actor: Actor, replace: bool = False) -> Rebuilt:
         generation = secrets.token_hex(8)
         _take_over(generation, loss, actor)
         products = _snapshot(connection)
-        stock.clear_sale()
+        stock.first.clear_sale()
         # With their terms: what is sold the moment it is open is sold by them.
-        stock.put_accounts(products, sale.all_terms())
+        stock.first.put_accounts(products, sale.all_terms())
         _put_movements(connection)
         _put_bought(connection)
         keys = _put_keys(connection)
-        stock.open(generation, first_order_id=loss.first_order_id, made_on=made_on)
+        stock.first.open(generation, first_order_id=loss.first_order_id, made_on=made_on)
     sale.publish_stale()
     movements.finish_pending()
     totals = movements.totals().values()
@@ -318,7 +318,7 @@ def _store_waiting(connection: Connection) -> int:
     """Store what waits in the outbox; it stays there until the outbox itself is replaced."""
     stored = 0
     after = None
-    while entries := stock.read_outbox(BATCH_ORDERS, after):
+    while entries := stock.first.read_outbox(BATCH_ORDERS, after):
         rows = [Row(stream_id, fields) for stream_id, fields in entries]
         with connection.cursor() as cursor:
             _, drained = store(cursor, rows, "rebuild", "")
@@ -396,7 +396,7 @@ def _put_movements(connection: Connection) -> None:
             if position >= len(bits):
                 bits.extend(bytes(position + 1 - len(bits)))
             bits[position] |= 128 >> bit
-    stock.put_movements(bytes(bits))
+    stock.first.put_movements(bytes(bits))
 
 
 def _put_bought(connection: Connection) -> None:
@@ -428,7 +428,7 @@ def _put_bought(connection: Connection) -> None:
             fields, bought = buckets.setdefault((product_id, bucket), ([], []))
             fields.append(field)
             bought.append(units)
-        stock.put_bought((*where, *what) for where, what in buckets.items())
+        stock.first.put_bought((*where, *what) for where, what in buckets.items())
 
 
 def _put_keys(connection: Connection) -> int:
@@ -440,7 +440,7 @@ def _put_keys(connection: Connection) -> int:
     """
     for rows in _pages(connection, letters):
         parsed = [(Entry.parse(payload), *of) for payload, *of in rows]
-        count += stock.put_keys(
+        count += stock.first.put_keys(
             (
                 e.user,
                 e.idempotency_key,
@@ -463,7 +463,7 @@ def _put_keys(connection: Connection) -> int:
     """
     values = {"standing": STANDING, "statuses": list(STANDING_STATUSES)}
     for rows in _pages(connection, orders, values):
-        count += stock.put_keys(
+        count += stock.first.put_keys(
             (name if number is None else number, key, record) for number, name, key, record in rows
         )
     return count
@@ -511,7 +511,7 @@ def close_when_stale() -> bool:
     Reads PostgreSQL first: what it knows was issued before Redis is asked.
     """
     generation, last_order_id = _on_record()
-    if last_order_id and stock.close(generation, issued=last_order_id):
+    if last_order_id and stock.first.close(generation, issued=last_order_id):
         log.error(
             "Redis has forgotten orders up to %s: the sale is closed; run `flask rebuild`",
             last_order_id,

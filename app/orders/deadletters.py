@@ -188,7 +188,7 @@ def replay(ids: list[int], reason: str, actor: Actor) -> list[Resolved]:
         # What has no obstacle was read as an order, with an id.
         order_id = cast("int", letter.order_id)
         if db.session.get(Order, order_id) is not None:
-            order_id = stock.new_order_id()
+            order_id = stock.new_order_id(entry.user)
         try:
             with db.session.begin_nested():
                 db.session.execute(

@@ -111,7 +111,7 @@ def drain_batch(job_id: str, worker: str, most: int = BATCH_ORDERS) -> Drained:
             if stock.generation() != generation:
                 # Another sale's orders, or a rebuild at work, which stores what waits by itself.
                 return Drained()
-            entries = stock.read_outbox(most)
+            entries = stock.first.read_outbox(most)
             if not entries:
                 return Drained()
             rows = [Row(stream_id, fields) for stream_id, fields in entries]
@@ -240,7 +240,7 @@ def _settle(generation: str | None, rows: list[Row], dead: set[str]) -> None:
             orders, units, persisted = figures.get(product, (0, 0, 0))
             stored = row.stream_id not in dead
             figures[product] = orders + 1, units + quantity, persisted + stored
-    stock.settle(
+    stock.first.settle(
         generation,
         [row.stream_id for row in rows],
         [row.order_id for row in rows],

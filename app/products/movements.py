@@ -21,7 +21,7 @@ from ..models import ENDED_STATUSES, DeadLetter, Order, Product, ProductTotals, 
 from ..problems import Conflict, InvalidRequest, KeyMismatch, UnknownProduct
 from ..reading import MAX_RESTOCK, MAX_STOCK
 from ..stock.entries import Entry, standing
-from ..stock.gateway import Ended, Expired
+from ..stock.moves import Ended, Expired, Movement
 from ..times import to_ms
 from .observed import restocked
 from .sale import in_force, publish, require_sale
@@ -170,14 +170,12 @@ def _move(generation: str, movement: StockMovement) -> tuple[str, int]:
     if movement.order_ids is not None:
         orders = _expired(movement.order_ids)
         return stock.move_expired(generation, movement.id, movement.product_id, orders)
-    return stock.move(
-        generation,
-        movement.id,
-        movement.product_id,
-        movement.units,
-        movement.user,
-        _ended_by(movement),
-    )
+    return stock.move(generation, *_told(movement, _ended_by(movement)))
+
+
+def _told(movement: StockMovement, ended: Ended | None) -> Movement:
+    """Return a movement as Redis is told of it."""
+    return Movement(movement.id, movement.product_id, movement.units, movement.user, ended)
 
 
 EXPIRED = text("""
@@ -273,10 +271,7 @@ def apply_together(movement_ids: Sequence[int]) -> set[int]:
     by_id = {order.id: order for order in db.session.scalars(orders)}
     moved = stock.move_all(
         generation,
-        [
-            (m.id, m.product_id, m.units, m.user, _ended_by(m, by_id.get(m.order_id or 0)))
-            for m in found
-        ],
+        [_told(m, _ended_by(m, by_id.get(m.order_id or 0))) for m in found],
     )
     done = [
         (movement.id, free)

@@ -3,16 +3,15 @@
 Every time in it is of Redis's clock, since the machines' own ones differ.
 """
 
-import contextlib
 import json
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
 import redis
 
 from ..problems import Unavailable
-from .keys import Keys
+from .keys import KEYS
+from .link import Link, asking
 
 # A worker says that it is alive once a second; after this it counts as gone.
 WORKER_SEEN_SECONDS = 5
@@ -49,53 +48,42 @@ class Counted:
     processes: dict[str, dict[str, Any]]
 
 
-@contextlib.contextmanager
-def _asking() -> Iterator[None]:
-    try:
-        yield
-    except redis.RedisError as error:
-        raise Unavailable(str(error)) from error
-
-
 class Noticeboard:
     """Reads and writes it. Every method raises Unavailable when Redis gives no answer."""
 
-    def __init__(
-        self, client: redis.Redis, raw_client: redis.Redis, run: Callable[..., Any]
-    ) -> None:
-        """`run` runs a script by its name, with keys and arguments."""
-        self.client = client
-        self.raw_client = raw_client
-        self._run = run
+    def __init__(self, link: Link) -> None:
+        """`link` leads to where the board is; its keys are the same in every sale."""
+        self.client, self.raw_client = link.client, link.raw_client
+        self._run = link.run
 
     def now(self) -> float:
         """Return Redis's clock, in seconds since 1970."""
-        with _asking():
+        with asking():
             return _seconds(self.client.time())
 
     def alive(self, worker: str) -> None:
         """Note that a worker process is alive."""
-        self._run("alive", [Keys.workers], [worker, WORKER_FORGOTTEN_SECONDS])
+        self._run("alive", [KEYS.workers], [worker, WORKER_FORGOTTEN_SECONDS])
 
     def gone(self, worker: str) -> None:
         """Note that a worker process has ended."""
-        with _asking():
-            self.client.zrem(Keys.workers, worker)
+        with asking():
+            self.client.zrem(KEYS.workers, worker)
 
     def sample(self, figures: dict[str, Any]) -> bool:
         """Keep this second's figures; False when somebody else has."""
         text = json.dumps(figures, separators=(",", ":"))
-        keys = [Keys.history, Keys.history_by_minute]
+        keys = [KEYS.history, KEYS.history_by_minute]
         return bool(self._run("sample", keys, [text, HISTORY_SAMPLES, HISTORY_MINUTES]))
 
     def news(self, samples: int) -> News:
         """Return what is on the board, with the newest `samples`."""
-        with _asking(), self.client.pipeline(transaction=False) as pipe:
+        with asking(), self.client.pipeline(transaction=False) as pipe:
             pipe.time()
-            pipe.zrange(Keys.workers, 0, -1, withscores=True)
-            pipe.get(Keys.ledger)
+            pipe.zrange(KEYS.workers, 0, -1, withscores=True)
+            pipe.get(KEYS.ledger)
             if samples:
-                pipe.xrevrange(Keys.history, count=samples)
+                pipe.xrevrange(KEYS.history, count=samples)
             time, workers, proof, *more = pipe.execute()
         now = _seconds(time)
         seen = [now - at for _, at in workers]
@@ -103,69 +91,78 @@ class Noticeboard:
             now,
             sum(-AHEAD_SECONDS <= ago <= WORKER_SEEN_SECONDS for ago in seen),
             json.loads(proof) if proof else None,
-            [
-                (int(stream_id.partition("-")[0]), json.loads(fields["sample"]))
-                for stream_id, fields in (reversed(more[0]) if more else ())
-            ],
+            _samples(more[0] if more else []),
         )
+
+    def history(
+        self, since: int, most: int = HISTORY_SAMPLES, by_minute: bool = False
+    ) -> list[tuple[int, dict[str, Any]]]:
+        """Return the newest `most` samples from the second `since` on, oldest first.
+
+        They are a second apart, or with `by_minute` a minute.
+        """
+        key = KEYS.history_by_minute if by_minute else KEYS.history
+        with asking():
+            found = self.client.xrevrange(key, min=f"{since}-0", count=most)
+        return _samples(cast("list[tuple[str, dict[str, str]]]", found))
 
     def tell_head(self, epoch: str, number: int) -> None:
         """Tell where the feed of events ends, so that nobody has to ask PostgreSQL in vain."""
-        with _asking():
-            self.client.set(Keys.feed_head, f"{epoch} {number}")
+        with asking():
+            self.client.set(KEYS.feed_head, f"{epoch} {number}")
 
     def feed_head(self) -> tuple[str, int] | None:
         """Return the epoch and the number at which the feed ends, None where nobody has told."""
-        with _asking():
-            told = self.client.get(Keys.feed_head)
+        with asking():
+            told = self.client.get(KEYS.feed_head)
         epoch, _, number = cast("str", told or "").partition(" ")
         return (epoch, int(number)) if number.isdecimal() else None
 
     def take_turn(self, seconds: int) -> bool:
         """Return whether it is the caller's turn to prove the ledger; it then is for so long."""
-        with _asking():
-            return bool(self.client.set(Keys.ledger_turn, "1", nx=True, ex=seconds))
+        with asking():
+            return bool(self.client.set(KEYS.ledger_turn, "1", nx=True, ex=seconds))
 
     def put_proof(self, proof: dict[str, Any]) -> None:
         """Keep the ledger's newest proof; its `at` is what `now` said."""
-        with _asking():
-            self.client.set(Keys.ledger, json.dumps(proof))
+        with asking():
+            self.client.set(KEYS.ledger, json.dumps(proof))
 
     def put_shelf(self, products: dict[int, str]) -> None:
         """Keep what a page needs of these products when PostgreSQL is away, as JSON."""
         if products:
-            with _asking():
-                self.client.hset(Keys.shelf, mapping=dict(products.items()))
+            with asking():
+                self.client.hset(KEYS.shelf, mapping=dict(products.items()))
 
     def shelf(self) -> dict[int, str]:
         """Return what was kept of the products."""
-        with _asking():
-            kept = cast("dict[str, str]", self.client.hgetall(Keys.shelf))
+        with asking():
+            kept = cast("dict[str, str]", self.client.hgetall(KEYS.shelf))
             return {int(product): text for product, text in kept.items()}
 
     def count(
         self, amounts: dict[str, int | float], process: tuple[str, dict[str, Any]] | None = None
     ) -> None:
         """Add to the sums of all processes; note, if given, a process by name and its state."""
-        with _asking(), self.client.pipeline() as pipe:
+        with asking(), self.client.pipeline() as pipe:
             for field, amount in amounts.items():
                 if isinstance(amount, float):
-                    pipe.hincrbyfloat(Keys.telemetry, field, amount)
+                    pipe.hincrbyfloat(KEYS.telemetry, field, amount)
                 else:
-                    pipe.hincrby(Keys.telemetry, field, amount)
+                    pipe.hincrby(KEYS.telemetry, field, amount)
             if process:
                 name, state = process
-                pipe.hset(Keys.processes, name, json.dumps(state | {"at": self.now()}))
+                pipe.hset(KEYS.processes, name, json.dumps(state | {"at": self.now()}))
             if pipe.command_stack:
                 pipe.execute()
 
     def counted(self, processes_last: float) -> Counted:
         """Return what was counted; a process that was silent for longer is forgotten."""
-        with _asking(), self.client.pipeline(transaction=False) as pipe:
+        with asking(), self.client.pipeline(transaction=False) as pipe:
             pipe.time()
-            pipe.hgetall(Keys.refused)
-            pipe.hgetall(Keys.telemetry)
-            pipe.hgetall(Keys.processes)
+            pipe.hgetall(KEYS.refused)
+            pipe.hgetall(KEYS.telemetry)
+            pipe.hgetall(KEYS.processes)
             time, refused, telemetry, written = pipe.execute()
             now = _seconds(time)
             states = {name: json.loads(text) for name, text in written.items()}
@@ -173,7 +170,7 @@ class Noticeboard:
                 name for name, state in states.items() if abs(now - state["at"]) > processes_last
             ]
             if gone:
-                self.client.hdel(Keys.processes, *gone)
+                self.client.hdel(KEYS.processes, *gone)
         alive = {name: state for name, state in states.items() if name not in gone}
         return Counted(now, refused, telemetry, alive)
 
@@ -182,51 +179,58 @@ class Noticeboard:
 
         Refused as any write is: out of memory, out of disk, as a replica.
         """
-        with _asking():
-            self.client.set(Keys.nothing, "1", xx=True)
+        with asking():
+            self.client.set(KEYS.nothing, "1", xx=True)
 
     def first_waiting(self, wait_ms: int) -> bytes | None:
         """Return the stream id of the first order in the outbox; wait so long for one."""
-        with _asking():
-            streams = self.raw_client.xread({Keys.outbox: "0"}, count=1, block=wait_ms)
+        with asking():
+            streams = self.raw_client.xread({KEYS.outbox: "0"}, count=1, block=wait_ms)
         found = cast("list[tuple[bytes, list[tuple[bytes, object]]]]", streams)
         return found[0][1][0][0] if found else None
 
     def take_drain_lease(self, milliseconds: int) -> bool:
         """Return whether no drain is under way; then the caller's is, for so long at most."""
-        with _asking():
-            return bool(self.raw_client.set(Keys.drain_lease, b"1", nx=True, px=milliseconds))
+        with asking():
+            return bool(self.raw_client.set(KEYS.drain_lease, b"1", nx=True, px=milliseconds))
 
     def take_webhook_lease(self, name: str, milliseconds: int) -> bool:
         """Return whether nobody is about to send there; then the caller is, for so long at most."""
-        with _asking():
+        with asking():
             return bool(
                 self.raw_client.set(
-                    Keys.webhook_lease_prefix + name, b"1", nx=True, px=milliseconds
+                    KEYS.webhook_lease_prefix + name, b"1", nx=True, px=milliseconds
                 )
             )
 
     def end_webhook_lease(self, *names: str) -> None:
-        with _asking():
-            self.raw_client.delete(*(Keys.webhook_lease_prefix + name for name in names))
+        with asking():
+            self.raw_client.delete(*(KEYS.webhook_lease_prefix + name for name in names))
 
     def end_drain_lease(self, after_ms: int = 0) -> None:
         """End it, at once or after so long; one that ends earlier is left alone."""
-        with _asking():
+        with asking():
             if after_ms:
-                self.raw_client.pexpire(Keys.drain_lease, after_ms, lt=True)
+                self.raw_client.pexpire(KEYS.drain_lease, after_ms, lt=True)
             else:
-                self.raw_client.delete(Keys.drain_lease)
+                self.raw_client.delete(KEYS.drain_lease)
 
     def setting(self, name: str) -> str | None:
         """Return one of Redis's own settings; None where it does not tell them."""
         try:
-            with _asking():
+            with asking():
                 return self.client.config_get(name).get(name)
         except Unavailable as error:
             if isinstance(error.__cause__, redis.ResponseError):
                 return None
             raise
+
+
+def _samples(found: list[tuple[str, dict[str, str]]]) -> list[tuple[int, dict[str, Any]]]:
+    return [
+        (int(stream_id.partition("-")[0]), json.loads(fields["sample"]))
+        for stream_id, fields in reversed(found)
+    ]
 
 
 def _seconds(time: tuple[int, int]) -> float:

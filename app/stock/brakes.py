@@ -2,13 +2,10 @@
 
 import json
 import logging
-from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
-import redis
-
-from ..problems import KeyMismatch, Unavailable, UnknownProduct
-from .keys import Keys
+from ..problems import KeyMismatch, UnknownProduct
+from .link import Link, asking
 
 # How long the Idempotency-Key of a brake is remembered.
 KEY_LIFE_MS = 24 * 60 * 60 * 1000
@@ -59,16 +56,12 @@ class Act(NamedTuple):
 class BrakeGateway:
     """Reads and changes the brakes. Raises Unavailable when Redis can't be asked."""
 
-    def __init__(self, client: redis.Redis, run: Callable[..., Any]) -> None:
-        """`run` calls a script by its name, with keys and arguments."""
-        self._client = client
-        self._run = run
+    def __init__(self, link: Link) -> None:
+        self._link, self._client, self._keys = link, link.client, link.keys
 
     def read(self) -> Brakes:
-        try:
-            return Brakes.parse(cast("str | None", self._client.get(Keys.brakes)))
-        except redis.RedisError as error:
-            raise Unavailable(str(error)) from error
+        with asking():
+            return Brakes.parse(cast("str | None", self._client.get(self._keys.brakes)))
 
     def change(
         self, on: bool, product_id: int | None, act: dict[str, str | None], key: str | None
@@ -78,12 +71,18 @@ class BrakeGateway:
         `act` is told to the audit: id, actor, address. Raises UnknownProduct, and KeyMismatch when
         the Idempotency-Key was used for something else.
         """
-        product = Keys.products if product_id is None else Keys.product(product_id)
-        keys = [Keys.brakes, Keys.brake_acts, Keys.generation, Keys.products, product]
+        product = self._keys.products if product_id is None else self._keys.product(product_id)
+        keys = [
+            self._keys.brakes,
+            self._keys.brake_acts,
+            self._keys.generation,
+            self._keys.products,
+            product,
+        ]
         if key is not None:
-            keys.append(Keys.brake_key(key))
+            keys.append(self._keys.brake_key(key))
         word = WHOLE_SALE if product_id is None else product_id
-        outcome, products, text = self._run(
+        outcome, products, text = self._link.run_surely(
             "brake", keys, [int(on), word, json.dumps(act), KEY_LIFE_MS]
         )
         if outcome == "unknown":
@@ -95,23 +94,18 @@ class BrakeGateway:
     def acts(self, most: int) -> list[Act]:
         """Return the oldest acts that the audit lacks; what is none is dropped."""
         acts = []
-        try:
-            for text in cast("list[str]", self._client.lrange(Keys.brake_acts, 0, most - 1)):
+        with asking():
+            for text in cast("list[str]", self._client.lrange(self._keys.brake_acts, 0, most - 1)):
                 try:
                     acts.append(Act.parse(text))
                 except (ValueError, KeyError, TypeError):
                     log.error("not a brake's act, dropped: %.200s", text)
-                    self._client.lrem(Keys.brake_acts, 1, text)
-        except redis.RedisError as error:
-            raise Unavailable(str(error)) from error
+                    self._client.lrem(self._keys.brake_acts, 1, text)
         return acts
 
     def forget(self, acts: list[Act]) -> None:
         """Take out acts that the audit has. Safe to repeat, and for two at once."""
-        try:
-            with self._client.pipeline(transaction=False) as pipe:
-                for act in acts:
-                    pipe.lrem(Keys.brake_acts, 1, act.text)
-                pipe.execute()
-        except redis.RedisError as error:
-            raise Unavailable(str(error)) from error
+        with asking(), self._client.pipeline(transaction=False) as pipe:
+            for act in acts:
+                pipe.lrem(self._keys.brake_acts, 1, act.text)
+            pipe.execute()

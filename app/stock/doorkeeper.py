@@ -12,7 +12,8 @@ from collections.abc import Callable
 
 from ..problems import Unavailable
 from ..reading import User
-from .lines import LIMITED, Claim, LoopLine, Request, Tell
+from .claims import LIMITED, Claim, Request, Tell
+from .loop_line import LoopLine
 
 BELIEVED_SECONDS = 1.0
 # Past so many products a second, further ones are counted as unknown.

@@ -2,81 +2,87 @@
 
 from ..reading import User
 from .place import place
+from .shards import WHOLE, Part
 
 
 class Keys:
-    """Every Redis key of the sale. The tag {0} names the shard; a shopper's keys all share one."""
+    """Every Redis key of a shard. All have its tag, so that they lie together also in a cluster."""
 
-    prefix = "sale:{0}:"
-    generation = "sale:{0}:generation"
-    # Never written: deleting it does nothing, but only a server that takes writes lets it be tried.
-    nothing = "sale:{0}:nothing"
-    # Written to see that replicas have everything before it: see replicas.py.
-    fence = "sale:{0}:fence"
-    outbox = "sale:{0}:outbox"
-    queued = "sale:{0}:queued"
-    order_ids = "sale:{0}:order-ids"
-    movements = "sale:{0}:movements"
-    products = "sale:{0}:products"
-    refused = "sale:{0}:refused"
-    history = "sale:{0}:history"
-    history_by_minute = "sale:{0}:history-by-minute"
-    drain_lease = "sale:{0}:drain-lease"
-    # The newest ledger check, as JSON; and whose turn the next one is.
-    ledger = "sale:{0}:ledger"
-    ledger_turn = "sale:{0}:ledger-turn"
-    telemetry = "sale:{0}:telemetry"
-    processes = "sale:{0}:processes"
-    workers = "sale:{0}:workers"
-    webhook_lease_prefix = "sale:{0}:webhook-lease:"
-    # Where the feed of events ends: "epoch number".
-    feed_head = "sale:{0}:feed-head"
-    # What pages show of a product when PostgreSQL is away, as JSON by product id.
-    shelf = "sale:{0}:shelf"
-    # Attempts of users, addresses and networks, in two hashes by turns: see claim.lua.
-    attempts = ("sale:{0}:attempts:0", "sale:{0}:attempts:1")
-    # Which brakes are set, and changes of them that the audit lacks.
-    brakes = "sale:{0}:brakes"
-    brake_acts = "sale:{0}:brake-acts"
-    bought_prefix = "sale:{0}:bought:"
-    idempotency_prefix = "sale:{0}:keys:"
-    former_idempotency_prefix = "sale:{0}:key:"
+    def __init__(self, part: Part) -> None:
+        self._shards = part.shards
+        self.prefix = prefix = f"sale:{{{part.tag}}}:"
+        self.generation = f"{prefix}generation"
+        # Never written: deleting it does nothing, but only a server that takes writes lets that be
+        # tried.
+        self.nothing = f"{prefix}nothing"
+        # Written to see that replicas have everything before it: see replicas.py.
+        self.fence = f"{prefix}fence"
+        self.outbox = f"{prefix}outbox"
+        self.queued = f"{prefix}queued"
+        self.order_ids = f"{prefix}order-ids"
+        self.movements = f"{prefix}movements"
+        self.products = f"{prefix}products"
+        self.refused = f"{prefix}refused"
+        self.history = f"{prefix}history"
+        self.history_by_minute = f"{prefix}history-by-minute"
+        self.drain_lease = f"{prefix}drain-lease"
+        # The newest ledger check, as JSON; and whose turn the next one is.
+        self.ledger = f"{prefix}ledger"
+        self.ledger_turn = f"{prefix}ledger-turn"
+        self.telemetry = f"{prefix}telemetry"
+        self.processes = f"{prefix}processes"
+        self.workers = f"{prefix}workers"
+        self.webhook_lease_prefix = f"{prefix}webhook-lease:"
+        # Where the feed of events ends: "epoch number".
+        self.feed_head = f"{prefix}feed-head"
+        # What pages show of a product when PostgreSQL is away, as JSON by product id.
+        self.shelf = f"{prefix}shelf"
+        # Attempts of users, addresses and networks, in two hashes by turns: see claim.lua.
+        self.attempts = (f"{prefix}attempts:0", f"{prefix}attempts:1")
+        # Which brakes are set, and changes of them that the audit lacks.
+        self.brakes = f"{prefix}brakes"
+        self.brake_acts = f"{prefix}brake-acts"
+        self.bought_prefix = f"{prefix}bought:"
+        self.idempotency_prefix = f"{prefix}keys:"
+        self.former_idempotency_prefix = f"{prefix}key:"
+        self._product_prefix = f"{prefix}product:"
+        self._key_prefix = f"{prefix}brake-key:"
+        self._address_units_prefix = f"{prefix}address-units:"
 
-    @staticmethod
-    def product(product_id: int) -> str:
-        return f"sale:{{0}}:product:{product_id}"
+    def product(self, product_id: int) -> str:
+        return f"{self._product_prefix}{product_id}"
 
-    @staticmethod
-    def brake_key(key: str) -> str:
-        return f"sale:{{0}}:brake-key:{key}"
+    def brake_key(self, key: str) -> str:
+        return f"{self._key_prefix}{key}"
 
-    @staticmethod
-    def address_units(product_id: int) -> str:
-        return f"sale:{{0}}:address-units:{product_id}"
+    def address_units(self, product_id: int) -> str:
+        return f"{self._address_units_prefix}{product_id}"
 
-    @staticmethod
-    def bought(product_id: int, user: User) -> tuple[str, str]:
+    def bought(self, product_id: int, user: User) -> tuple[str, str]:
         """Return the hash and the field that count the units a user bought of a product."""
-        _, bucket, field = place(user)
-        return Keys.bucket(product_id, bucket), field
+        _, bucket, field = place(user, self._shards)
+        return self.bucket(product_id, bucket), field
 
-    @staticmethod
-    def bucket(product_id: int, bucket: int | str) -> str:
-        return f"sale:{{0}}:bought:{product_id}:{bucket}"
+    def bucket(self, product_id: int, bucket: str) -> str:
+        return f"{self.bought_prefix}{product_id}:{bucket}"
 
-    @staticmethod
-    def idempotency(user: User, key: str) -> tuple[str, str]:
+    def idempotency(self, user: User, key: str) -> tuple[str, str]:
         """Return the hash and the field that hold the record of a user's Idempotency-Key.
 
         A blank is in neither alphabet, so no two pairs of user and key share a field.
         """
-        _, bucket, field = place(user)
-        return f"sale:{{0}}:keys:{bucket}", f"{field} {key}"
+        _, bucket, field = place(user, self._shards)
+        return f"{self.idempotency_prefix}{bucket}", f"{field} {key}"
 
-    @staticmethod
-    def former_idempotency(user: User, key: str) -> str:
+    def former_idempotency(self, user: User, key: str) -> str:
         """Return where 0.1.0 kept the record; of a text, which it did not know, there is none."""
-        return f"sale:{{0}}:key:{user}:{key}" if isinstance(user, int) else Keys.nothing
+        if isinstance(user, int):
+            return f"{self.former_idempotency_prefix}{user}:{key}"
+        return self.nothing
+
+
+# Of a sale's only shard; and the first one's names, but for a shopper's, in every sale.
+KEYS = Keys(WHOLE)
 
 
 class StaffKeys:

@@ -8,21 +8,19 @@ on the connection that has read or written what is to be sure.
 
 from typing import Any
 
-import hiredis
 import redis
 
 from ..problems import Unavailable
 from .keys import Keys
+from .servers import pack
 
-Command = tuple[Any, ...]
+Command = tuple[str, ...]
 
 # Replicas mostly need 1 ms. Less than what a command may take (servers.py), so that a late replica
 # is not mistaken for a dead primary.
 WAIT_MS = 500
 # To put off the end of a key is a write that Redis takes however short of memory it is. 30 years.
 FENCE_MS = 1_000_000_000_000
-MAKE_FENCE: Command = ("SET", Keys.fence, "1", "NX")
-FENCE: Command = ("PEXPIRE", Keys.fence, str(FENCE_MS))
 
 
 class Unreplicated(Unavailable):
@@ -35,14 +33,16 @@ class Unreplicated(Unavailable):
 class Replicas:
     """How many replicas must have what is promised; 0 leaves everything as it is without any."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, keys: Keys) -> None:
         self.count = count
+        make_fence: Command = ("SET", keys.fence, "1", "NX")
+        fence: Command = ("PEXPIRE", keys.fence, str(FENCE_MS))
         wait: Command = ("WAIT", str(count), str(WAIT_MS))
         # Follows a claim, which is a write or a fence itself.
-        self.wait = _pack(wait) if count else b""
+        self.wait = pack(*wait) if count else b""
+        self._commands = (make_fence, fence, wait)
         # What a new connection is asked first; 3 answers.
-        self.fence = _pack(MAKE_FENCE, FENCE, wait)
-        self._commands = (MAKE_FENCE, FENCE, wait)
+        self.fence = b"".join(pack(*command) for command in self._commands)
 
     def enough(self, answer: object) -> bool:
         """Return whether this answer to WAIT says that enough replicas have it."""
@@ -64,7 +64,3 @@ class Replicas:
         if fenced != 1 or not self.enough(copied):
             raise Unreplicated(copied)
         return list(answers)
-
-
-def _pack(*commands: Command) -> bytes:
-    return b"".join([bytes(hiredis.pack_command(command)) for command in commands])

@@ -5,6 +5,7 @@ from functools import cache
 from typing import Any, cast
 from urllib.parse import unquote, urlsplit, urlunsplit
 
+import hiredis
 import redis
 from redis.backoff import NoBackoff
 from redis.connection import AbstractConnection, parse_url
@@ -13,7 +14,7 @@ from redis.retry import Retry
 from redis.sentinel import Sentinel
 
 from ..breaker import Breaker
-from .keys import Keys
+from .keys import KEYS
 
 # A shopper gets an answer within 2 s even from a dead Redis; a healthy one needs about 1 ms.
 CONNECT_TIMEOUT_SECONDS = 0.5
@@ -23,7 +24,7 @@ COMMAND_TIMEOUT_SECONDS = 1.0
 ASK_SECONDS = 0.25
 SENTINEL_PORT, REDIS_PORT = 26_379, 6379
 # Of a cluster: all keys of the sale have one tag.
-SLOT = key_slot(Keys.prefix.encode())
+SLOT = key_slot(KEYS.prefix.encode())
 # How a server says that it can't do a primary's work any more, or not yet: it has become a replica,
 # lost its primary or its replicas, is loading, or another holds these keys. Who is told so leaves.
 UNFIT = frozenset(
@@ -41,6 +42,11 @@ def code_of(error: Exception) -> str:
     """Return the code that an error of Redis begins with, such as READONLY."""
     # redis-py cuts the codes that it knows off the message.
     return getattr(error, "status_code", None) or str(error).partition(" ")[0]
+
+
+def pack(*words: str) -> bytes:
+    """Return a command as it is sent."""
+    return bytes(hiredis.pack_command(words))  # type: ignore[arg-type]  # it takes any number
 
 
 Address = tuple[str, int]

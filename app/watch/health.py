@@ -20,7 +20,7 @@ from ..generation import Held, held, on_record
 from ..locks import DRAIN_LOCK
 from ..problems import Unavailable, Unprepared
 from ..stock.board import News
-from ..stock.gateway import View
+from ..stock.figures import View
 
 # With a worker at work an order waits for a second, after an outage for a few.
 QUEUE_SECONDS = 10
@@ -102,11 +102,11 @@ def check(app: Flask) -> dict[str, dict[str, Any]]:
     try:
         redis_says = stock.view([]), stock.board.news(0)
         stock.board.try_write()
-        stock.check_replicas()
+        stock.first.check_replicas()
         parts["redis"] = _part(True, "reachable")
     except Unavailable as error:
         parts["redis"] = _part(False, in_words(error))
-    if stock.jobs_server is not stock.server:
+    if stock.jobs_server is not stock.first.server:
         try:
             stock.jobs_client.ping()
             parts["jobs"] = _part(True, "reachable")
@@ -199,13 +199,14 @@ def weak_durability() -> list[str]:
             return ["this Redis does not show its configuration"]
         if found != wanted:
             weak.append(f"{name} is {found}, not {wanted}")
+    needed = stock.first.replicas.count
     try:
-        attached = stock.attached_replicas() if stock.replicas.count else 0
+        attached = stock.first.attached_replicas() if needed else 0
     except Unavailable:
         return weak
-    if attached > stock.replicas.count:
+    if attached > needed:
         weak.append(
-            f"it has {attached} replicas, and REDIS_REPLICAS is {stock.replicas.count}: a failover"
-            " to one that lags loses answered orders"
+            f"it has {attached} replicas, and REDIS_REPLICAS is {needed}: a failover to one that"
+            " lags loses answered orders"
         )
     return weak

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..extensions import stock
 from ..stock.board import HISTORY_MINUTES, HISTORY_SAMPLES
-from ..stock.gateway import View
+from ..stock.figures import View
 from ..stock.outcomes import REFUSALS
 
 # The counters' sums over all products, and the queue: `oldest_ms` is None where nothing waits.
@@ -139,7 +139,7 @@ def _difference(before: Figures, after: Figures, names: tuple[str, ...]) -> int:
 def chart(since: int = 0, span: Span = SPANS["15m"], product_id: int | None = None) -> Columns:
     """Return the samples after the second `since` as columns. Raises stock.Unavailable."""
     most = span.seconds // 60 if span.by_minute else span.seconds
-    found = stock.history(since, most, span.by_minute)
+    found = stock.board.history(since, most, span.by_minute)
     if product_id is not None:
         of = [(second, of_product(figures, product_id)) for second, figures in found]
         found = [(second, figures) for second, figures in of if figures]

@@ -27,7 +27,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from ..extensions import db, stock
 from ..problems import Unavailable
-from ..stock.gateway import View
+from ..stock.figures import View
 from ..stock.outcomes import OUTCOMES
 from . import health
 

@@ -23,8 +23,8 @@ from ..problems import (
     UnknownCaller,
 )
 from ..reading import MAX_BODY_BYTES
+from ..stock.claims import Claim, Request, Tell, early_limit
 from ..stock.gateway import Stock
-from ..stock.lines import Claim, Request, Tell, early_limit
 from ..times import from_ms, utc_text
 from ..watch.telemetry import Meter
 from .answer import (

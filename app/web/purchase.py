@@ -11,7 +11,7 @@ from ..reading import (
     read_reference,
     read_user,
 )
-from ..stock.lines import Request
+from ..stock.claims import Request
 
 
 def read_purchase(

@@ -26,7 +26,7 @@ from ..orders.drain import drain_batch
 from ..orders.expiry import Expiry
 from ..problems import Unavailable
 from ..products import brake, movements, observed, sale
-from ..stock.gateway import View
+from ..stock.figures import View
 from ..stock.outcomes import REFUSALS
 from ..stock.replicas import Unreplicated
 from ..watch import samples, shelf
@@ -113,7 +113,7 @@ class Sampler:
             product_id: [figures.get(name, 0) for name in REFUSALS]
             for product_id, figures in view.products.items()
         }
-        stock.keep_counts([p for p in counts if counts[p] != self._kept.get(p)])
+        stock.first.keep_counts([p for p in counts if counts[p] != self._kept.get(p)])
         self._kept = counts
 
 
@@ -164,7 +164,7 @@ def record_issued() -> None:
     Not those that replicas lack: one that is promoted would seem to have forgotten them.
     """
     try:
-        view = stock.view([], surely=True)
+        view = stock.first.view([], surely=True)
     except Unreplicated as error:
         log.warning("no order ids are put on record: %s", error)
         return

@@ -201,7 +201,7 @@ def export(browser, **query) -> list[dict]:
 
 def test_export_is_the_filter(support, many, buy):
     with support.application.app_context():
-        stock.open(stock.generation(), first_order_id=1001)
+        stock.first.open(stock.generation(), first_order_id=1001)
     buy(3)
     rows = export(support)
     assert [int(row["order"]) for row in rows] == list(range(1001, 0, -1))

@@ -16,7 +16,7 @@ from app.config import ROOT
 from app.extensions import db, stock
 from app.models import ApiToken, AuditEntry, RequestKey, Staff
 from app.sheet import CHUNK_ROWS
-from app.stock.keys import Keys
+from app.stock.keys import KEYS
 from app.watch import monitor
 from app.worker import jobs
 
@@ -280,7 +280,7 @@ def letter(app, buy, drain):
     buy(7, quantity=2, key="once")
     drain()
     with app.app_context():
-        stock.client.hdel(*Keys.idempotency(7, "once"))
+        stock.client.hdel(*KEYS.idempotency(7, "once"))
     buy(7, quantity=2, key="once")
     drain()
     with app.app_context():
@@ -336,7 +336,7 @@ def test_ledger_badge_follows_the_newest_proof(app, admin):
             },
         }  # fmt: skip
         with app.app_context():
-            stock.client.set(Keys.ledger, json.dumps(found))
+            stock.client.set(KEYS.ledger, json.dumps(found))
 
     assert "Ledger unknown" in admin.get("/admin/live").text
     proof(0, 0)
@@ -369,7 +369,7 @@ def test_rebuild_from_the_page(client, admin, buy, drain):
 
 def test_a_rebuild_that_fails_is_told_too(app, admin):
     with app.app_context():
-        stock.client.set(Keys.generation, "another sale")
+        stock.client.set(KEYS.generation, "another sale")
     send(admin, "/admin/ledger/rebuild", confirmed="yes")
     page = admin.get("/admin/audit/?action=sale.rebuild.failed").text
     assert "Redis holds another sale" in page

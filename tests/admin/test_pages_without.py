@@ -13,7 +13,7 @@ from sqlalchemy.exc import OperationalError
 from app.books import ledger
 from app.extensions import db, stock
 from app.staff import sessions
-from app.stock.keys import Keys
+from app.stock.keys import KEYS
 from app.watch import monitor, samples, shelf
 from app.web import polls
 from app.worker.relay import Sampler, Sweeper
@@ -46,9 +46,9 @@ def without_redis(app, monkeypatch):
 
     def stop():
         away = redis.Redis.from_url(GONE)
-        for holder in (stock, stock.board):
+        for holder in (stock.first, stock.board):
             monkeypatch.setattr(holder, "client", away)
-        for script in stock._scripts.values():
+        for script in stock.first._scripts.values():
             monkeypatch.setattr(script, "registered_client", away)
 
     return stop
@@ -134,7 +134,7 @@ class TestWithoutPostgres:
         assert admin.get("/admin/products/77").status_code == 404
 
     def test_a_product_that_redis_was_not_told_of_is_not_made_up(self, page, admin):
-        stock.client.delete(Keys.shelf)
+        stock.client.delete(KEYS.shelf)
         assert "No products" in live(admin)
 
 
@@ -236,7 +236,7 @@ class TestWithoutRedis:
         assert set(re.findall("<dd>(.*?)</dd>", counters)) == {"–"}
 
     def test_another_sale_tells_nothing_of_this_one(self, app, admin):
-        stock.client.set(Keys.generation, "somebody-else")
+        stock.client.set(KEYS.generation, "somebody-else")
         page = live(admin)
         assert "This Redis does not hold this sale." in page
         assert "<b data-free>–</b> free" in page
@@ -250,7 +250,7 @@ class TestWithoutRedis:
 
 def test_after_a_rebuild_nothing_is_said_to_be_missing(app, admin):
     with app.app_context():
-        stock.client.delete(Keys.generation)
+        stock.client.delete(KEYS.generation)
         ledger.keep_proof()
         assert "does not hold this sale" in admin.get("/admin/ledger/").text
     send(admin, "/admin/ledger/rebuild", confirmed="yes")
@@ -326,7 +326,7 @@ class TestShelf:
         kept = shelf.Shelf()
         with app.app_context():
             kept.renew()
-            stock.client.delete(Keys.shelf)
+            stock.client.delete(KEYS.shelf)
             kept.renew()
             assert stock.board.shelf() == {}
             client.patch("/products/1", json={"name": "Lamp"}, headers=admin_headers)

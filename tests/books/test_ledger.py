@@ -14,7 +14,7 @@ from app.orders import cancelling as orders
 from app.orders.drain import drain_batch
 from app.problems import Unprepared
 from app.products import movements
-from app.stock.keys import Keys
+from app.stock.keys import KEYS
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_tells_every_figure(sold):
      ("accepted", 1, 0), ("settled", 1, 0)],
 )  # fmt: skip
 def test_finds_a_drift_of_one_in_each_counter(sold, field, amount, difference, count_up_to):
-    stock.client.hincrby(Keys.product(1), field, amount)
+    stock.client.hincrby(KEYS.product(1), field, amount)
     result = ledger.check(count_up_to)
     assert not result.ok
     if count_up_to:
@@ -61,8 +61,8 @@ def test_finds_a_drift_of_one_in_each_counter(sold, field, amount, difference, c
 
 def test_finds_a_unit_taken_without_an_order(sold):
     """Free and claimed agree with each other, and the outbox alone tells."""
-    stock.client.hincrby(Keys.product(1), "free", -1)
-    stock.client.hincrby(Keys.product(1), "claimed", 1)
+    stock.client.hincrby(KEYS.product(1), "free", -1)
+    stock.client.hincrby(KEYS.product(1), "claimed", 1)
     found = check_one()
     assert not found.ok
     assert found.difference == -1
@@ -77,7 +77,7 @@ def test_finds_a_lost_order_and_its_id(sold):
 
 
 def test_finds_an_order_lost_from_the_outbox(sold):
-    stock.client.xdel(Keys.outbox, "7-0")
+    stock.client.xdel(KEYS.outbox, "7-0")
     result = ledger.check()
     assert not result.ok
     assert result.products[1].difference == -1
@@ -100,7 +100,7 @@ def test_finds_an_order_that_was_never_claimed(sold):
 
 def test_finds_a_movement_that_redis_forgot(sold):
     movement_id = db.session.scalar(text("SELECT id FROM stock_movements WHERE kind = 'return'"))
-    stock.client.setbit(Keys.movements, movement_id, 0)
+    stock.client.setbit(KEYS.movements, movement_id, 0)
     assert ledger.check().ok  # the units are there: the bit only guards against a repetition
     assert ledger.differences(1).unapplied_movements == [movement_id]
 
@@ -126,7 +126,7 @@ def test_a_movement_between_the_two_stores_is_no_drift(app, sold, monkeypatch):
 
 
 def test_a_batch_stored_and_not_trimmed_is_no_drift(sold, monkeypatch):
-    monkeypatch.setattr(stock, "settle", lambda *arguments: False)
+    monkeypatch.setattr(stock.first, "settle", lambda *arguments: False)
     drain_batch("test", "test")
     found = check_one()
     assert found.ok
@@ -134,7 +134,7 @@ def test_a_batch_stored_and_not_trimmed_is_no_drift(sold, monkeypatch):
 
 
 def test_a_batch_read_again_in_part_is_no_drift(sold, monkeypatch):
-    monkeypatch.setattr(stock, "settle", lambda *arguments: False)
+    monkeypatch.setattr(stock.first, "settle", lambda *arguments: False)
     drain_batch("test", "test", most=3)
     drain_batch("test", "test", most=1)
     assert check_one().ok
@@ -188,7 +188,7 @@ def test_no_false_alarm_under_load(app):
                 result = ledger.check(count_up_to=1000 if number % 2 else 0)
                 assert result.ok, [product.problems for product in result.products.values()]
                 checks += 1
-            stock.client.hincrby(Keys.product(1), "free", 1)
+            stock.client.hincrby(KEYS.product(1), "free", 1)
             result = ledger.check()
             assert result.products[1].difference == 1
     finally:
@@ -200,7 +200,7 @@ def test_no_false_alarm_under_load(app):
 
 
 def test_repair_takes_what_could_oversell(sold, runner):
-    stock.client.hincrby(Keys.product(1), "free", 5)
+    stock.client.hincrby(KEYS.product(1), "free", 5)
     shown = runner.invoke(args=["ledger", "repair"], input="n\n")
     assert "5 free units to take" in shown.output
     assert check_one().difference == 5
@@ -226,9 +226,9 @@ def test_repair_never_makes_stock(sold):
 
 
 def test_repair_of_a_sold_out_product_stops_at_zero(sold):
-    stock.client.hset(Keys.product(1), "free", 0)
-    stock.client.hincrby(Keys.product(1), "moved", 200)
-    stock.client.hincrby(Keys.product(1), "free", 3)
+    stock.client.hset(KEYS.product(1), "free", 0)
+    stock.client.hincrby(KEYS.product(1), "moved", 200)
+    stock.client.hincrby(KEYS.product(1), "free", 3)
     db.session.execute(
         text(
             "INSERT INTO orders (id, user_id, product_id, quantity, unit_price_cents, currency,"
@@ -243,7 +243,7 @@ def test_repair_of_a_sold_out_product_stops_at_zero(sold):
 
 def test_the_command_exits_with_1_and_names_the_ids(sold, runner):
     assert runner.invoke(args=["ledger", "check"]).exit_code == 0
-    stock.client.xdel(Keys.outbox, "8-0")
+    stock.client.xdel(KEYS.outbox, "8-0")
     result = runner.invoke(args=["ledger", "check"])
     assert result.exit_code == 1
     assert "issued and nowhere: order 8" in result.output
@@ -254,14 +254,14 @@ def test_the_command_exits_with_1_and_names_the_ids(sold, runner):
 
 def test_the_sweeper_leaves_a_check_for_the_dashboard(sold):
     ledger.check_in_turn()
-    first = json.loads(stock.client.get(Keys.ledger))
+    first = json.loads(stock.client.get(KEYS.ledger))
     assert first["ok"] is True
     assert first["products"]["1"]["free"] == 89
     ledger.check_in_turn()
-    assert json.loads(stock.client.get(Keys.ledger)) == first  # not its turn yet
-    stock.client.delete(Keys.ledger_turn, Keys.generation)
+    assert json.loads(stock.client.get(KEYS.ledger)) == first  # not its turn yet
+    stock.client.delete(KEYS.ledger_turn, KEYS.generation)
     ledger.check_in_turn()
-    assert json.loads(stock.client.get(Keys.ledger))["ok"] is False
+    assert json.loads(stock.client.get(KEYS.ledger))["ok"] is False
 
 
 def test_correct_changes_stock_by_a_movement(sold, runner):

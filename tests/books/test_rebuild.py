@@ -15,7 +15,7 @@ from app.orders import deadletters
 from app.orders.drain import drain_batch
 from app.problems import Conflict, Unavailable, Unprepared
 from app.products import catalogue, movements
-from app.stock.keys import Keys
+from app.stock.keys import KEYS
 from app.worker import relay
 
 
@@ -71,7 +71,7 @@ def test_everything_stored_is_back(sold, client, buy):
     assert replay.headers["Idempotent-Replayed"] == "true"
     assert replay.json["orderId"] == 3
     assert buy(3, quantity=1, key="key-3").status_code == 422
-    assert stock.client.pttl(Keys.idempotency(3, "key-3")[0]) == -1
+    assert stock.client.pttl(KEYS.idempotency(3, "key-3")[0]) == -1
     # The cap counts what was bought before, and what was given back.
     assert buy(1, quantity=4).status_code == 409
     assert buy(1, quantity=3).status_code == 200
@@ -93,11 +93,11 @@ def test_keys_are_kept_as_long_as_the_sale(sold, buy):
         text("UPDATE orders SET claimed_at = claimed_at - interval '25 hours' WHERE id = 1")
     )
     db.session.commit()
-    kept = {user: stock.client.hgetall(Keys.idempotency(user, "k")[0]) for user in range(1, 6)}
+    kept = {user: stock.client.hgetall(KEYS.idempotency(user, "k")[0]) for user in range(1, 6)}
     lose_redis()
     assert recovery.rebuild(CLI).idempotency_keys == 5
     for user, records in kept.items():
-        assert stock.client.hgetall(Keys.idempotency(user, "k")[0]) == records
+        assert stock.client.hgetall(KEYS.idempotency(user, "k")[0]) == records
 
 
 def test_what_was_only_in_redis_is_bounded(sold, buy):
@@ -177,7 +177,7 @@ def test_a_movement_sold_out_before_it_was_marked(app, buy, drain, monkeypatch):
 
 def test_dead_letters_keep_their_stock(app, buy, drain):
     with app.app_context():
-        stock.client.set(Keys.order_ids, 10)
+        stock.client.set(KEYS.order_ids, 10)
         db.session.execute(
             text(
                 "INSERT INTO orders (id, user_id, product_id, quantity, unit_price_cents, currency,"
@@ -267,7 +267,7 @@ def test_interrupted_anywhere_it_stays_closed_and_can_be_repeated(sold, buy, mon
             raise Unavailable("test")
 
         with monkeypatch.context() as patch:
-            patch.setattr(stock, step, fail)
+            patch.setattr(stock.first, step, fail)
             with pytest.raises(Unavailable):
                 recovery.rebuild(CLI)
         assert buy(50).status_code == 503, step
@@ -283,14 +283,14 @@ def test_interrupted_anywhere_it_stays_closed_and_can_be_repeated(sold, buy, mon
 def test_what_is_sold_the_moment_it_opens_is_sold_by_its_terms(sold, buy, monkeypatch):
     """The terms are in force before the first claim is let in: no valid purchase is a final 400."""
     opened = []
-    original = stock.open
+    original = stock.first.open
 
     def open_and_sell(*arguments, **options):
         original(*arguments, **options)
         opened.append(buy(40, quantity=2))
         opened.append(buy(41, quantity=11))
 
-    monkeypatch.setattr(stock, "open", open_and_sell)
+    monkeypatch.setattr(stock.first, "open", open_and_sell)
     recovery.rebuild(CLI)
     assert [answer.status_code for answer in opened] == [200, 400]
     assert opened[1].json["error"] == "quantity must be from 1 to 10"
@@ -299,7 +299,7 @@ def test_what_is_sold_the_moment_it_opens_is_sold_by_its_terms(sold, buy, monkey
 
 
 def test_another_sale_in_redis_is_not_replaced_by_accident(sold, buy, runner):
-    stock.client.set(Keys.generation, "somebody-else")
+    stock.client.set(KEYS.generation, "somebody-else")
     assert buy(20, key="k").status_code == 200  # a connection from before: see the next test
     with pytest.raises(recovery.ForeignSale):
         recovery.rebuild(CLI)
@@ -320,7 +320,7 @@ def test_a_new_connection_refuses_another_sale(make_app):
     app = make_app()
     client = app.test_client()
     body = {"userId": 1, "productId": 1}
-    stock.client.set(Keys.generation, "somebody-else")
+    stock.client.set(KEYS.generation, "somebody-else")
     on_record = lambda: recovery.sale_on_record(app)  # noqa: E731
     stock.init_app(app.config["SETTINGS"], on_record)
     assert client.post("/purchase", json=body).status_code == 503
@@ -332,7 +332,7 @@ def test_a_new_connection_refuses_another_sale(make_app):
 
 def test_a_redis_that_went_back_in_time_is_closed(app, sold, buy):
     """An old copy was restored: it would issue ids twice and sell units that are sold."""
-    stock.client.set(Keys.order_ids, 3)
+    stock.client.set(KEYS.order_ids, 3)
     assert recovery.close_when_stale()
     assert buy(20).status_code == 503
     assert not recovery.close_when_stale()
@@ -342,8 +342,8 @@ def test_a_redis_that_went_back_in_time_is_closed(app, sold, buy):
 
 
 def test_the_sweeper_touches_no_other_sale(sold):
-    stock.client.set(Keys.generation, "somebody-else")
-    before = stock.client.hgetall(Keys.product(1))
+    stock.client.set(KEYS.generation, "somebody-else")
+    before = stock.client.hgetall(KEYS.product(1))
     db.session.execute(
         text(
             "INSERT INTO stock_movements (product_id, kind, units, actor)"
@@ -354,7 +354,7 @@ def test_the_sweeper_touches_no_other_sale(sold):
     stopped = threading.Event()
     stopped.set()
     relay.Sweeper().run_once(stopped)
-    assert stock.client.hgetall(Keys.product(1)) == before
+    assert stock.client.hgetall(KEYS.product(1)) == before
 
 
 def test_the_command(sold, runner):

@@ -17,7 +17,7 @@ from app.orders import drain as drain_module
 from app.orders.drain import drain_batch
 from app.problems import Unavailable
 from app.products import catalogue, movements, terms
-from app.stock.keys import Keys
+from app.stock.keys import KEYS
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_the_story_of_an_order_given_up(app, buy, drain, admin):
     with app.app_context():
         buy(7, key="mine")
         drain()
-        stock.client.hdel(*Keys.idempotency(7, "mine"))
+        stock.client.hdel(*KEYS.idempotency(7, "mine"))
         buy(7, quantity=2, key="mine")
         drain()
         (letter,) = deadletters.list_letters()
@@ -162,8 +162,8 @@ def test_abandoned_while_redis_is_down_returns_later(letter, monkeypatch):
 
 def test_what_is_no_order_can_only_be_abandoned(app, drain, buy):
     with app.app_context():
-        stock.client.xadd(Keys.outbox, {"order": "nonsense \0 here"}, id="1-0")
-        stock.client.set(Keys.order_ids, 1)
+        stock.client.xadd(KEYS.outbox, {"order": "nonsense \0 here"}, id="1-0")
+        stock.client.set(KEYS.order_ids, 1)
         assert buy(5).status_code == 200
         assert drain() == 1
         (letter,) = deadletters.list_letters()
@@ -226,7 +226,7 @@ def test_an_abandoned_letter_read_again_stays_abandoned(app, buy, monkeypatch):
         occupy(1)
         assert buy(2).status_code == 200
         with monkeypatch.context() as patch:
-            patch.setattr(stock, "settle", lambda *arguments: False)
+            patch.setattr(stock.first, "settle", lambda *arguments: False)
             assert drain_batch("test", "test").dead_letters == 1
         (letter,) = deadletters.list_letters()
         deadletters.abandon([letter.id], "given up", CLI)
@@ -272,7 +272,7 @@ def test_a_stored_order_read_again_is_no_dead_letter(app, buy, monkeypatch):
     with app.app_context():
         assert buy(1).status_code == 200
         with monkeypatch.context() as patch:
-            patch.setattr(stock, "settle", lambda *arguments: False)
+            patch.setattr(stock.first, "settle", lambda *arguments: False)
             drain_batch("test", "test")
         db.session.execute(
             text("ALTER TABLE orders ADD CONSTRAINT odd CHECK (user_id > 1) NOT VALID")

@@ -20,7 +20,7 @@ from app.config import NO_LIMIT
 from app.extensions import db, stock
 from app.orders.drain import BATCH_ORDERS, drain_batch
 from app.problems import Unavailable
-from app.stock.keys import Keys
+from app.stock.keys import KEYS
 from app.worker import jobs, relay
 
 STORED_WITHIN_SECONDS = 5
@@ -64,7 +64,7 @@ def test_a_drain_that_hangs_in_its_transaction_is_thrown_out(app, monkeypatch):
         claim(1, 3)
         sleeping = threading.Event()
         awake = threading.Event()
-        real = stock.read_outbox
+        real = stock.first.read_outbox
 
         def hang(count, after=None):
             if not sleeping.is_set():
@@ -72,7 +72,7 @@ def test_a_drain_that_hangs_in_its_transaction_is_thrown_out(app, monkeypatch):
                 awake.wait(20)
             return real(count, after)
 
-        monkeypatch.setattr(stock, "read_outbox", hang)
+        monkeypatch.setattr(stock.first, "read_outbox", hang)
 
         def drain():
             # It may find nothing to do any more, or its connection gone.
@@ -97,9 +97,9 @@ def test_a_late_settle_takes_nothing(app, monkeypatch):
     with app.app_context():
         claim(1, 3)
         kept = []
-        real = stock.settle
+        real = stock.first.settle
         with monkeypatch.context() as patch:
-            patch.setattr(stock, "settle", lambda *arguments: kept.append(arguments))
+            patch.setattr(stock.first, "settle", lambda *arguments: kept.append(arguments))
             drain_batch("slow", "slow")
         assert drain_batch("next", "next").duplicates == 3
         claim(10, 2)
@@ -112,9 +112,9 @@ def test_a_poisoned_batch_costs_only_its_poison(app):
     with app.app_context():
         claim(1, 50)
         for number, rubbish in enumerate(["", "x" * 5000, "1 2 3", "\0", "1 999 1 1 USD 1 ", "ü"]):
-            stock.client.xadd(Keys.outbox, {"order": rubbish}, id=f"{1000 + number}-0")
-        stock.client.xadd(Keys.outbox, {"other": "field"}, id="2000-0")
-        stock.client.set(Keys.order_ids, 2000)
+            stock.client.xadd(KEYS.outbox, {"order": rubbish}, id=f"{1000 + number}-0")
+        stock.client.xadd(KEYS.outbox, {"other": "field"}, id="2000-0")
+        stock.client.set(KEYS.order_ids, 2000)
         claim(100, 50)
         drained = drain_batch("test", "test")
         assert (drained.persisted, drained.dead_letters) == (100, 7)

@@ -12,7 +12,7 @@ from app.models import Order
 from app.orders import cancelling as orders
 from app.orders.drain import drain_batch
 from app.problems import Conflict
-from app.stock.keys import Keys
+from app.stock.keys import KEYS
 
 
 def ids(answer):
@@ -55,7 +55,7 @@ def test_ids_of_different_length_keep_their_order(client, buy):
 def test_read_between_commit_and_trim_shows_an_order_once(client, buy, app, monkeypatch):
     buy(1)
     with app.app_context():
-        monkeypatch.setattr(stock, "settle", lambda *arguments: False)
+        monkeypatch.setattr(stock.first, "settle", lambda *arguments: False)
         drain_batch("test", "test")
     listed = client.get("/purchase/orders/1").json
     assert [(order["id"], order["status"]) for order in listed] == [(1, "CONFIRMED")]
@@ -79,7 +79,7 @@ def test_never_missing_while_the_drain_runs(app, drain):
     watcher = threading.Thread(target=watch)
     watcher.start()
     for _ in range(40):
-        stock.client.delete(*Keys.attempts)
+        stock.client.delete(*KEYS.attempts)
         bought.append(client.post("/purchase", json={"userId": 77, "productId": 1}).json["orderId"])
         drain()
     stopped.set()

@@ -17,7 +17,7 @@ from app.models import AuditEntry
 from app.problems import Conflict
 from app.products import catalogue, sale
 from app.products.brake import brake, carry_over
-from app.stock.keys import Keys
+from app.stock.keys import KEYS
 from app.worker.relay import Sweeper
 
 LAMP = {"name": "Lamp", "priceCents": 1999, "currency": "EUR", "stock": 3}
@@ -118,7 +118,7 @@ def test_a_wrong_request_changes_nothing(client, buy, post, body, status, field)
     answer = post(body)
     assert (answer.status_code, answer.json.get("field")) == (status, field)
     assert buy(1).status_code == 200
-    assert not stock.client.exists(Keys.brakes, Keys.brake_acts)
+    assert not stock.client.exists(KEYS.brakes, KEYS.brake_acts)
 
 
 def test_who_may(client):
@@ -178,7 +178,7 @@ def test_the_audit_is_told_once_each(app, post):
         brake(True, None, CLI)  # changes nothing
         brake(True, 1, CLI)
         brake(False, None, CLI)
-        acts = stock.client.lrange(Keys.brake_acts, 0, -1)
+        acts = stock.client.lrange(KEYS.brake_acts, 0, -1)
 
     def carry(_):
         with app.app_context():
@@ -186,8 +186,8 @@ def test_the_audit_is_told_once_each(app, post):
 
     at_once(carry, range(4))
     # Read again, as if the first time had been killed before Redis was told.
-    stock.client.rpush(Keys.brake_acts, *acts)
-    stock.client.rpush(Keys.brake_acts, "rubbish")
+    stock.client.rpush(KEYS.brake_acts, *acts)
+    stock.client.rpush(KEYS.brake_acts, "rubbish")
     with app.app_context():
         carry_over()
         assert entries()[known:] == [
@@ -202,7 +202,7 @@ def test_the_audit_is_told_once_each(app, post):
             .limit(1)
         )
         assert abs((newest.at - stock.clock()).total_seconds()) < 60
-    assert not stock.client.exists(Keys.brake_acts)
+    assert not stock.client.exists(KEYS.brake_acts)
 
 
 def test_it_works_without_postgres(app, without_postgres, buy, admin_headers):

@@ -11,7 +11,7 @@ from app.models import AuditEntry, Order, Product
 from app.orders import cancelling
 from app.problems import Conflict, UnknownProduct
 from app.products import currency, sale
-from app.stock.keys import Keys
+from app.stock.keys import KEYS
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_nothing_is_rewritten_while_it_sells_or_orders_wait(
     drain()
     with app.app_context():
         # A price in Redis that is older than PostgreSQL's could still be sold at.
-        stock.client.hset(Keys.product(2), "version", 1)
+        stock.client.hset(KEYS.product(2), "version", 1)
         with pytest.raises(Conflict, match="Pause"):
             currency.rewrite(2, CLI)
         sale.publish_stale()

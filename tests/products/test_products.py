@@ -12,7 +12,7 @@ from app.extensions import db, stock
 from app.models import AuditEntry, Product, RequestKey, StockMovement
 from app.problems import Conflict, UnknownProduct
 from app.products import catalogue, movements, sale, terms
-from app.stock.keys import Keys
+from app.stock.keys import KEYS
 
 LAMP = {"name": "Lamp", "priceCents": 1999, "currency": "EUR", "stock": 3}
 
@@ -259,9 +259,9 @@ def test_a_creation_that_was_refused_leaves_its_key_free(client, admin_headers):
     assert create(client, admin_headers, "lamp", priceCents=-1).status_code == 400
     window = {"opensAt": "2030-01-02T00:00:00Z", "closesAt": "2030-01-01T00:00:00Z"}
     assert create(client, admin_headers, "lamp", **window).json["field"] == "closesAt"
-    generation = stock.client.getdel(Keys.generation)
+    generation = stock.client.getdel(KEYS.generation)
     assert create(client, admin_headers, "lamp").status_code == 503
-    stock.client.set(Keys.generation, generation)
+    stock.client.set(KEYS.generation, generation)
     answer = create(client, admin_headers, "lamp")
     assert answer.status_code == 201
     assert "Idempotent-Replayed" not in answer.headers
@@ -348,8 +348,8 @@ def test_a_pending_correction_that_is_too_large_by_now_goes(app):
 
 def test_a_movement_of_a_product_that_redis_lacks_publishes_it(app, buy):
     with app.app_context():
-        stock.client.delete(Keys.product(1))
-        stock.client.srem(Keys.products, 1)
+        stock.client.delete(KEYS.product(1))
+        stock.client.srem(KEYS.products, 1)
         assert movements.restock(1, 3, None, CLI).free == 3
     assert buy(1).status_code == 200
 

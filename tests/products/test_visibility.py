@@ -16,7 +16,7 @@ from app.extensions import db, stock
 from app.models import AuditEntry, Product, ProductName
 from app.products import sale
 from app.products.catalogue import names
-from app.stock.keys import Keys
+from app.stock.keys import KEYS
 
 LAMP = {"name": "Lamp", "priceCents": 1999, "currency": "EUR", "stock": 3}
 # Of each state: whether it can be bought, and whether shoppers are shown it.
@@ -102,7 +102,7 @@ def test_claims_of_an_earlier_version_refuse_it_too(client, admin_headers):
     """Beside new web processes old ones run for a while: they know no drafts."""
     client.post("/products", json=LAMP | {"visibility": "draft"}, headers=admin_headers)
     # Their script refuses a quantity above the maximum.
-    assert stock.client.hget(Keys.product(2), "max") == "0"
+    assert stock.client.hget(KEYS.product(2), "max") == "0"
 
 
 def test_a_withdrawn_product_does_not_open(client, admin, admin_headers):

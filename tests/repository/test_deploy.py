@@ -16,7 +16,7 @@ from locks import pinned
 from app.config import ROOT, Settings
 from app.extensions import stock
 from app.run.embedded import REDIS_OPTIONS
-from app.stock.keys import Keys
+from app.stock.keys import KEYS
 from app.watch.telemetry import Meter
 
 DEPLOY = ROOT / "deploy"
@@ -39,7 +39,7 @@ def exported(app, client, buy, drain, admin_headers):
     drain()
     app.extensions["lane"].meter.flush()
     Meter("web").flush()
-    stock.client.set(Keys.ledger, json.dumps({"at": 1.0, "ok": True, "products": {}}))
+    stock.client.set(KEYS.ledger, json.dumps({"at": 1.0, "ok": True, "products": {}}))
     text = client.get("/metrics", headers=admin_headers).text
     return set(re.findall(r"^(\w+)", text, re.MULTILINE))
 

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from app.config import NO_LIMIT, RateLimit, load_settings
 from app.extensions import stock
 from app.run.embedded import RedisServer
-from app.stock.keys import Keys
-from app.stock.lines import MOST_AT_ONCE, ClaimScript, LoopLine, Request
+from app.stock.claims import MOST_AT_ONCE, ClaimScript, Request
+from app.stock.keys import KEYS
+from app.stock.loop_line import LoopLine
 from app.watch.telemetry import Meter
 
 CLOCK = "test:clock"
@@ -93,14 +94,14 @@ class Bench:
         """Return what was answered, and what then stands in Redis, after each batch."""
         script = ClaimScript(self.text, replace(self.settings, **limits))
         self.redis.flushdb()
-        self.redis.set(Keys.generation, "sale")
+        self.redis.set(KEYS.generation, "sale")
         if brakes:
-            self.redis.set(Keys.brakes, brakes)
+            self.redis.set(KEYS.brakes, brakes)
         for number, product in enumerate(products, 1):
             for edge in ("opens", "closes"):
                 if product[edge] != "":
                     product = product | {edge: self.START + product[edge]}
-            self.redis.hset(Keys.product(number), mapping=product)
+            self.redis.hset(KEYS.product(number), mapping=product)
         now, told = self.START, []
         for later, requests in batches:
             now += later
@@ -216,10 +217,10 @@ def sale(bench):
     """Two products on sale, 100 units each, in the bench's database."""
     bench.redis.flushdb()
     bench.redis.hset(CLOCK, mapping={"s": 1_700_000_000, "us": 0})
-    bench.redis.set(Keys.generation, "sale")
+    bench.redis.set(KEYS.generation, "sale")
     for number in (1, 2):
         bench.redis.hset(
-            Keys.product(number),
+            KEYS.product(number),
             mapping={"free": 100, "max": 10, "cap": 10, "pause": 0, "price": "1999 EUR",
                      "moved": 100, "accepted": 0, "claimed": 0},
         )  # fmt: skip
@@ -227,7 +228,7 @@ def sale(bench):
 
 
 def test_what_comes_later_in_a_batch_sees_what_came_before(sale):
-    sale.redis.hset(Keys.product(1), "free", 3)
+    sale.redis.hset(KEYS.product(1), "free", 3)
     told = outcomes_of(
         sale,
         Request(7, 1, 1, "k", "192.0.2.1"),
@@ -248,20 +249,20 @@ def test_what_comes_later_in_a_batch_sees_what_came_before(sale):
 @pytest.mark.parametrize(
     ("spoil", "harmed"),
     [
-        (lambda r: (r.delete(Keys.product(2)), r.set(Keys.product(2), "x")), [1]),
-        (lambda r: r.hdel(Keys.product(2), "price"), [1]),
-        (lambda r: r.hset(Keys.product(2), "accepted", "many"), [1]),
-        (lambda r: r.set(Keys.bought(1, 3000)[0], "x"), [2]),
-        (lambda r: r.hset(*Keys.bought(1, 3000), "many"), [2]),
-        (lambda r: r.set(Keys.idempotency(4000, "k")[0], "x"), [3]),
-        (lambda r: r.hset(*Keys.idempotency(4000, "k"), "nonsense"), [3]),
-        (lambda r: r.set(Keys.former_idempotency(4000, "k"), "nonsense"), [3]),
-        (lambda r: r.set(Keys.queued, "x"), [0, 1, 2, 3, 5]),
-        (lambda r: r.set(Keys.outbox, "x"), [0, 1, 2, 3, 5]),
-        (lambda r: r.set(Keys.order_ids, "x"), [0, 1, 2, 3, 5]),
+        (lambda r: (r.delete(KEYS.product(2)), r.set(KEYS.product(2), "x")), [1]),
+        (lambda r: r.hdel(KEYS.product(2), "price"), [1]),
+        (lambda r: r.hset(KEYS.product(2), "accepted", "many"), [1]),
+        (lambda r: r.set(KEYS.bought(1, 3000)[0], "x"), [2]),
+        (lambda r: r.hset(*KEYS.bought(1, 3000), "many"), [2]),
+        (lambda r: r.set(KEYS.idempotency(4000, "k")[0], "x"), [3]),
+        (lambda r: r.hset(*KEYS.idempotency(4000, "k"), "nonsense"), [3]),
+        (lambda r: r.set(KEYS.former_idempotency(4000, "k"), "nonsense"), [3]),
+        (lambda r: r.set(KEYS.queued, "x"), [0, 1, 2, 3, 5]),
+        (lambda r: r.set(KEYS.outbox, "x"), [0, 1, 2, 3, 5]),
+        (lambda r: r.set(KEYS.order_ids, "x"), [0, 1, 2, 3, 5]),
         # A stream that holds a higher id than the next one.
-        (lambda r: r.xadd(Keys.outbox, {"order": "x"}, "4-0"), [0, 1, 2, 3, 5]),
-        (lambda r: r.xadd(Keys.outbox, {"order": "x"}, "3-0"), [0, 1, 2, 3, 5]),
+        (lambda r: r.xadd(KEYS.outbox, {"order": "x"}, "4-0"), [0, 1, 2, 3, 5]),
+        (lambda r: r.xadd(KEYS.outbox, {"order": "x"}, "3-0"), [0, 1, 2, 3, 5]),
     ],
     ids=[
         "product", "price", "figure", "bought", "units", "keys", "record", "former", "queued",
@@ -289,19 +290,19 @@ def test_what_is_wrong_in_redis_harms_its_own_claim(sale, spoil, harmed, address
     if len(harmed) > 1:
         # Nothing is left of any: only attempts and the count of the refusal are new.
         assert {name for name in after if before.get(name) != after[name]} <= {
-            name.encode() for name in (*Keys.attempts, Keys.refused, Keys.order_ids)
+            name.encode() for name in (*KEYS.attempts, KEYS.refused, KEYS.order_ids)
         }
-        assert after.get(Keys.order_ids.encode(), b"0") in (b"0", b"x")
+        assert after.get(KEYS.order_ids.encode(), b"0") in (b"0", b"x")
     else:
         taken = [request for request, how in zip(batch, told, strict=True) if how == "accepted"]
-        assert len(after[Keys.outbox.encode()]) == len(taken)
-        assert after[Keys.order_ids.encode()] == b"%d" % len(taken)
-        free = int(after[Keys.product(1).encode()][b"free"])
+        assert len(after[KEYS.outbox.encode()]) == len(taken)
+        assert after[KEYS.order_ids.encode()] == b"%d" % len(taken)
+        free = int(after[KEYS.product(1).encode()][b"free"])
         assert free == 100 - sum(r.quantity for r in taken if r.product_id == 1)
 
 
 def test_records_of_the_former_version_are_read(sale):
-    sale.redis.set(Keys.former_idempotency(7, "k"), "3 1 2")
+    sale.redis.set(KEYS.former_idempotency(7, "k"), "3 1 2")
     script = ClaimScript(sale.text, sale.settings)
     ask = [Request(7, 1, 2, "k", "a"), Request(7, 1, 1, "k", "a"), Request("7-", 1, 2, "k", "a")]
     answers = sale.decide(script, *ask)
@@ -368,7 +369,7 @@ def test_a_batch_costs_few_commands(app):
 
 
 def test_claims_of_one_turn_go_together(app):
-    line = LoopLine(stock.server, stock.loop_line.line._script, lambda: None)
+    line = LoopLine(stock.first.server, stock.loop_line.line._script, lambda: None)
 
     async def rush(users):
         return await asyncio.gather(
@@ -387,7 +388,7 @@ def test_claims_of_one_turn_go_together(app):
 
 
 def test_one_that_can_t_be_told_keeps_nobody_waiting(app, caplog):
-    line = LoopLine(stock.server, stock.loop_line.line._script, lambda: None)
+    line = LoopLine(stock.first.server, stock.loop_line.line._script, lambda: None)
 
     async def whole():
         done = asyncio.get_running_loop().create_future()
@@ -412,9 +413,9 @@ def test_a_server_killed_in_a_batch_has_all_of_it_or_nothing(tmp_path):
     free, answered, sizes = 10_000_000, 0, {0}
     try:
         client = redis.Redis.from_url(server.url)
-        client.set(Keys.generation, "sale")
+        client.set(KEYS.generation, "sale")
         client.hset(
-            Keys.product(1),
+            KEYS.product(1),
             mapping={"free": free, "max": 10, "cap": 10, "pause": 0, "price": "1 USD",
                      "accepted": 0, "claimed": 0},
         )  # fmt: skip
@@ -435,14 +436,14 @@ def test_a_server_killed_in_a_batch_has_all_of_it_or_nothing(tmp_path):
             connection.disconnect()
             server.start()
             client = redis.Redis.from_url(server.url)
-            orders = client.xlen(Keys.outbox)
+            orders = client.xlen(KEYS.outbox)
             assert orders >= answered
             assert orders % MOST_AT_ONCE == 0
             sizes.add(orders)
-            figures = client.hgetall(Keys.product(1))
+            figures = client.hgetall(KEYS.product(1))
             assert int(figures[b"free"]) == free - orders
             assert int(figures[b"accepted"]) == int(figures[b"claimed"]) == orders
-            assert int(client.get(Keys.order_ids)) == orders == client.zcard(Keys.queued)
+            assert int(client.get(KEYS.order_ids)) == orders == client.zcard(KEYS.queued)
             records = sum(client.hlen(name) for name in client.scan_iter("sale:{0}:keys:*", 1000))
             assert records == orders
             answered = orders

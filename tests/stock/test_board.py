@@ -12,7 +12,7 @@ from app.audit import CLI
 from app.books import ledger
 from app.extensions import stock
 from app.products import catalogue, terms
-from app.stock.keys import Keys
+from app.stock.keys import KEYS
 from app.watch import monitor, samples
 from app.watch.telemetry import STATE_LASTS_SECONDS, Meter
 from app.worker.relay import Sampler
@@ -40,7 +40,7 @@ def workers() -> int:
 
 
 def seconds() -> list[int]:
-    return [second for second, _ in stock.history(0)]
+    return [second for second, _ in stock.board.history(0)]
 
 
 def redis_second() -> int:
@@ -58,12 +58,12 @@ def test_a_worker_is_seen_whatever_its_clock_says(wrong_clock, app):
 
 def test_a_stamp_of_the_future_is_not_a_worker_and_goes(app):
     """As a worker of an earlier version leaves it, whose clock was ahead, and which was killed."""
-    stock.client.zadd(Keys.workers, {"ahead": stock.board.now() + HOUR})
+    stock.client.zadd(KEYS.workers, {"ahead": stock.board.now() + HOUR})
     assert workers() == 0
     Sampler("right").run_once(stopped())
     assert workers() == 1
-    assert stock.client.zrange(Keys.workers, 0, -1) == ["right"]
-    stock.client.zadd(Keys.workers, {"right": stock.board.now() - 6})
+    assert stock.client.zrange(KEYS.workers, 0, -1) == ["right"]
+    stock.client.zadd(KEYS.workers, {"right": stock.board.now() - 6})
     assert workers() == 0
 
 
@@ -71,9 +71,9 @@ def test_samples_of_the_future_hinder_nobody(app):
     now = redis_second()
     past = [now - 3, now - 2]
     for second in (*past, now + 12, now + HOUR):
-        stock.client.xadd(Keys.history, {"sample": json.dumps({"free": second})}, id=f"{second}-1")
+        stock.client.xadd(KEYS.history, {"sample": json.dumps({"free": second})}, id=f"{second}-1")
     assert stock.board.sample({"free": 7})
-    found = stock.history(0)
+    found = stock.board.history(0)
     assert [second for second, _ in found][:2] == past
     assert found[0][1] == {"free": past[0]}
     assert found[-1][1] == {"free": 7}
@@ -81,8 +81,8 @@ def test_samples_of_the_future_hinder_nobody(app):
 
 
 def test_an_emptied_history_that_remembers_a_future_id_is_made_anew(app):
-    stock.client.xadd(Keys.history, {"sample": "{}"}, id=f"{redis_second() + HOUR}-1")
-    stock.client.xtrim(Keys.history, 0)
+    stock.client.xadd(KEYS.history, {"sample": "{}"}, id=f"{redis_second() + HOUR}-1")
+    stock.client.xtrim(KEYS.history, 0)
     assert stock.board.sample({"free": 7})
     assert len(seconds()) == 1
 
@@ -98,10 +98,10 @@ def test_the_history_is_bounded(app):
     now = redis_second()
     with stock.client.pipeline() as pipe:
         for second in range(now - 1000, now - 10):
-            pipe.xadd(Keys.history, {"sample": "{}"}, id=f"{second}-1")
+            pipe.xadd(KEYS.history, {"sample": "{}"}, id=f"{second}-1")
         pipe.execute()
     stock.board.sample({"free": 1})
-    assert len(stock.history(0, 2000)) == 900
+    assert len(stock.board.history(0, 2000)) == 900
 
 
 def test_of_each_minute_one_sample_is_kept_for_a_day(app):
@@ -109,12 +109,12 @@ def test_of_each_minute_one_sample_is_kept_for_a_day(app):
     minute = now - now % 60
     with stock.client.pipeline() as pipe:
         for ago in range(1500, 0, -1):
-            pipe.xadd(Keys.history_by_minute, {"sample": "{}"}, id=f"{minute - 60 * ago}-1")
+            pipe.xadd(KEYS.history_by_minute, {"sample": "{}"}, id=f"{minute - 60 * ago}-1")
         pipe.execute()
     assert stock.board.sample({"free": 1})
-    stock.client.delete(Keys.history)
+    stock.client.delete(KEYS.history)
     assert stock.board.sample({"free": 2})
-    kept = stock.history(0, 2000, by_minute=True)
+    kept = stock.board.history(0, 2000, by_minute=True)
     assert len(kept) == 24 * 60
     # Unless the minute has just ended.
     assert kept[-1][1] == {"free": 1} or redis_second() // 60 > minute // 60
@@ -130,11 +130,11 @@ def test_the_chart_of_a_product(app, buy):
     now = redis_second()
     with stock.client.pipeline() as pipe:
         before = samples.sample(replace(view, products={}))
-        pipe.xadd(Keys.history, {"sample": json.dumps(before)}, id=f"{now - 3}-1")
-        pipe.xadd(Keys.history, {"sample": json.dumps(samples.sample(view))}, id=f"{now - 2}-1")
+        pipe.xadd(KEYS.history, {"sample": json.dumps(before)}, id=f"{now - 3}-1")
+        pipe.xadd(KEYS.history, {"sample": json.dumps(samples.sample(view))}, id=f"{now - 2}-1")
         buy(10, product_id=second)
         view = stock.view([1, second])
-        pipe.xadd(Keys.history, {"sample": json.dumps(samples.sample(view))}, id=f"{now - 1}-1")
+        pipe.xadd(KEYS.history, {"sample": json.dumps(samples.sample(view))}, id=f"{now - 1}-1")
         pipe.execute()
     found = samples.chart(product_id=second)
     assert found["second"] == [now - 1]
@@ -173,9 +173,9 @@ def test_processes_report_by_redis_clock(wrong_clock):
 @pytest.mark.parametrize("lead", [HOUR, -HOUR])
 def test_a_process_of_another_time_is_forgotten(app, lead):
     state = json.dumps({"at": stock.board.now() + lead})
-    stock.client.hset(Keys.processes, "web:other:1", state)
+    stock.client.hset(KEYS.processes, "web:other:1", state)
     assert "web:other:1" not in stock.board.counted(STATE_LASTS_SECONDS).processes
-    assert not stock.client.hexists(Keys.processes, "web:other:1")
+    assert not stock.client.hexists(KEYS.processes, "web:other:1")
 
 
 def test_the_age_of_the_queue_is_by_redis_clock(wrong_clock, app, buy):
@@ -195,4 +195,4 @@ def test_writing_is_tried_without_writing(app):
 
     # Meters of earlier tests write now and then; if the try wrote, none would go without.
     wait_until(tried)
-    assert not stock.client.exists(Keys.nothing)
+    assert not stock.client.exists(KEYS.nothing)

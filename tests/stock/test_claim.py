@@ -11,7 +11,7 @@ from sqlalchemy import event, func, select
 from app.extensions import db, stock
 from app.models import Order
 from app.problems import Unavailable
-from app.stock.keys import Keys
+from app.stock.keys import KEYS
 
 THREADS = 100
 
@@ -110,7 +110,7 @@ def test_a_flushed_script_is_loaded_again(app):
 
 
 def test_a_redis_without_the_sale_sells_nothing(app, buy):
-    stock.client.delete(Keys.generation)
+    stock.client.delete(KEYS.generation)
     answer = buy(1)
     assert (answer.status_code, answer.json["code"]) == (503, "unavailable")
     assert "Retry-After" in answer.headers
@@ -139,7 +139,7 @@ def test_a_cut_answer_is_unknown_and_not_sent_again(app, monkeypatch):
     # For a quarter of a second requests are refused at once; then one tries again.
     with pytest.raises(Unavailable):
         stock.claim(2, 1, 1, "key", "a")
-    stock.thread_line._closed_until = 0.0
+    stock.thread_line._breaker.answered()
     assert stock.claim(2, 1, 1, "key", "a")[:2] == (b"replayed", 2)
 
 

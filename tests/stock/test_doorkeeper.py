@@ -7,11 +7,11 @@ from counts import commandstats
 from wire import purchase, serving
 
 from app.extensions import stock
-from app.stock.keys import Keys
+from app.stock.keys import KEYS
 
 
 def limited_count(product=1) -> int:
-    return int(stock.client.hget(Keys.product(product), "limited") or 0)
+    return int(stock.client.hget(KEYS.product(product), "limited") or 0)
 
 
 def run(app, talk):
@@ -104,7 +104,7 @@ def test_a_reset_sale_lets_everybody_in_within_a_second(app):
     async def talk(ask):
         for _ in range(7):
             last = await ask(purchase(1))
-        stock.client.delete(*Keys.attempts)
+        stock.client.delete(*KEYS.attempts)
         started = time.monotonic()
         while (await ask(purchase(1))).status == 429:
             await asyncio.sleep(0.02)
@@ -121,12 +121,12 @@ def test_products_that_are_not_there_are_counted_together(app):
             await ask(purchase(1))
         for product in range(1000, 3500):
             assert (await ask(purchase(1, productId=product))).status == 429
-        while int(stock.client.hget(Keys.refused, "limited") or 0) < 2500:
+        while int(stock.client.hget(KEYS.refused, "limited") or 0) < 2500:
             await asyncio.sleep(0.05)
 
     run(app, talk)
-    assert stock.client.keys(Keys.product("[123]???")) == []
-    assert int(stock.client.hget(Keys.refused, "limited")) == 2500
+    assert stock.client.keys(KEYS.product("[123]???")) == []
+    assert int(stock.client.hget(KEYS.refused, "limited")) == 2500
     assert limited_count() == 1
 
 

@@ -26,8 +26,9 @@ from app.extensions import stock
 from app.problems import Unavailable
 from app.products import movements
 from app.run.embedded import RedisServer
-from app.stock import lines
-from app.stock.keys import Keys
+from app.stock import loop_line, thread_line
+from app.stock.claims import Request
+from app.stock.keys import KEYS
 from app.stock.servers import UNFIT, code_of
 from app.worker import relay
 
@@ -155,7 +156,7 @@ def test_everything_works_again_within_two_seconds(app, pair, client, admin_head
     # Nothing was asked twice: what was answered is what there is.
     view = stock.view([1])
     assert view.products[1]["accepted"] == sold + 4
-    assert pair.nodes[1].get(Keys.order_ids) == str(sold + 4).encode()
+    assert pair.nodes[1].get(KEYS.order_ids) == str(sold + 4).encode()
 
 
 def test_the_event_loop_sells_again(app, pair):
@@ -188,14 +189,15 @@ def test_the_event_loop_sells_again(app, pair):
 
 def test_what_surely_did_not_run_is_sent_once_more(app, pair, monkeypatch):
     """The old primary says that it did nothing, and the new one is there: nobody is refused."""
-    monkeypatch.setattr(lines, "AGAIN_SECONDS", patience(1))
+    for line in (loop_line, thread_line):
+        monkeypatch.setattr(line, "AGAIN_SECONDS", patience(1))
     assert stock.claim(1, 1, 1, None, "a").outcome == b"accepted"
 
     async def talk():
-        line = lines.LoopLine(stock.server, stock.loop_line.line._script, lambda: None)
-        claims = [await line.claim(lines.Request(2, 1, 1, None, "a"))]
+        line = loop_line.LoopLine(stock.first.server, stock.loop_line.line._script, lambda: None)
+        claims = [await line.claim(Request(2, 1, 1, None, "a"))]
         await asyncio.get_running_loop().run_in_executor(None, pair.fail_over)
-        asked = [line.claim(lines.Request(user, 1, 1, None, "a")) for user in range(3, 10)]
+        asked = [line.claim(Request(user, 1, 1, None, "a")) for user in range(3, 10)]
         return claims + await asyncio.gather(*asked)
 
     claims = asyncio.run(talk())
@@ -210,7 +212,7 @@ def test_a_replica_is_not_sold_from_however_often_it_is_asked(app, pair):
         with pytest.raises(Unavailable) as refused:
             stock.claim(user, 1, 1, None, "a")
         assert refused.value.executed is False
-        stock.thread_line._closed_until = 0.0
+        stock.thread_line._breaker.answered()
 
 
 def test_what_replication_had_not_carried_over_closes_the_sale(app, pair):
@@ -228,8 +230,8 @@ def test_what_replication_had_not_carried_over_closes_the_sale(app, pair):
     for _ in range(3):
         with pytest.raises(Unavailable):
             stock.claim(20, 1, 1, None, "a")
-        stock.thread_line._closed_until = 0.0
-    assert pair.nodes[1].get(Keys.order_ids) == b"5"
+        stock.thread_line._breaker.answered()
+    assert pair.nodes[1].get(KEYS.order_ids) == b"5"
     with app.app_context():
         recovery.rebuild(CLI)
         movements.finish_pending()

@@ -14,15 +14,16 @@ from app.config import NO_LIMIT
 from app.extensions import stock
 from app.problems import Unavailable
 from app.run.embedded import RedisServer
+from app.stock.claims import ClaimScript, Request
 from app.stock.gateway import Stock
-from app.stock.lines import ClaimScript, LoopLine, Request
+from app.stock.loop_line import LoopLine
 from app.stock.servers import Server
 
 
 @pytest.fixture
 def line(app):
     """A line of its own: a line belongs to one event loop."""
-    return LoopLine(stock.server, stock.loop_line.line._script, lambda: None)
+    return LoopLine(stock.first.server, stock.loop_line.line._script, lambda: None)
 
 
 def test_hundreds_in_flight_share_a_connection_and_stay_exact(line):
@@ -107,7 +108,7 @@ def test_no_redis_at_all(app, tmp_path):
 
 def test_another_sale_in_redis_sells_nothing(app):
     async def claim():
-        line = LoopLine(stock.server, stock.loop_line.line._script, lambda: ("another", 5))
+        line = LoopLine(stock.first.server, stock.loop_line.line._script, lambda: ("another", 5))
         with pytest.raises(Unavailable):
             await line.claim(Request(1, 1, 1, None, "a"))
 
@@ -148,7 +149,7 @@ def stock_at(url, settings) -> Stock:
 def test_a_password_and_a_database(locked_redis, settings, road):
     url = locked_redis
     own = stock_at(url, settings)
-    own.open("test", 1)
+    own.first.open("test", 1)
     terms = {
         "opens": None,
         "closes": None,

@@ -6,13 +6,13 @@ from hypothesis import strategies as st
 
 from app.reading import canonical
 from app.stock.entries import Columns, Entry, split
-from app.stock.keys import Keys
+from app.stock.keys import KEYS
 from app.stock.place import Place, place, queued_score
 
 ALPHABET = "ABCXYZabcxyz0123456789._~:@|+-"
 TEXTS = st.text(ALPHABET, min_size=1, max_size=64).filter(lambda text: text not in (".", ".."))
 USERS = st.one_of(st.integers(1, 2**53 - 1), TEXTS).map(canonical)
-KEYS = st.text([chr(code) for code in range(0x21, 0x7F)], min_size=1, max_size=255)
+TEXT_KEYS = st.text([chr(code) for code in range(0x21, 0x7F)], min_size=1, max_size=255)
 
 
 @pytest.mark.parametrize(
@@ -72,15 +72,15 @@ def test_what_is_no_user(given):
         canonical(given)
 
 
-@given(USERS, KEYS, USERS, KEYS)
+@given(USERS, TEXT_KEYS, USERS, TEXT_KEYS)
 def test_no_two_pairs_of_user_and_key_share_a_name(user, key, other, another):
     assume((user, key) != (other, another))
-    assert Keys.idempotency(user, key) != Keys.idempotency(other, another)
+    assert KEYS.idempotency(user, key) != KEYS.idempotency(other, another)
 
 
 def test_a_user_and_a_key_that_would_be_another_pair_with_a_colon_between():
-    assert Keys.idempotency("a:b", "c") != Keys.idempotency("a", "b:c")
-    assert Keys.idempotency("1:b", "c") != Keys.idempotency(1, "b:c")
+    assert KEYS.idempotency("a:b", "c") != KEYS.idempotency("a", "b:c")
+    assert KEYS.idempotency("1:b", "c") != KEYS.idempotency(1, "b:c")
 
 
 def test_entries_of_both_forms():

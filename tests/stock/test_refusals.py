@@ -1,6 +1,5 @@
 """What refused shoppers cost Redis: bounded memory, nothing in its log, no other product's sale."""
 
-import time
 from dataclasses import replace
 from ipaddress import IPv4Address
 
@@ -11,9 +10,9 @@ from app.config import NO_LIMIT, RateLimit
 from app.extensions import stock
 from app.problems import Unavailable
 from app.run.embedded import RedisServer
+from app.stock.claims import Request
 from app.stock.gateway import Stock
-from app.stock.keys import Keys
-from app.stock.lines import Request
+from app.stock.keys import KEYS
 
 MEGABYTE = 1 << 20
 
@@ -63,7 +62,7 @@ def test_a_sold_out_product_stops_no_other_sale(client, buy, sold_out, bounded):
     bounded(3 * MEGABYTE)
     # Each is told the truth, whether or not there was room to note the attempt.
     assert set(refuse(40_000)) == {b"sold_out"}
-    own = sum(stock.client.memory_usage(key, samples=0) or 0 for key in Keys.attempts)
+    own = sum(stock.client.memory_usage(key, samples=0) or 0 for key in KEYS.attempts)
     assert own < 2 * MEGABYTE
     for user in range(501, 601):
         assert buy(user, product_id=sold_out).status_code == 200
@@ -107,7 +106,7 @@ def test_refusals_leave_nothing_in_the_log(tmp_path, settings):
         }
         other = Stock()
         other.init_app(replace(settings, redis_url=server.url, **short))
-        other.client.set(Keys.generation, "sale")
+        other.client.set(KEYS.generation, "sale")
         terms = dict.fromkeys(("opens", "closes", "cap"))
         other.put_product(1, 1, terms | {"pause": 0, "max": 10, "price": "1 USD", "hold": None})
         before = other.client.info("persistence")["aof_current_size"]
@@ -116,7 +115,7 @@ def test_refusals_leave_nothing_in_the_log(tmp_path, settings):
 
         def forgotten():
             other.claim(1, 1, 1, None, "a")
-            return sum(map(other.client.hlen, Keys.attempts)) < 20
+            return sum(map(other.client.hlen, KEYS.attempts)) < 20
 
         wait_until(forgotten, 5, "the attempts to be forgotten")
         # Nothing that expires is left behind either, to be logged later.
@@ -129,28 +128,28 @@ def test_refusals_leave_nothing_in_the_log(tmp_path, settings):
 @pytest.mark.parametrize(
     "key",
     [
-        Keys.product(1), Keys.outbox, Keys.queued, Keys.bought(1, 7)[0], Keys.order_ids,
-        *Keys.attempts,
+        KEYS.product(1), KEYS.outbox, KEYS.queued, KEYS.bought(1, 7)[0], KEYS.order_ids,
+        *KEYS.attempts,
     ],
 )  # fmt: skip
 def test_a_key_of_another_type_takes_no_unit(app, client, key):
     """All or nothing also where a write fails midway: what was written before is taken back."""
     stock.claim(6, 1, 1, None, "a")
     watched = (
-        Keys.product(1), Keys.outbox, Keys.queued, Keys.bought(1, 7)[0], Keys.order_ids,
-        Keys.idempotency(7, "k")[0],
+        KEYS.product(1), KEYS.outbox, KEYS.queued, KEYS.bought(1, 7)[0], KEYS.order_ids,
+        KEYS.idempotency(7, "k")[0],
     )  # fmt: skip
-    held = {name: stock.raw_client.dump(name) for name in (*watched, *Keys.attempts)}
+    held = {name: stock.raw_client.dump(name) for name in (*watched, *KEYS.attempts)}
     stock.client.delete(key)
-    stock.client.geoadd(key, (0, 0, "x")) if key != Keys.queued else stock.client.set(key, "x")
+    stock.client.geoadd(key, (0, 0, "x")) if key != KEYS.queued else stock.client.set(key, "x")
     body = {"userId": 7, "productId": 1}
     answer = client.post("/purchase", json=body, headers={"Idempotency-Key": "k"})
-    if key not in Keys.attempts or answer.status_code != 200:  # a hash that is not read now
+    if key not in KEYS.attempts or answer.status_code != 200:  # a hash that is not read now
         assert (answer.status_code, answer.json.get("executed")) == (503, False)
         for name in watched:
-            if name == Keys.outbox and name != key:
+            if name == KEYS.outbox and name != key:
                 # A stream remembers that it had more; its entries are what counts.
-                assert [entry[0] for entry in stock.read_outbox(9)] == [b"1-0"]
+                assert [entry[0] for entry in stock.first.read_outbox(9)] == [b"1-0"]
             else:
                 assert name == key or stock.raw_client.dump(name) == held[name], name
         stock.client.delete(key)
@@ -160,11 +159,11 @@ def test_a_key_of_another_type_takes_no_unit(app, client, key):
 
 
 def test_what_surely_did_nothing_says_so(app, buy):
-    stock.client.delete(Keys.generation)
+    stock.client.delete(KEYS.generation)
     answer = buy(1)
     assert (answer.status_code, answer.json["executed"]) == (503, False)
-    stock.thread_line._closed_until = time.monotonic() + 60
+    stock.thread_line._breaker.waited_in_vain()
     with pytest.raises(Unavailable) as refused:
         stock.claim(1, 1, 1, None, "a")
-    stock.thread_line._closed_until = 0.0
+    stock.thread_line._breaker.answered()
     assert refused.value.executed is False

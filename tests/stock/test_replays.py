@@ -14,8 +14,8 @@ from app.orders import cancelling, deadletters
 from app.orders.drain import drain_batch
 from app.problems import Unprepared
 from app.stock.entries import STANDING
-from app.stock.gateway import Ended
-from app.stock.keys import Keys
+from app.stock.keys import KEYS
+from app.stock.moves import Ended
 
 FAILED = {"code": "order_ended", "orderId": 1, "orderStatus": "FAILED"}
 ENDED = {"code": "order_ended", "orderId": 1, "orderStatus": "CANCELLED"}
@@ -54,16 +54,16 @@ def test_a_cancelled_order_s_key_says_so_and_takes_no_unit(context, buy, drain, 
 def test_an_order_of_the_former_version_that_is_cancelled(context, buy, drain):
     first = buy(7, key="k")
     drain()
-    stock.client.hdel(*Keys.idempotency(7, "k"))
-    stock.client.set(Keys.former_idempotency(7, "k"), "1 1 1", px=60_000)
+    stock.client.hdel(*KEYS.idempotency(7, "k"))
+    stock.client.set(KEYS.former_idempotency(7, "k"), "1 1 1", px=60_000)
     # What it said of the price is not known any more.
     replay = buy(7, key="k")
     assert (replay.status_code, replay.json) == (200, {"status": "queued", "orderId": 1})
     assert first.json["orderId"] == 1
     cancelling.cancel(1, "test", CLI)
     assert told(buy(7, key="k")) == ENDED
-    assert stock.client.hget(*Keys.idempotency(7, "k")) == "1 - - CANCELLED 1 1"
-    assert stock.client.exists(Keys.former_idempotency(7, "k")) == 0
+    assert stock.client.hget(*KEYS.idempotency(7, "k")) == "1 - - CANCELLED 1 1"
+    assert stock.client.exists(KEYS.former_idempotency(7, "k")) == 0
 
 
 def test_a_dead_letter_that_is_given_up(context, buy, drain):
@@ -82,8 +82,8 @@ def test_a_dead_letter_fails_until_it_is_stored_after_all(context, buy, drain, u
     body = {"reference": "cart-7"} if user != 7 else {}
     first = buy(user, key="k", **body)
     if former:
-        stock.client.hdel(*Keys.idempotency(7, "k"))
-        stock.client.set(Keys.former_idempotency(7, "k"), "1 1 1", px=60_000)
+        stock.client.hdel(*KEYS.idempotency(7, "k"))
+        stock.client.set(KEYS.former_idempotency(7, "k"), "1 1 1", px=60_000)
     drain()
     assert told(buy(user, key="k", **body)) == FAILED
     assert buy(user, key="k", quantity=3, **body).status_code == 422
@@ -101,8 +101,8 @@ def test_a_dead_letter_fails_until_it_is_stored_after_all(context, buy, drain, u
 def test_a_drain_that_was_cut_off_marks_what_nobody_has_decided_since(context, buy, monkeypatch):
     occupy(1)
     buy(7, key="k")
-    settle = stock.settle
-    monkeypatch.setattr(stock, "settle", lambda *batch: False)
+    settle = stock.first.settle
+    monkeypatch.setattr(stock.first, "settle", lambda *batch: False)
     drain_batch("test", "test")
     (letter,) = deadletters.list_letters()
     # Whose entry still waits, and so would be marked later, is not stored yet.
@@ -112,7 +112,7 @@ def test_a_drain_that_was_cut_off_marks_what_nobody_has_decided_since(context, b
     assert db.session.scalar(select(func.count()).select_from(Order)) == 1
     deadletters.abandon([letter.id], "test", CLI)
     assert told(buy(7, key="k")) == ENDED
-    monkeypatch.setattr(stock, "settle", settle)
+    monkeypatch.setattr(stock.first, "settle", settle)
     drain_batch("test", "test")
     assert stock.waiting() == 0
     assert told(buy(7, key="k")) == ENDED
@@ -123,7 +123,7 @@ def test_a_replay_is_refused_while_redis_holds_no_sale(context, buy, drain):
     buy(7, key="k")
     drain()
     (letter,) = deadletters.list_letters()
-    stock.close(stock.generation())
+    stock.first.close(stock.generation())
     with pytest.raises(Unprepared):
         deadletters.replay([letter.id], "test", CLI)
     db.session.rollback()
@@ -162,14 +162,14 @@ def test_a_price_in_force_and_a_reference_are_part_of_it(buy, client):
 def test_bytes_of_a_key(app):
     """61 for an order with a UUID as its key; three times that under a name of its own."""
     orders = 2560
-    stock.client.hset(Keys.product(1), "free", orders)
+    stock.client.hset(KEYS.product(1), "free", orders)
     stock.client.config_set("appendfsync", "no")
     try:
         for user in range(1_000_064, 1_000_064 + orders):
             stock.claim(user, 1, 1, str(uuid.UUID(int=user)), f"192.0.2.{user % 250}")
     finally:
         stock.client.config_set("appendfsync", "always")
-    names = {Keys.idempotency(user, "k")[0] for user in range(1_000_064, 1_000_064 + orders)}
+    names = {KEYS.idempotency(user, "k")[0] for user in range(1_000_064, 1_000_064 + orders)}
     assert sum(stock.client.hlen(name) for name in names) == orders
     assert sum(stock.client.memory_usage(name, samples=0) for name in names) / orders < 80
     assert {stock.client.ttl(name) for name in names} == {-1}

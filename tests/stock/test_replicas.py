@@ -20,10 +20,14 @@ from app.config import NO_LIMIT, SettingsError, load_settings
 from app.extensions import db, stock
 from app.orders.drain import drain_batch
 from app.problems import Unavailable
-from app.stock import gateway, lines, replicas
-from app.stock.keys import Keys
-from app.stock.lines import LoopLine, Request, ThreadLine
+from app.stock import claims, replicas
+from app.stock.claims import Request
+from app.stock.keys import KEYS
+from app.stock.link import scripts
+from app.stock.loop_line import LoopLine
 from app.stock.servers import Server
+from app.stock.shard import Shard
+from app.stock.thread_line import ThreadLine
 from app.worker import relay
 
 
@@ -54,14 +58,14 @@ def claim_of(line: ThreadLine, user: int, key: str | None = None) -> str:
 
 def another_line(app) -> ThreadLine:
     """A line of another process, which has connected while all was well."""
-    line = ThreadLine(stock.server, lines.ClaimScript(claim_script(), app.config["SETTINGS"]),
-                      lambda: None)  # fmt: skip
+    script = claims.ClaimScript(claim_script(), app.config["SETTINGS"])
+    line = ThreadLine(stock.first.server, script, lambda: None)
     assert claim_of(line, 900, "early") in ("accepted", "replayed")
     return line
 
 
 def claim_script() -> str:
-    return (gateway.resources.files("app.stock.lua") / "claim.lua").read_text()
+    return scripts()["claim"]
 
 
 def promises(app, leave) -> list[str]:
@@ -96,8 +100,8 @@ def test_a_failover_loses_nothing_that_was_promised(app, pair):
     generation = stock.generation()
     assert promises(app, pair.b.cut_off) == []
     pair.lose_a()
-    assert pair.b.client.get(Keys.order_ids) == "6"
-    assert pair.b.client.get(Keys.generation) == generation
+    assert pair.b.client.get(KEYS.order_ids) == "6"
+    assert pair.b.client.get(KEYS.generation) == generation
 
 
 def test_a_replica_that_stands_still_has_nothing(app, pair):
@@ -113,8 +117,7 @@ def forget_wait(monkeypatch, app):
 
 def forget_the_replay_s_write(monkeypatch, app):
     broken = claim_script().replace("if REPLICAS > 0 and replayed then", "if false then")
-    script = lines.ClaimScript(broken, app.config["SETTINGS"])
-    monkeypatch.setattr(lines, "ClaimScript", lambda *_: script)
+    monkeypatch.setitem(scripts(), "claim", broken)
 
 
 def forget_the_fence(monkeypatch, app):
@@ -164,7 +167,7 @@ def test_the_event_loop_keeps_back_promises_alone(app, pair):
     """Refusals of the same batch go out at once; and claims gather while others wait."""
 
     async def talk():
-        line = LoopLine(stock.server, stock.loop_line.line._script, lambda: None)
+        line = LoopLine(stock.first.server, stock.loop_line.line._script, lambda: None)
         assert (await line.claim(Request(1, 1, 1, None, "a"))).outcome == b"accepted"
         loop, cut_off = asyncio.get_running_loop(), pair.b.cut_off
         cut_off()
@@ -211,7 +214,7 @@ def test_replays_where_memory_is_short(app, pair):
     try:
         assert claim_of(line, 900, "early") == "replayed"
         assert claim_of(line, 901, "new") == "nothing"
-        stock.check_replicas()
+        stock.first.check_replicas()
     finally:
         pair.a.client.config_set("maxmemory", 0)
     assert claim_of(line, 901, "new") == "accepted"
@@ -239,7 +242,7 @@ def test_a_movement_is_not_marked_as_applied_too_early(app, pair, client, admin_
 
 
 def test_a_rebuild_across_a_failover_opens_nothing(app, pair, monkeypatch):
-    put = gateway.Stock.put_movements
+    put = Shard.put_movements
 
     def fail_over(self, bits):
         pair.a.kill()
@@ -249,12 +252,12 @@ def test_a_rebuild_across_a_failover_opens_nothing(app, pair, monkeypatch):
             client.connection_pool.disconnect()
         put(self, bits)
 
-    monkeypatch.setattr(gateway.Stock, "put_movements", fail_over)
+    monkeypatch.setattr(Shard, "put_movements", fail_over)
     with app.app_context():
         with pytest.raises(Unavailable, match="start again"):
             recovery.rebuild(CLI)
         assert stock.generation() is None
-        monkeypatch.setattr(gateway.Stock, "put_movements", put)
+        monkeypatch.setattr(Shard, "put_movements", put)
         pair.b.synced()
         recovery.rebuild(CLI)
     assert claim_of(stock.thread_line, 5) in ("accepted", "nothing")

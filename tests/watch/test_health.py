@@ -15,8 +15,8 @@ from app import database, locks
 from app.books import recovery
 from app.extensions import db, stock
 from app.problems import Unavailable
-from app.stock.keys import Keys
-from app.stock.lines import Request
+from app.stock.claims import Request
+from app.stock.keys import KEYS
 from app.watch import health
 
 PARTS = {"redis", "postgres", "migrations", "sale", "worker", "queue"}
@@ -46,7 +46,7 @@ def worker(app):
 def redis_away(monkeypatch):
     away = redis.Redis.from_url("redis://127.0.0.1:1")
     monkeypatch.setattr(stock.board, "client", away)
-    for script in stock._scripts.values():
+    for script in stock.first._scripts.values():
         monkeypatch.setattr(script, "registered_client", away)
 
 
@@ -99,7 +99,7 @@ def test_a_read_only_postgres_is_not_ready(client, worker, app):
 
 
 def test_another_sale_in_redis(client, worker):
-    stock.client.set(Keys.generation, "somebody-else")
+    stock.client.set(KEYS.generation, "somebody-else")
     assert checks(client)["sale"] == {
         "ok": False, "state": "Redis holds another sale: run `flask rebuild`"
     }  # fmt: skip
@@ -194,7 +194,7 @@ class TestSale:
         assert client.get("/readyz/sale").status_code == 200
 
     def test_a_sale_that_is_not_there(self, client):
-        stock.client.delete(Keys.generation)
+        stock.client.delete(KEYS.generation)
         answer = client.get("/readyz/sale")
         assert answer.status_code == 503
         assert answer.headers["Retry-After"]
@@ -277,10 +277,10 @@ class TestSaleOnTheEventLoop:
     def test_a_sale_that_is_gone_and_back(self, app):
         async def talk(probe):
             assert await probe() == OK
-            name = stock.client.get(Keys.generation)
-            stock.client.delete(Keys.generation)
+            name = stock.client.get(KEYS.generation)
+            stock.client.delete(KEYS.generation)
             await until(probe, (503, {"status": "unavailable", "reason": "without this sale"}))
-            stock.client.set(Keys.generation, name)
+            stock.client.set(KEYS.generation, name)
             await until(probe, OK)
 
         probing(app, talk)

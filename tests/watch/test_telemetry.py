@@ -14,7 +14,7 @@ from app.audit import CLI
 from app.extensions import stock
 from app.problems import Unavailable
 from app.products import catalogue, terms
-from app.stock.keys import Keys
+from app.stock.keys import KEYS
 from app.watch import telemetry
 from app.watch.telemetry import DURATION_BOUNDS, Meter
 
@@ -122,8 +122,8 @@ def test_counting_costs_next_to_nothing():
 def test_processes_and_workers(app, client, admin_headers):
     for meter in (Meter("web"), Meter("worker")):
         meter.flush()
-    stock.client.hset(Keys.processes, "web:gone:1", json.dumps({"at": time.time() - 60}))
-    stock.client.zadd(Keys.workers, {"one": time.time(), "gone": time.time() - 60})
+    stock.client.hset(KEYS.processes, "web:gone:1", json.dumps({"at": time.time() - 60}))
+    stock.client.zadd(KEYS.workers, {"one": time.time(), "gone": time.time() - 60})
     figures = read(client, admin_headers)
     for role in ("web", "worker"):
         assert value(figures, "flashsale_processes", role=role) == 1
@@ -131,7 +131,7 @@ def test_processes_and_workers(app, client, admin_headers):
         assert value(figures, "flashsale_process_open_fds", role=role) > 3
         assert value(figures, "flashsale_process_cpu_seconds_total", role=role) > 0
     assert value(figures, "flashsale_workers") == 1
-    assert not stock.client.hexists(Keys.processes, "web:gone:1")
+    assert not stock.client.hexists(KEYS.processes, "web:gone:1")
 
 
 def test_batches(app, client, admin_headers):
@@ -146,7 +146,7 @@ def test_batches(app, client, admin_headers):
 def test_the_ledger(app, client, admin_headers):
     assert ("flashsale_ledger_ok", ()) not in read(client, admin_headers)
     for ok in (True, False):
-        stock.client.set(Keys.ledger, json.dumps({"at": 1795343988.5, "ok": ok, "products": {}}))
+        stock.client.set(KEYS.ledger, json.dumps({"at": 1795343988.5, "ok": ok, "products": {}}))
         figures = read(client, admin_headers)
         assert value(figures, "flashsale_ledger_ok") == ok
         assert value(figures, "flashsale_ledger_checked_timestamp_seconds") == 1795343988.5
@@ -184,7 +184,7 @@ def test_a_token_of_its_own(make_app, admin_headers):
 
 
 def test_servers_that_are_down(app, client, admin_headers, monkeypatch):
-    monkeypatch.setattr(stock, "client", redis.Redis.from_url("redis://127.0.0.1:1"))
+    monkeypatch.setattr(stock.first, "client", redis.Redis.from_url("redis://127.0.0.1:1"))
     figures = read(client, admin_headers)
     assert value(figures, "flashsale_up", server="redis") == 0
     assert value(figures, "flashsale_up", server="postgres") == 1

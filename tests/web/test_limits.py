@@ -9,8 +9,8 @@ from wire import purchase, serving
 from app.addresses import network_of
 from app.config import NO_LIMIT, RateLimit, SettingsError, load_settings, with_secrets
 from app.extensions import stock
-from app.stock.keys import Keys
-from app.stock.lines import early_limit
+from app.stock.claims import early_limit
+from app.stock.keys import KEYS
 
 MINUTE = 60_000
 
@@ -59,7 +59,7 @@ def test_early_clicks_have_a_limit_of_their_own(client, buy, admin_headers):
     # A change of the product is obeyed at once all the same.
     change(client, admin_headers, paused=False)
     assert buy(1).status_code == 200
-    assert int(stock.client.hget(Keys.product(1), "limited_early")) == 1
+    assert int(stock.client.hget(KEYS.product(1), "limited_early")) == 1
 
 
 def test_early_clicks_at_once_are_counted_exactly(app, client, admin_headers):
@@ -97,7 +97,7 @@ def test_no_memory_of_the_web_process_delays_an_opening(app, client, admin_heade
                 return (await wire.reply()).status
 
             early = [await ask() for _ in range(62)]
-            stock.client.hset(Keys.product(1), "pause", 0)
+            stock.client.hset(KEYS.product(1), "pause", 0)
             return early, [await ask() for _ in range(6)]
 
     change(client, admin_headers, paused=True)
@@ -155,7 +155,7 @@ def test_units_of_an_address(make_app, admin_headers):
     assert attempt(client, 5, "192.0.2.1", quantity=5, key="k").status_code == 200
     assert attempt(client, 5, "192.0.2.1", quantity=5, key="k").status_code == 200
     assert attempt(client, 6, "192.0.2.1").status_code == 409
-    assert stock.client.hgetall(Keys.address_units(1)) == {"127.0.0.1": "5", "192.0.2.1": "5"}
+    assert stock.client.hgetall(KEYS.address_units(1)) == {"127.0.0.1": "5", "192.0.2.1": "5"}
 
 
 def test_units_of_an_address_are_exact_at_once(make_app):

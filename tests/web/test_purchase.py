@@ -8,7 +8,7 @@ import pytest
 
 from app.config import NO_LIMIT, RateLimit
 from app.extensions import stock
-from app.stock.keys import Keys
+from app.stock.keys import KEYS
 
 BOUGHT = {"status": "queued", "orderId": 1, "unitPriceCents": 99_999, "currency": "USD"}
 
@@ -149,11 +149,11 @@ def test_a_clock_that_was_set_back_locks_nobody_out(buy):
     stamps = b"".join(struct.pack(">d", ahead * 1000 + number) for number in range(5))
     counted = struct.pack(">ddd", ahead // 60, 3000, 3000)
     for turn in (ahead // 120, time.time() // 120):
-        for key in Keys.attempts:
+        for key in KEYS.attempts:
             attempts = {"": struct.pack(">ddd", turn, 0, 1), "u1": stamps, "a127.0.0.1": counted}
             stock.raw_client.hset(key, mapping=attempts)
         answer = buy(1)
-        stock.client.delete(*Keys.attempts)
+        stock.client.delete(*KEYS.attempts)
     assert answer.status_code == 200
     assert answer.headers["RateLimit"] == '"user";r=4;t=60'
 

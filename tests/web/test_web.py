@@ -8,7 +8,7 @@ import pytest
 from wire import post, purchase, serving
 
 from app.extensions import stock
-from app.stock.keys import Keys
+from app.stock.keys import KEYS
 
 JSON = "Content-Type: application/json"
 
@@ -52,7 +52,7 @@ def test_both_ways_in_answer_alike(app, client):
         return status, {k: v for k, v in headers.items() if k in kept}, body
 
     replies = on_wire(app, *(post(body, *headers) for body, headers in cases))
-    stock.client.delete(*Keys.attempts, Keys.idempotency(3, "k")[0])
+    stock.client.delete(*KEYS.attempts, KEYS.idempotency(3, "k")[0])
     for (body, lines), reply in zip(cases, replies, strict=True):
         headers = dict(line.split(": ") for line in lines)
         in_thread = client.post("/purchase", data=body, headers=headers)

@@ -69,7 +69,7 @@ SABOTAGES = {
     "a claim without an answer is sent again": (
         [
             (
-                "app/stock/lines.py",
+                "app/stock/loop_line.py",
                 "        else:\n            self._tell(batch, answer)\n\n    def _once_more(",
                 """        else:
             asyncio.get_running_loop().call_later(0.1, self._once_more, batch, False, answer)

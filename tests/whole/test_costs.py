@@ -9,7 +9,7 @@ from sqlalchemy import event
 
 from app.extensions import db, stock
 from app.orders.drain import drain_batch
-from app.stock.keys import Keys
+from app.stock.keys import KEYS
 from app.watch.telemetry import Meter
 
 
@@ -114,10 +114,10 @@ def test_bytes_of_a_waiting_order(client, admin_headers, text, most):
     def bytes_of(keys) -> float:
         return sum(stock.client.memory_usage(key, samples=0) or 0 for key in keys) / orders
 
-    buckets = {Keys.bought(1, user)[0] for user in users}
-    assert bytes_of((Keys.outbox, Keys.queued, *buckets)) < most
+    buckets = {KEYS.bought(1, user)[0] for user in users}
+    assert bytes_of((KEYS.outbox, KEYS.queued, *buckets)) < most
     # The attempts of users, and of the one address.
-    assert bytes_of(Keys.attempts) < 100
+    assert bytes_of(KEYS.attempts) < 100
 
 
 def test_a_batch_is_four_statements(app, buy, monkeypatch):

@@ -20,7 +20,7 @@ from waiting import patience, wait_until
 
 from app.config import ROOT
 from app.run.embedded import PostgresServer, RedisServer
-from app.stock.keys import Keys
+from app.stock.keys import KEYS
 
 pytestmark = pytest.mark.drill
 
@@ -90,7 +90,7 @@ class Machine:
     def waiting(self) -> int:
         """Return how many orders wait to be stored; asked of Redis, which limits nobody."""
         with redis.Redis.from_url(self.redis.url) as client:
-            return client.xlen(Keys.outbox)
+            return client.xlen(KEYS.outbox)
 
     def query(self, statement: str) -> list[tuple]:
         connection = psycopg2.connect(

@@ -27,7 +27,7 @@ from app.orders import expiry, holds, intents, states
 from app.orders.drain import drain_batch
 from app.problems import Conflict, Unavailable
 from app.products import catalogue, movements, sale
-from app.stock.keys import Keys
+from app.stock.keys import KEYS
 
 STOCK = 8
 CAP = 4
@@ -78,10 +78,10 @@ class Sale(RuleBasedStateMachine):
     def open(self):
         self.context = Sale.app.app_context()
         self.context.push()
-        stock.clear()
+        stock.first.clear()
         db.session.execute(text(FRESH))
         db.session.commit()
-        stock.open("machine", first_order_id=1)
+        stock.first.open("machine", first_order_id=1)
         catalogue.change(1, {"hold_seconds": 60, "per_user_limit": CAP}, CLI)
         db.session.execute(text("UPDATE products SET version = version + 1"))
         db.session.commit()
@@ -162,7 +162,7 @@ class Sale(RuleBasedStateMachine):
 
     @rule(most=st.integers(1, 6), crash=st.booleans())
     def drain(self, most, crash):
-        waiting = stock.outbox_ids()[:most]
+        waiting = stock.first.outbox_ids()[:most]
         if crash and waiting:
             with crash_at("settle", after=False), pytest.raises(Crash):
                 drain_batch("test", "test", most)
@@ -318,10 +318,10 @@ class Sale(RuleBasedStateMachine):
     def rebuild(self, lose):
         lost = set()
         if lose:
-            lost = set(stock.outbox_ids()) - self.stored
+            lost = set(stock.first.outbox_ids()) - self.stored
             stock.client.flushdb()
         else:
-            self.stored.update(stock.outbox_ids())
+            self.stored.update(stock.first.outbox_ids())
         recovery.rebuild(CLI)
         for order in lost:
             del self.orders[order]
@@ -333,7 +333,7 @@ class Sale(RuleBasedStateMachine):
         if not hasattr(self, "untold"):
             return
         Sale.steps += 1
-        assert int(stock.client.hget(Keys.product(1), "free")) == self.free() >= 0
+        assert int(stock.client.hget(KEYS.product(1), "free")) == self.free() >= 0
         rows = dict(db.session.execute(text("SELECT id, status FROM orders")).all())
         db.session.rollback()
         assert rows == {n: self.orders[n][2] for n in self.stored}

@@ -18,7 +18,7 @@ from system import start_system, stop_system
 from waiting import patience, wait_until
 
 from app.run.embedded import PostgresServer, RedisServer
-from app.stock.keys import Keys
+from app.stock.keys import KEYS
 
 pytestmark = pytest.mark.drill
 
@@ -92,8 +92,8 @@ def read_stored(server, primary: Node) -> Stored:
         cursor.execute("SELECT count(*) FROM audit_log WHERE action LIKE 'sale.rebuild%'")
         ((rebuilds,),) = cursor.fetchall()
     assert rebuilds == 0
-    free = int(primary.client.hget(Keys.product(1), "free"))
-    return Stored(orders, letters, movements, {1: free}, primary.client.xlen(Keys.outbox))
+    free = int(primary.client.hget(KEYS.product(1), "free"))
+    return Stored(orders, letters, movements, {1: free}, primary.client.xlen(KEYS.outbox))
 
 
 @pytest.fixture
@@ -153,7 +153,7 @@ def drill(kind, how, jobs, tmp_path, fail, mend, times) -> list[float]:
             gaps.append(rush.sold[-1] - max(at for at in rush.sold if at <= died + 0.5))
         rush.end()
         primary = pair.a if pair.a.link() == "" else pair.b
-        wait_until(lambda: not primary.client.xlen(Keys.outbox), 60, "all orders to be stored")
+        wait_until(lambda: not primary.client.xlen(KEYS.outbox), 60, "all orders to be stored")
         sold = sum(attempt.outcome == OK for attempt in rush.history.attempts)
         unknown = sum(attempt.outcome == UNKNOWN for attempt in rush.history.attempts)
         print(f"{kind}, {how}: {sold} sold, {unknown} unknown, seconds without a sale: {gaps}")

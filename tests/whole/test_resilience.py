@@ -365,7 +365,7 @@ url = sys.argv[1]
 stock = Stock()
 stock.init_app(replace(load_settings({}), redis_url=url, purchase_user_limit=NO_LIMIT,
                        purchase_address_limit=NO_LIMIT, secret_key="x" * 16))
-stock.open("test", 1)
+stock.first.open("test", 1)
 terms = {"opens": None, "closes": None, "pause": 0, "cap": None, "max": 10, "price": "1 USD",
          "hold": None}
 stock.put_product(1, 1, terms)

@@ -29,7 +29,7 @@ from app.orders import deadletters, intents
 from app.orders.drain import drain_batch
 from app.problems import Conflict, Unavailable
 from app.products import catalogue, movements, sale
-from app.stock.keys import Keys
+from app.stock.keys import KEYS
 
 STOCK = 12
 CAP = 9
@@ -92,11 +92,11 @@ class Sale(RuleBasedStateMachine):
     def open(self):
         self.context = Sale.app.app_context()
         self.context.push()
-        stock.clear()
+        stock.first.clear()
         # Not a reset, which takes 20 ms and is tested elsewhere.
         db.session.execute(text(FRESH))
         db.session.commit()
-        stock.open("machine", first_order_id=1)
+        stock.first.open("machine", first_order_id=1)
         sale.publish_stale()
         self.put_in, self.paused, self.since_proof = 0, False, 0
         self.orders: dict[int, tuple[int, int]] = {}
@@ -133,7 +133,7 @@ class Sale(RuleBasedStateMachine):
         )
         is_letter = db.session.scalar(letter, {"id": order})
         db.session.rollback()
-        return bool(is_letter) and order not in stock.outbox_ids()
+        return bool(is_letter) and order not in stock.first.outbox_ids()
 
     def bought(self, user: int) -> int:
         own = [order for order, (who, _) in self.orders.items() if who == user]
@@ -229,7 +229,7 @@ class Sale(RuleBasedStateMachine):
     @rule(data=st.data())
     def cancel_early(self, data):
         """While it waits; it may be stored, or a dead letter, and still be in the outbox."""
-        waiting = stock.outbox_ids()
+        waiting = stock.first.outbox_ids()
         if not waiting:
             return
         order = data.draw(st.sampled_from(waiting))
@@ -290,7 +290,7 @@ class Sale(RuleBasedStateMachine):
             )
             # Of one with a key Redis is told, once the drain has taken it out of the outbox.
             keyed = letter.order_id in self.keys.values()
-            waits = keyed and letter.order_id in stock.outbox_ids()
+            waits = keyed and letter.order_id in stock.first.outbox_ids()
             done = deadletters.replay([letter.id], "test", CLI)[0].done
             assert done == (not refused and not waits)
             return
@@ -353,7 +353,7 @@ class Sale(RuleBasedStateMachine):
 
     def lose_redis(self):
         """What was stored survives; what only waited is lost."""
-        lost = set(stock.outbox_ids())
+        lost = set(stock.first.outbox_ids())
         lost -= set(db.session.scalars(text("SELECT id FROM orders")))
         lost -= set(db.session.scalars(text("SELECT order_id FROM dead_letters")))
         db.session.rollback()
@@ -367,7 +367,7 @@ class Sale(RuleBasedStateMachine):
         if not hasattr(self, "untold"):
             return
         Sale.steps += 1
-        assert int(stock.client.hget(Keys.product(1), "free")) == self.free() >= 0
+        assert int(stock.client.hget(KEYS.product(1), "free")) == self.free() >= 0
         self.since_proof = (self.since_proof + 1) % STEPS_PER_LEDGER
         if self.since_proof == 0:
             self.prove()

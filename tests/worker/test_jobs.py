@@ -6,7 +6,7 @@ from sqlalchemy.exc import OperationalError
 
 from app.extensions import stock
 from app.problems import Unavailable
-from app.stock.keys import Keys
+from app.stock.keys import KEYS
 from app.worker import jobs
 
 
@@ -16,7 +16,7 @@ def test_a_job_tells_what_it_did_and_gives_the_lease_back(app, buy):
         assert jobs.enqueue_drain() is not None
         assert jobs.enqueue_drain() is None
         assert jobs.persist_orders() == "persisted 1 order"
-        assert not stock.client.exists(Keys.drain_lease)
+        assert not stock.client.exists(KEYS.drain_lease)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_an_outage_costs_a_job_every_two_seconds(app, monkeypatch, error):
         told = jobs.persist_orders()
         assert told.startswith("nothing stored, the orders wait: ")
         assert "\n" not in told
-        assert 0 < stock.client.pttl(Keys.drain_lease) <= jobs.LEASE_MS
+        assert 0 < stock.client.pttl(KEYS.drain_lease) <= jobs.LEASE_MS
         assert jobs.enqueue_drain() is None
 
 

@@ -15,7 +15,7 @@ from waiting import patience, wait_until
 from app.books import ledger
 from app.config import ROOT
 from app.extensions import db, stock
-from app.stock.keys import Keys
+from app.stock.keys import KEYS
 
 STORED_WITHIN_SECONDS = 5
 QUEUE = "rq:queue:orders"
@@ -141,7 +141,7 @@ def start_worker(app, settings, tmp_path):
                 [sys.executable, "worker.py"], cwd=ROOT, env=environ, stdout=output, stderr=output
             )
         started.append(worker)
-        wait_until(lambda: stock.client.zcard(Keys.workers), 15, "the worker to be there")
+        wait_until(lambda: stock.client.zcard(KEYS.workers), 15, "the worker to be there")
         return worker
 
     yield start

@@ -10,7 +10,7 @@
 --       field of the user in its buckets, number of its product (from 1), quantity, address, and
 --       letters that say what follows: e expected price in cents, k key, n network, r reference,
 --       s score in the queued, where that is not the user
--- What is the same for every claim stands in a line that lines.py puts before this script:
+-- What is the same for every claim stands in a line that claims.py puts before this script:
 --       USER_, EARLY_, ADDRESS_, NETWORK_: LIMIT (attempts, 0 for no limit) and WINDOW (ms),
 --       ADDRESS_UNITS (0 for no limit), TURN (ms, see below), MOST_BYTES of attempts,
 --       MOST_WAITING orders in the outbox, REPLICAS that must have an order

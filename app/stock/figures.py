@@ -1,0 +1,171 @@
+"""The figures of a shard, read at one instant: for people, the chart, the ledger's proof."""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .brakes import Brakes
+from .entries import Entry
+from .link import Link, asking
+from .outcomes import REFUSALS
+
+
+@dataclass(frozen=True)
+class View:
+    """What Redis holds of the sale at one instant, by product id."""
+
+    generation: str
+    last_order_id: int
+    waiting: int
+    oldest_claimed_ms: int | None
+    applied_movements: frozenset[int]
+    overlap: list[Entry]
+    products: dict[int, dict[str, int]]
+    brakes: Brakes
+
+
+@dataclass(frozen=True)
+class Account:
+    """One product's counters in Redis, and its share of the outbox, for the ledger."""
+
+    on_sale: bool
+    free: int
+    moved: int
+    accepted: int
+    claimed: int
+    settled: int
+    settled_units: int
+    persisted: int
+    # In the outbox: already stored in PostgreSQL; and all together (only where counted).
+    overlap: int
+    overlap_units: int
+    waiting: int
+    waiting_units: int
+
+
+@dataclass(frozen=True)
+class Accounts:
+    """The Redis half of the ledger at one instant."""
+
+    generation: str
+    last_order_id: int
+    waiting: int
+    counted: bool
+    applied_movements: frozenset[int]
+    products: dict[int, Account]
+
+
+class Figures(Link):
+    """Reads them, and sets them right. Every method raises Unavailable."""
+
+    def product_ids(self) -> list[int]:
+        """Return the ids of the products on sale in Redis, ascending."""
+        with asking():
+            return sorted(map(int, self.client.smembers(self.keys.products)))
+
+    def view(
+        self,
+        product_ids: list[int],
+        stored_through: int | None = None,
+        movement_ids: Sequence[int] = (),
+        surely: bool = False,
+    ) -> View:
+        """Return what Redis holds, read at one instant.
+
+        `stored_through` asks for the entries up to this id that are still in the outbox,
+        `movement_ids` which of these movements are applied. Unknown products are left out.
+        `surely` waits until replicas have it all.
+        """
+        keys = [
+            self.keys.generation,
+            self.keys.movements,
+            self.keys.outbox,
+            self.keys.order_ids,
+            self.keys.brakes,
+        ]
+        keys += [self.keys.product(product_id) for product_id in product_ids]
+        through = "" if stored_through is None else stored_through
+        run = self.run_surely if surely else self.run
+        generation, last, waiting, head, applied, overlap, brakes, hashes = run(
+            "view", keys, [through, *movement_ids]
+        )
+        products = {}
+        for product_id, flat in zip(product_ids, hashes, strict=True):
+            if flat:
+                fields = dict(zip(flat[::2], flat[1::2], strict=True))
+                fields.pop("price")
+                products[product_id] = {
+                    name: int(value) for name, value in fields.items() if value != ""
+                }
+        oldest = None
+        with contextlib.suppress(ValueError):
+            oldest = Entry.parse(head).claimed_ms
+        return View(
+            generation=self.part.sale_of(generation),
+            last_order_id=int(last),
+            waiting=waiting,
+            oldest_claimed_ms=oldest,
+            applied_movements=frozenset(map(int, applied)),
+            overlap=[Entry.parse(text) for text in overlap],
+            products=products,
+            brakes=Brakes.parse(brakes),
+        )
+
+    def accounts(
+        self,
+        product_ids: list[int],
+        stored_through: int,
+        movement_ids: list[int],
+        count_up_to: int,
+    ) -> Accounts:
+        """Return the Redis half of the ledger, read at one instant.
+
+        `stored_through` is the last order id known to be stored. An outbox of at most `count_up_to`
+        orders is counted entry by entry, which takes about 1 µs each and delays claims meanwhile.
+        """
+        keys = [self.keys.generation, self.keys.movements, self.keys.outbox, self.keys.order_ids]
+        keys += [self.keys.product(product_id) for product_id in product_ids]
+        generation, last, waiting, counted, applied, accounts = self.run(
+            "account",
+            keys,
+            [stored_through, count_up_to, len(product_ids), *product_ids, *movement_ids],
+        )
+        return Accounts(
+            generation=self.part.sale_of(generation),
+            last_order_id=int(last),
+            waiting=waiting,
+            counted=bool(counted),
+            applied_movements=frozenset(map(int, applied)),
+            products={
+                product_id: Account(bool(account[0]), *account[1:])
+                for product_id, account in zip(product_ids, accounts, strict=True)
+            },
+        )
+
+    def unapplied_movements(self, movement_ids: list[int]) -> list[int]:
+        """Return those of the movements that Redis has not applied."""
+        unapplied = []
+        with asking():
+            for start in range(0, len(movement_ids), 10_000):
+                page = movement_ids[start : start + 10_000]
+                with self.client.pipeline(transaction=False) as pipe:
+                    for movement_id in page:
+                        pipe.getbit(self.keys.movements, movement_id)
+                    bits = pipe.execute()
+                unapplied += [m for m, bit in zip(page, bits, strict=True) if not bit]
+        return unapplied
+
+    def mend(self, generation: str, product_id: int, take: int, amounts: dict[str, int]) -> int:
+        """Lower a product's free stock, add to its counters; return the units taken, or -1."""
+        args = [self.named(generation), take, *(word for pair in amounts.items() for word in pair)]
+        return int(self.run("mend", [self.keys.generation, self.keys.product(product_id)], args))
+
+    def keep_counts(self, product_ids: list[int]) -> None:
+        """Write these products' counts of refusals, as they stand, to Redis's log."""
+        keys = [self.keys.refused, *map(self.keys.product, product_ids)]
+        self.run("keep", keys, list(REFUSALS))
+
+    def turn_away(self, refusals: dict[int, int]) -> None:
+        """Count refusals for the user's limit that Redis was not asked about, by product id."""
+        keys = [self.keys.refused, *map(self.keys.product, refusals)]
+        self.run("turn_away", keys, list(refusals.values()))

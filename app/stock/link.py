@@ -1,0 +1,114 @@
+"""The ordinary road to a shard: its keys, its clients, its scripts."""
+
+import contextlib
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from functools import cache
+from importlib import resources
+from typing import Any, cast
+
+import redis
+
+from ..problems import Unavailable
+from .keys import Keys
+from .replicas import Replicas
+from .servers import Server
+from .shards import Part
+
+
+@cache
+def scripts() -> dict[str, str]:
+    """Return the text of every script, by its name."""
+    return {
+        path.name.removesuffix(".lua"): path.read_text()
+        for path in resources.files("app.stock.lua").iterdir()
+        if path.name.endswith(".lua")
+    }
+
+
+@contextlib.contextmanager
+def asking() -> Iterator[None]:
+    """Raise Unavailable where Redis gives no answer, or refuses."""
+    try:
+        yield
+    except redis.RedisError as error:
+        raise Unavailable(str(error)) from error
+
+
+class Link:
+    """To one shard; safe to use from several threads. Nothing connects before the first use."""
+
+    def __init__(self, part: Part, server: Server, replicas: int) -> None:
+        self.part = part
+        self.server = server
+        self.keys = Keys(part)
+        self.replicas = Replicas(replicas, self.keys)
+        self.client = server.client(decode=True)
+        # The drain's batches want answers undecoded.
+        self.raw_client = server.client(decode=False)
+        self._scripts = {
+            name: self.client.register_script(text)
+            for name, text in scripts().items()
+            if name != "claim"
+        }
+
+    def run(self, name: str, keys: list[str], args: list[Any]) -> Any:
+        """Run a script by its name. Raises Unavailable."""
+        with asking():
+            return self._scripts[name](keys=keys, args=args)
+
+    def run_surely(self, name: str, keys: list[str], args: list[Any]) -> Any:
+        """Run a script; return once replicas have what it wrote, and what it read.
+
+        Raises Unavailable, also when too few replicas answer: then it is done all the same.
+        """
+        if not self.replicas.count:
+            return self.run(name, keys, args)
+        return self.run_all_surely([(name, keys, args)])[0]
+
+    def run_all(self, calls: list[tuple[str, list[str], list[Any]]]) -> list[Any]:
+        """Run several scripts in one round trip. Raises Unavailable."""
+        with asking(), self.client.pipeline(transaction=False) as pipe:
+            for name, keys, args in calls:
+                self._scripts[name](keys=keys, args=args, client=pipe)
+            return list(pipe.execute())
+
+    def run_all_surely(self, calls: list[tuple[str, list[str], list[Any]]]) -> list[Any]:
+        """Do as `run_all`, and return once replicas have it."""
+        with asking(), self.client.pipeline(transaction=False) as pipe:
+            for name, keys, args in calls:
+                self._scripts[name](keys=keys, args=args, client=pipe)
+            return self.replicas.run(pipe)
+
+    def check_replicas(self) -> None:
+        """Raise Unavailable unless as many replicas as are asked for have all that there is."""
+        if self.replicas.count:
+            self.run_all_surely([])
+
+    def attached_replicas(self) -> int:
+        """Return how many replicas Redis has, in step or not."""
+        with asking():
+            return int(self.client.info("replication")["connected_slaves"])
+
+    def server_id(self) -> str:
+        """Return what tells this Redis from every other, and from itself before a restart."""
+        with asking(), self.client.pipeline(transaction=False) as pipe:
+            pipe.info("server")
+            return str(self.replicas.run(pipe)[0]["run_id"])
+
+    def named(self, sale: str | None) -> str:
+        """Return how a script is told which sale, by its name on record, it is run for."""
+        return self.part.generation(sale) if sale else ""
+
+    def generation(self) -> str | None:
+        """Return the name of the sale that Redis holds, as on record; None when it holds none."""
+        with asking():
+            held = cast("str | None", self.client.get(self.keys.generation))
+        return held and self.part.sale_of(held)
+
+    def clock(self) -> datetime:
+        """Return the time by which claims are judged, in whole milliseconds, rounded down."""
+        with asking():
+            seconds, microseconds = self.client.time()
+        whole = datetime.fromtimestamp(seconds, UTC)
+        return whole.replace(microsecond=microseconds // 1000 * 1000)
