@@ -65,7 +65,7 @@ class Reading(NamedTuple):
     now_ms: int
     free: int
     moved: int
-    # Fields of the product's hash of what was lent, such as sent.3, recv.0; and unseals.
+    # Fields of the product's hash of what was lent, such as sent.3, recv.0; and unsealed, when that was.
     lent: dict[str, int]
     late: list[int]
 
@@ -198,7 +198,7 @@ def _seal(names: Sequence[str], product_id: int, scan: list[Reading | None], fin
             product_id,
             (
                 names[shard],
-                reading.lent.get("unseals", 0),
+                reading.lent.get("unsealed", 0),
                 f"{reading.now_ms + SEAL_MS}{'' if final else AWAY}",
             ),
         )
