@@ -65,7 +65,7 @@ class Reading(NamedTuple):
     now_ms: int
     free: int
     moved: int
-    # Fields of the product's hash of what was lent, such as sent.3, recv.0; and unsealed, when that was.
+    # Fields of what was lent of it, such as sent.3, recv.0; and unsealed, when that was.
     lent: dict[str, int]
     late: list[int]
 

@@ -85,8 +85,8 @@ class Shard:
             del self.kept[: position - self.first]
             self.first = position
 
-    def fail_over(self) -> None:
-        self.log = self.world.random.choice(self.kept).copy()
+    def fail_over(self, oldest: bool) -> None:
+        self.log = (self.kept[0] if oldest else self.world.random.choice(self.kept)).copy()
         self.kept, self.first = [self.log.copy()], self.position + 1
         self.failovers += 1
         self.sealed, self.unsealed = 0, 0
@@ -222,24 +222,50 @@ class Actor:
             return
         if self.open and (not self.waiting or world.random.random() < 0.7):
             # Mostly in order, as they are sent.
-            number = self.open.pop(0 if world.random.random() < 0.5 else -1)
-            ask = self.asks[number]
-            shard = world.shards[ask.shard]
-            if shard.up:
-                answer = shard.run(ask)
-                if world.random.random() < world.lost:
-                    pass
-                elif ask.sure:
-                    self.waiting.append((number, shard, shard.failovers, shard.position, answer))
-                else:
-                    self.answers[number] = answer
+            self.ask(self.open[0 if world.random.random() < 0.5 else -1])
         elif self.waiting:
-            number, shard, failovers, position, answer = self.waiting.pop(0)
-            if shard.up and shard.failovers == failovers:
-                shard.acknowledge(position)
-                self.answers[number] = answer
+            self.hear()
         if not self.open and not self.waiting:
             self.go_on(self.answers)
+
+    def ask(self, number: int) -> None:
+        """Have what is asked by this number carried out, if it can be."""
+        self.open.remove(number)
+        ask = self.asks[number]
+        shard = self.world.shards[ask.shard]
+        if not shard.up:
+            return
+        answer = shard.run(ask)
+        if self.world.random.random() < self.world.lost:
+            return
+        if ask.sure:
+            self.waiting.append((number, shard, shard.failovers, shard.position, answer))
+        else:
+            self.answers[number] = answer
+
+    def hear(self) -> None:
+        """Have the replicas of a shard acknowledge what was asked of it."""
+        number, shard, failovers, position, answer = self.waiting.pop(0)
+        if shard.up and shard.failovers == failovers:
+            shard.acknowledge(position)
+            self.answers[number] = answer
+
+    def step_at(self, shard: int) -> None:
+        """Have one shard do what is asked of it, and answer; go on when all have."""
+        self.ask(next(number for number in self.open if self.asks[number].shard == shard))
+        if self.waiting:
+            self.hear()
+        self.world.step_number += 1
+        self.world.look()
+        if not self.open:
+            self.go_on(self.answers)
+
+    def step_until(self, script: str) -> "Actor":
+        """Go on until it is to ask for this."""
+        while self.asks[0].script != script or not self.open:
+            self.step()
+            self.world.look()
+        return self
 
 
 class World:
@@ -286,8 +312,9 @@ class World:
 
     # What programs do.
 
-    def start(self, steps: Iterator, answered: Callable[[object], None] = lambda _: None) -> None:
+    def start(self, steps: Iterator, answered: Callable[[object], None] = lambda _: None) -> Actor:
         self.actors.append(Actor(self, steps, answered))
+        return self.actors[-1]
 
     def restock(self, units: int) -> None:
         number = len(self.movements) + 1
@@ -316,9 +343,9 @@ class World:
         answers = yield next(steps)
         return {shard for shard, answer in enumerate(answers) if answer}
 
-    def shop(self, shard: int, units: int = 1) -> None:
+    def shop(self, shard: int, units: int = 1) -> Actor:
         self.orders += 1
-        self.start(self._shop(shard, units, self.orders), self.outcomes.append)
+        return self.start(self._shop(shard, units, self.orders), self.outcomes.append)
 
     def _shop(self, shard: int, units: int, order: int):
         """Buy as the lane does: claim, have units fetched, claim again."""
@@ -354,8 +381,9 @@ class World:
         self.calamity_at = self.step_number
         self.told = set()
 
-    def fail_over(self, shard: int) -> None:
-        self.shards[shard].fail_over()
+    def fail_over(self, shard: int, oldest: bool = False) -> None:
+        """Have a replica in a shard's place, which has what was acknowledged and maybe more."""
+        self.shards[shard].fail_over(oldest)
         self.calamity()
 
     def toggle(self, shard: int) -> None:
@@ -489,7 +517,7 @@ def live(world: World, steps: int = 120) -> None:
     r = world.random
     shards = len(world.shards)
     world.lost = r.choice((0.0, 0.0, 0.02, 0.1))
-    calamities = r.choice((0.0, 0.02, 0.06))
+    calamities = r.choice((0.0, 0.02, 0.06, 0.15))
     world.restock(r.randrange(1, 3 * shards))
     for _ in range(steps):
         x = r.random()
@@ -500,6 +528,8 @@ def live(world: World, steps: int = 120) -> None:
         elif x < 0.16:
             world.pass_time(r.choice((1, 20, 110, 400, 600)))
         elif x < 0.18:
+            # Somebody may have died in the middle of a pull, and nobody has seen it yet.
+            world.pass_time(r.choice((0, 110)))
             world.finish()
         elif x < 0.18 + calamities:
             r.choice((world.crash, world.crash, world.rebuild))()
@@ -511,6 +541,49 @@ def live(world: World, steps: int = 120) -> None:
             for _ in range(r.randrange(1, 20)):
                 world.step()
     world.check_end()
+
+
+def go_on_from_what_no_replica_has(world: World) -> None:
+    """A puller dies before the replicas have what it took; another goes on; the node dies, too."""
+    world.restock(2)
+    world.run()
+    world.shop(0)
+    world.run()
+    puller = world.shop(0).step_until("take")
+    puller.ask(0)
+    world.actors.clear()
+    world.pass_time(dealing.LATE_MS)
+    world.finish()
+    world.run()
+    world.fail_over(1, oldest=True)
+    world.check_end()
+
+
+def a_unit_passes_the_scan(world: World) -> None:
+    """One unit stays on its way; another is put on sale behind a scan, and bought before it."""
+    world.restock(1)
+    world.run()
+    if world.shards[1].log.free != 1:
+        raise Broken("the first movement's rest goes to the second shard")
+    world.shop(0).step_until("take").ask(0)
+    world.actors.clear()
+    scan = world.shop(2).step_until("scan")
+    scan.step_at(1)
+    world.shards[1].run(Ask(1, "move", PRODUCT, (world.names[1], 9, 1)))
+    world.movements[9] = 1
+    world.applied.add(9)
+    buyer = world.shop(0)
+    while not buyer.ended:
+        buyer.step()
+    world.look()
+    scan.step_at(0)
+    scan.step_at(2)
+    world.run()
+    world.check_end()
+
+
+# With the number of shards that each needs.
+SCENARIOS = ((go_on_from_what_no_replica_has, 2), (a_unit_passes_the_scan, 3))
 
 
 def rush(seed: int, shards: int = 24, units: int = 100, shoppers: int = 200) -> list[str]:
