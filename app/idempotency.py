@@ -80,9 +80,9 @@ def put_all(route: str, done: Mapping[tuple[str, str], tuple[object, dict[str, A
     return len(db.session.execute(PUT_ALL, values).all()) == len(keys)
 
 
-def forget(route: str) -> None:
-    """Delete a route's keys, since what it made is being deleted."""
-    db.session.execute(delete(RequestKey).where(RequestKey.route == route))
+def forget(routes: Collection[str]) -> None:
+    """Delete the keys of these routes, since what they made is being deleted."""
+    db.session.execute(delete(RequestKey).where(RequestKey.route.in_(routes)))
 
 
 def fingerprint(content: object) -> str:
