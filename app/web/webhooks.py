@@ -24,8 +24,11 @@ MAX_ENDPOINT = 2**31 - 1
 
 
 def members(*known: str) -> dict[str, object]:
-    """Return the request's members. Raises InvalidRequest for one that is not known here."""
-    data = read_json() if request.content_length or request.mimetype else {}
+    """Return the request's members. Raises InvalidRequest for one that is not known here.
+
+    A body is needed only where there are members.
+    """
+    data = read_json() if known or request.content_length or request.mimetype else {}
     for name in data:
         if name not in known:
             raise InvalidRequest(f"{name} is not known here", name)
@@ -80,8 +83,9 @@ def index() -> ResponseReturnValue:
 @token_required
 def create() -> ResponseReturnValue:
     data = members(*MEMBERS, "after")
+    begins = "after" in data
     after = data.pop("after", None)
-    if after is not None and type(after) is not str:
+    if begins and type(after) is not str:
         raise InvalidRequest("after must be the id of an event, or what next was", "after")
     values = webhooks.read(data)
     taken, answer = keyed("", values | {"after": after})
@@ -105,11 +109,12 @@ def show(endpoint_id: int) -> ResponseReturnValue:
 @token_required
 def change(endpoint_id: int) -> ResponseReturnValue:
     data = members(*MEMBERS, "enabled")
+    switched = "enabled" in data
     enabled = data.pop("enabled", None)
-    if enabled is not None and type(enabled) is not bool:
+    if switched and type(enabled) is not bool:
         raise InvalidRequest("enabled must be true or false", "enabled")
     endpoint = webhooks.change(known(endpoint_id), webhooks.read(data), g.actor)
-    if enabled is not None:
+    if switched:
         endpoint = webhooks.switch(endpoint_id, enabled, g.actor)
     return jsonify(webhooks.describe(endpoint))
 
