@@ -32,6 +32,8 @@ REQUESTS = st.builds(
     address=st.sampled_from(["192.0.2.1", "192.0.2.2", "198.51.100.7", "2001:db8::/64"]),
     expected_cents=st.sampled_from([None, None, None, 1999, 5]),
     reference=st.sampled_from([None, None, "cart-7"]),
+    found=st.none(),
+    dry_since=st.just(0.0),
 )
 BATCHES = st.lists(
     st.tuples(
