@@ -8,7 +8,7 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,8 +24,8 @@ log = logging.getLogger(__name__)
 
 # Nobody waits longer for units that others have, or may have.
 MOST_SECONDS = 1.0
-# A shard that does not answer so soon is out of reach for a pull; the others don't wait for it.
-READING_SECONDS = 0.25
+# Who found nothing so shortly after another need not say it to all shards again.
+SEALED_SECONDS = 0.1
 
 KEYS_OF: dict[str, Callable[[Keys, Ask], list[str]]] = {
     "scan": lambda keys, ask: [keys.generation, keys.product(ask.product_id),
@@ -52,7 +52,7 @@ def carry_out(shards: Sequence[Shard], steps: Steps, seconds: float = 60.0) -> A
             if isinstance(step, float):
                 time.sleep(step)
             else:
-                answers = [_asked(shards[ask.shard], ask) for ask in step]
+                answers = [_answer(shards[ask.shard], ask) for ask in step]
             step = steps.send(answers)
     except StopIteration as stop:
         return stop.value
@@ -61,7 +61,7 @@ def carry_out(shards: Sequence[Shard], steps: Steps, seconds: float = 60.0) -> A
     return None
 
 
-def _asked(shard: Shard, ask: Ask) -> Any:
+def _answer(shard: Shard, ask: Ask) -> Any:
     keys, args = KEYS_OF[ask.script](shard.keys, ask), list(ask.args)
     run = shard.run_surely if ask.sure else shard.run
     try:
@@ -113,7 +113,7 @@ class ThreadPulls:
             request = asked_again(request, pulled, since)
             dry = shard.thread_line.claim(request)
             for ask in pulled.rest:
-                _asked(self._shards[ask.shard], ask)
+                _answer(self._shards[ask.shard], ask)
         return dry
 
 
@@ -134,6 +134,10 @@ class LoopPulls:
         self._shards = shards
         self._waiting: defaultdict[Want, Batch] = defaultdict(list)
         self._running: dict[Want, asyncio.Task[None]] = {}
+        # By sale and product: the scan under way, the one after it, and when shards were sealed.
+        self._scans: dict[tuple[str, int], asyncio.Task[Answers]] = {}
+        self._next_scans: dict[tuple[str, int], asyncio.Task[Answers]] = {}
+        self._sealed: dict[tuple[str, int], float] = {}
         # What nobody waits for.
         self._rest: set[asyncio.Task[Any]] = set()
         for shard in shards:
@@ -159,7 +163,7 @@ class LoopPulls:
             names = names_of(self._shards, want.sale)
             steps = pull(names, want.shard, want.product_id, want.quantity, want.gather)
             async with asyncio.timeout(MOST_SECONDS):
-                pulled = await self._carry_out(steps)
+                pulled = await self._carry_out(want, steps)
         except TimeoutError:
             pass
         except Exception:
@@ -180,32 +184,65 @@ class LoopPulls:
                 self._waiting[want].append((request, tell))
             else:
                 tell_one(tell, Unavailable(NOTHING_CAME, executed=False))
-        for ask in pulled.rest if pulled else ():
-            self._rest.add(task := asyncio.create_task(self._asked(ask)))
+        if pulled and pulled.rest:
+            self._rest.add(task := asyncio.create_task(self._asked(pulled.rest)))
             task.add_done_callback(self._rest.discard)
 
-    async def _carry_out(self, steps: Steps) -> Any:
+    async def _carry_out(self, want: Want, steps: Steps) -> Any:
         answers: Answers = []
         try:
             step = next(steps)
             while True:
                 if isinstance(step, float):
                     await asyncio.sleep(step)
-                else:
-                    answers = await asyncio.gather(*map(self._asked, step))
+                elif step[0].script == "scan":
+                    answers = await self._scan((want.sale, want.product_id), step)
+                elif step[0].script != "seal" or self._is_to_seal((want.sale, want.product_id)):
+                    answers = await self._asked(step)
                 step = steps.send(answers)
         except StopIteration as stop:
             return stop.value
         finally:
             steps.close()
 
-    async def _asked(self, ask: Ask) -> Any:
+    async def _scan(self, of: tuple[str, int], asks: list[Ask]) -> Answers:
+        """Scan, one at a time for all pulls: who comes while one is under way shares the next."""
+        if of not in self._next_scans:
+            scan = self._scan_after(of, asks, self._scans.get(of))
+            self._next_scans[of] = asyncio.create_task(scan)
+        return await asyncio.shield(self._next_scans[of])
+
+    async def _scan_after(
+        self, of: tuple[str, int], asks: list[Ask], before: "asyncio.Task[Answers] | None"
+    ) -> Answers:
+        if before:
+            await asyncio.wait([before])
+        self._scans[of] = scan = self._next_scans.pop(of)
+        try:
+            return await self._asked(asks)
+        finally:
+            if self._scans.get(of) is scan:
+                del self._scans[of]
+
+    def _is_to_seal(self, of: tuple[str, int]) -> bool:
+        now = time.monotonic()
+        if now < self._sealed.get(of, 0.0) + SEALED_SECONDS:
+            return False
+        # Of sales and products that nobody asks for any more nothing is kept.
+        self._sealed = {each: at for each, at in self._sealed.items() if now < at + SEALED_SECONDS}
+        self._sealed[of] = now
+        return True
+
+    async def _asked(self, asks: Sequence[Ask]) -> Answers:
+        answers = await asyncio.gather(*map(self._run, asks), return_exceptions=True)
+        for answer in answers:
+            if isinstance(answer, BaseException) and not isinstance(answer, Unavailable):
+                raise answer
+        return [None if isinstance(answer, Unavailable) else answer for answer in answers]
+
+    def _run(self, ask: Ask) -> Coroutine[Any, Any, Any]:
         shard = self._shards[ask.shard]
         keys = KEYS_OF[ask.script](shard.keys, ask)
         # As a whole: a node that was promoted a moment ago knows no scripts yet.
         words = ("EVAL", scripts()[ask.script], str(len(keys)), *keys, *map(str, ask.args))
-        try:
-            async with asyncio.timeout(MOST_SECONDS if ask.sure else READING_SECONDS):
-                return await shard.loop_line.run(pack(*words), ask.sure)
-        except (Unavailable, TimeoutError):
-            return None
+        return shard.loop_line.run(pack(*words), ask.sure)
