@@ -219,16 +219,19 @@ async def crowd(sales: list[Sale], seed: int, shoppers: int) -> list:
         shards = sales[user % len(sales)].shards
         request = Request(user, PRODUCT, 1, None, f"192.0.2.{user}")
         line = shards[place(user, len(shards)).shard].loop_line
-        try:
-            return (await line.claim(request)).outcome
-        except Unavailable as error:
-            return error.executed
+        while True:
+            try:
+                return (await line.claim(request)).outcome
+            except Unavailable as error:
+                # Not in time, on a machine that is busy with other things, and so it was told.
+                if error.executed is not False:
+                    raise
 
     return await asyncio.gather(*[buy(user) for user in range(shoppers)])
 
 
 @pytest.mark.parametrize(
-    "times", [often(20, 20), pytest.param(often(20, 1000), marks=pytest.mark.drill)]
+    "times", [12, pytest.param(often(50, 1000), marks=pytest.mark.drill)], ids=["few", "many"]
 )
 def test_a_rush_of_200_for_100_units_on_24_shards_sells_exactly_100(sale, settings, times):
     for seed in range(times):
