@@ -56,18 +56,15 @@ class Expiry:
 
 def expire(most: int) -> int:
     """End up to so many holds that are due; return how many. Their units go on sale again."""
-    movements = states.expire_due(most)
+    ended = states.expire_due(most)
     db.session.commit()
-    ended = 0
-    for movement_id in movements:
-        movement = db.session.get_one(StockMovement, movement_id)
-        ended += len(movement.order_ids or ())
+    for movement_id, orders in ended.items():
         try:
-            apply_movement(movement)
+            apply_movement(db.session.get_one(StockMovement, movement_id))
         except Unavailable as error:
             db.session.rollback()
-            log.warning("the units of %d ended holds return later: %s", ended, error)
-    return ended
+            log.warning("the units of %d ended holds return later: %s", orders, error)
+    return sum(ended.values())
 
 
 def tell_held(generation: str) -> None:

@@ -137,7 +137,9 @@ def test_many_at_once_under_one_key_and_under_none(buy, drain, app, admin_header
         client = app.test_client()
         return client.post("/orders/1/cancel", json=body, headers=headers).status_code
 
-    assert sorted(at_once(attempt, ["k", "k", "k", "", "", ""])) == [200] * 5 + [409]
+    told = sorted(at_once(attempt, ["k", "k", "k", "", "", ""]))
+    # Three acts fit: that of the key and two others, or the three others where they came first.
+    assert told in ([200] * 5 + [409], [200] * 3 + [409] * 3)
     assert proved(app) == 100
 
 
