@@ -26,10 +26,13 @@ OUTAGE_SECONDS = 5
 MOST_PATIENCE_SECONDS = 60
 HELD_SECONDS = 1.0
 
+# The patience ends in time also when the clock is set back meanwhile.
 SWEPT = text(f"""
 UPDATE sale SET swept_at = now(), expiry_from = CASE
   WHEN now() - swept_at > interval '{OUTAGE_SECONDS} s'
   THEN now() + least(now() - swept_at, interval '{MOST_PATIENCE_SECONDS} s')
+  WHEN expiry_from > now() + interval '{MOST_PATIENCE_SECONDS} s'
+  THEN now() + interval '{MOST_PATIENCE_SECONDS} s'
   ELSE expiry_from END
 RETURNING coalesce(expiry_from <= now(), true)
 """)  # noqa: S608

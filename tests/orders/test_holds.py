@@ -305,6 +305,28 @@ def test_ends_come_late_after_an_outage(buy, drain, held, app):
     assert free(app) == 1
 
 
+def test_a_clock_that_is_set_back_delays_ends_by_a_minute_at_most(buy, drain, held, app):
+    held()
+    buy(1)
+    drain()
+    with app.app_context():
+        # Half an hour of patience, by what the clock says since.
+        db.session.execute(
+            text(
+                "UPDATE sale SET swept_at = now() + interval '30 min',"
+                " expiry_from = now() + interval '31 min'"
+            )
+        )
+        db.session.commit()
+        Expiry().step()
+        wait = text("SELECT expiry_from - now() FROM sale")
+        assert timedelta(seconds=58) < db.session.scalar(wait) <= timedelta(seconds=60)
+        db.session.rollback()
+        Expiry().step()
+        assert db.session.scalar(wait) < timedelta(seconds=60)
+        db.session.rollback()
+
+
 def test_a_failed_order_that_was_held_is_held_when_it_is_stored_after_all(buy, held, app, late):
     held(units=1)
     buy(1)
