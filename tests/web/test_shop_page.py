@@ -207,6 +207,7 @@ def test_names_are_text_whatever_they_hold(page, shop):
     opened.get_by_role("heading", name="<img src=x onerror=alert(1)>").wait_for()
 
 
+@pytest.mark.drill
 def test_axe_finds_nothing(page, shop):
     shop.product(name="Seen by axe", stock=3)
     opened = page()
