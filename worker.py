@@ -78,7 +78,7 @@ def work(queue: rq.Queue, turned: Callable[[], None]) -> None:
     """
     while True:
         turned()
-        reason = "it gave up"
+        worker, reason = None, "it gave up"
         try:
             # No fork per job (19 ms). One queue: a worker of several can lose a job when killed.
             worker = Worker(
@@ -91,12 +91,13 @@ def work(queue: rq.Queue, turned: Callable[[], None]) -> None:
             worker.turned = turned
             worker.max_connection_wait_time = 1.0
             worker.work(logging_level=None)
-            if worker.asked:
-                return
         except StopRequested:
             return
         except Exception as error:
             reason = str(error).partition("\n")[0]
+        if worker and worker.asked:
+            # Whatever it has stumbled over since: it takes leave of a Redis that may be gone, too.
+            return
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: sys.exit())
         log.warning("RQ's worker ended: %s; the next one in %g s", reason, NEXT_WORKER_SECONDS)

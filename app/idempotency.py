@@ -89,9 +89,9 @@ def reopen(route: str, keys: Collection[tuple[str, str]]) -> None:
         db.session.execute(reopened.values(answer=null()))
 
 
-def forget(route: str) -> None:
-    """Delete a route's keys, since what it made is being deleted."""
-    db.session.execute(delete(RequestKey).where(RequestKey.route == route))
+def forget(routes: Collection[str]) -> None:
+    """Delete the keys of these routes, since what they made is being deleted."""
+    db.session.execute(delete(RequestKey).where(RequestKey.route.in_(routes)))
 
 
 _write = json.JSONEncoder(sort_keys=True, default=str).encode

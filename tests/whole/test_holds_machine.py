@@ -500,6 +500,7 @@ PLANTED = {
 }
 
 
+@pytest.mark.drill
 @pytest.mark.parametrize("bug", PLANTED)
 def test_a_planted_bug_is_found(make_app, monkeypatch, bug):
     for (module, name), changes in PLANTED[bug].items():
