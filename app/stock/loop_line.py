@@ -53,8 +53,7 @@ class LoopLine:
         self._gathered: Batch = []
         # Batches that wait for replicas. Other claims gather meanwhile, and cost less together.
         self._in_flight = 0
-        # Is told of users who are over their limit.
-        self.on_limited: Callable[[Request, Claim], None] = lambda request, claim: None
+        self._on_limited: Callable[[Request, Claim], None] = lambda request, claim: None
         self._channel: Channel | None = None
         self._opening: asyncio.Task[Channel] | None = None
         # After a failure nobody connects for a moment.
@@ -63,6 +62,10 @@ class LoopLine:
         # Whether PostgreSQL could tell what Redis must hold, and when it was asked last.
         self._verified = False
         self._compared_at = 0.0
+
+    def tell_limited(self, tell: Callable[[Request, Claim], None]) -> None:
+        """Have it told of users who are over their limit."""
+        self._on_limited = tell
 
     async def claim(self, request: Request) -> Claim:
         """Decide one purchase. Raises Unavailable when Redis gave no answer."""
@@ -195,7 +198,7 @@ class LoopLine:
                         continue
                     result = refused(error)
                 elif result.outcome == LIMITED:
-                    self.on_limited(request, result)
+                    self._on_limited(request, result)
                 elif promised is not None and result.outcome in PROMISES:
                     promised.append((tell, result))
                     continue
