@@ -38,7 +38,9 @@ ISSUED = text("""
     SELECT generation, shards, number, greatest(
       CASE WHEN shards = 1 THEN sale.last_order_id
            ELSE (SELECT last_order_id FROM sale_shards s WHERE s.shard = number) END,
-      (SELECT last_order_id FROM batches b WHERE b.shard = number ORDER BY id DESC LIMIT 1))
+      -- One from before this dealing was another shard's.
+      (SELECT CASE WHEN b.last_order_id >= sale.first_order_id THEN b.last_order_id END
+       FROM batches b WHERE b.shard = number ORDER BY id DESC LIMIT 1))
     FROM sale, generate_series(0, shards - 1) AS number ORDER BY number
 """)
 

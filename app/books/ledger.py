@@ -40,7 +40,10 @@ SELECT coalesce((SELECT generation FROM sale), ''), coalesce((SELECT shards FROM
        -- A batch that was read again, and cut shorter, ends below the one before it.
        (SELECT json_agg(coalesce((SELECT max(last_order_id)
                                   FROM (SELECT last_order_id FROM batches WHERE shard = number
-                                        ORDER BY id DESC LIMIT 50) newest), 0) ORDER BY number)
+                                        ORDER BY id DESC LIMIT 50) newest
+                                  -- What was stored before this dealing was of other shards.
+                                  WHERE last_order_id >= (SELECT first_order_id FROM sale)), 0)
+                         ORDER BY number)
         FROM generate_series(0, :shards - 1) AS number),
        (SELECT json_agg(json_build_array(shard, product_id, moved_units,
                stored_units + dead_units + abandoned_units, stored_orders)
@@ -472,9 +475,7 @@ def differences(product_id: int) -> Differences:
     missing: list[tuple[int, int]] = []
     not_waiting: list[int] = []
     unknown: list[int] = []
-    first = 1
-    if len(stock.shards) > 1:
-        first = db.session.scalar(text("SELECT first_order_id FROM sale")) or 1
+    first = db.session.scalar(BEGUN, {"shards": len(stock.shards)}) or 1
     for shard in stock.shards:
         gaps, not_listed, foreign = _differences_of(shard, product_id, first)
         missing += gaps
@@ -529,6 +530,14 @@ def _differences_of(
     return [(first, last) for first, last in gaps], still_queued, list(unknown)
 
 
+# Of one shard all ids since a reset are looked at, or those since it was several.
+BEGUN = text("""
+SELECT CASE WHEN :shards > 1 THEN (SELECT first_order_id FROM sale)
+       ELSE (SELECT max((after ->> 'first_order_id')::bigint) FROM audit_log
+             WHERE action = 'sale.rebuild' AND (after ->> 'former_shards')::int > 1
+               AND id > coalesce((SELECT max(id) FROM audit_log WHERE action = 'sale.reset'), 0))
+       END
+""")
 GAPS = text("""
 WITH jumps AS (
   SELECT (after ->> 'last_known_order_id')::bigint AS last,

@@ -253,7 +253,7 @@ def rebuild(actor: Actor, replace: bool = False) -> Rebuilt:
     report = Rebuilt(
         loss=loss,
         generation=generation,
-        products=len(products),
+        products=len(products[0]),
         free_units=sum(p["free"] for p in stock.view(stock.product_ids()).products.values()),
         orders=sum(total.stored_orders for total in totals),
         dead_letters=sum(total.dead_orders for total in totals),
@@ -440,7 +440,10 @@ def _take_over(generation: str, loss: Loss, former: int, actor: Actor) -> None:
         },
     )
     deal_anew(former, loss.first_order_id)
-    record(actor, "sale.rebuild", "sale", after=asdict(loss) | {"generation": generation})
+    told = asdict(loss) | {"generation": generation}
+    if former > 1 or len(stock.shards) > 1:
+        told |= {"former_shards": former, "shards": len(stock.shards)}
+    record(actor, "sale.rebuild", "sale", after=told)
     db.session.commit()
 
 

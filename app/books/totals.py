@@ -11,7 +11,7 @@ SUMS = (
 )  # fmt: skip
 # What is inserted until the new shards are in force would count where it does not belong.
 STANDSTILL = text("LOCK TABLE products, dead_letters, stock_movements IN SHARE ROW EXCLUSIVE MODE")
-# What is put on sale counts in a sale of one shard from the beginning, in others once it is applied.
+# What is put on sale counts in a sale of one shard at once, in others when it is applied.
 FOLD = text(f"""
 WITH former AS (DELETE FROM product_totals RETURNING *), pending AS (
   SELECT product_id, sum(units) AS units FROM stock_movements WHERE applied_at IS NULL GROUP BY 1
@@ -46,7 +46,7 @@ def deal_anew(former: int, first_order_id: int) -> None:
     db.session.execute(STANDSTILL)
     if shards > 1 or former > 1:
         db.session.execute(FOLD, {"former": former, "shards": shards})
-    db.session.execute(text("TRUNCATE sale_shards"))
+    db.session.execute(text("DELETE FROM sale_shards"))
     db.session.execute(
         text(
             "INSERT INTO sale_shards (shard, last_order_id, sampled_at)"
