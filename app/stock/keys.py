@@ -45,12 +45,25 @@ class Keys:
         self.bought_prefix = f"{prefix}bought:"
         self.idempotency_prefix = f"{prefix}keys:"
         self.former_idempotency_prefix = f"{prefix}key:"
+        # What shards lend each other: see dealing.py.
+        self.sends = f"{prefix}sends"
+        self.sent = f"{prefix}sent"
+        self.lent_prefix = f"{prefix}lent:"
+        self.given_prefix = f"{prefix}given:"
         self._product_prefix = f"{prefix}product:"
         self._key_prefix = f"{prefix}brake-key:"
         self._address_units_prefix = f"{prefix}address-units:"
 
     def product(self, product_id: int) -> str:
         return f"{self._product_prefix}{product_id}"
+
+    def lent(self, product_id: int) -> str:
+        """Return the hash of what of a product was sent to other shards and received from them."""
+        return f"{self.lent_prefix}{product_id}"
+
+    def given(self, source: int) -> str:
+        """Return the bits of another shard's entries that were given here."""
+        return f"{self.given_prefix}{source}"
 
     def brake_key(self, key: str) -> str:
         return f"{self._key_prefix}{key}"

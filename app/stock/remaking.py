@@ -53,11 +53,14 @@ class Remaking(Figures):
     def clear_sale(self) -> None:
         """Delete what a rebuild makes anew; rates, samples and counts of refusals stay."""
         accounting = ("version", "free", "moved", "accepted", "claimed", "settled",
-                      "settled_units", "persisted", "held")  # fmt: skip
+                      "settled_units", "persisted", "held", "sealed")  # fmt: skip
         with asking():
             self.client.unlink(
-                self.keys.generation, self.keys.outbox, self.keys.queued, self.keys.movements
-            )
+                self.keys.generation, self.keys.outbox, self.keys.queued, self.keys.movements,
+                self.keys.sends, self.keys.sent,
+            )  # fmt: skip
+            self._unlink(self.keys.lent_prefix)
+            self._unlink(self.keys.given_prefix)
             self._unlink(self.keys.bought_prefix)
             self._unlink(self.keys.idempotency_prefix)
             self._unlink(self.keys.former_idempotency_prefix)
