@@ -16,6 +16,7 @@ from .dealing import ask_once, finish, pull, unseal
 from .doorkeeper import Doorkeeper
 from .entries import Entry
 from .figures import View, merged
+from .keys import Keys
 from .link import Link
 from .loop_line import LoopLine
 from .moves import Ended, Expired, Movement, Terms
@@ -72,7 +73,12 @@ class Stock:
     def dealt(self, shards: int) -> list[Shard]:
         """Return the shards of the sale as it is, or was, dealt to so many."""
         # Whoever builds an app has filled in the URL (run/embedded.py).
-        server = Server(self._settings.redis_url or "")
+        url = self._settings.redis_url or ""
+        one = Server(url)
+
+        def server(part: Part) -> Server:
+            # In a cluster the shards lie apart, and move apart.
+            return Server(url, Keys(part).prefix) if one.moves and shards > 1 else one
 
         def of(shard: int) -> tuple[str, int] | None:
             found = self._on_record()
@@ -82,7 +88,7 @@ class Stock:
             return name, issued[shard] if shard < len(issued) else 0
 
         return [
-            Shard(Part(number, shards), server, self._settings, partial(of, number))
+            Shard(part := Part(number, shards), server(part), self._settings, partial(of, number))
             for number in range(shards)
         ]
 

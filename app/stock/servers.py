@@ -23,8 +23,6 @@ COMMAND_TIMEOUT_SECONDS = 1.0
 # the second.
 ASK_SECONDS = 0.25
 SENTINEL_PORT, REDIS_PORT = 26_379, 6379
-# Of a cluster: all keys of the sale have one tag.
-SLOT = key_slot(KEYS.prefix.encode())
 # How a server says that it can't do a primary's work any more, or not yet: it has become a replica,
 # lost its primary or its replicas, is loading, or another holds these keys. Who is told so leaves.
 UNFIT = frozenset(
@@ -58,12 +56,15 @@ class Server:
     A server that hangs or has become a replica is left by all connections to it, and by no others.
     """
 
-    def __init__(self, url: str) -> None:
-        """`url` is a REDIS_URL. Raises ValueError when it can't be one."""
+    def __init__(self, url: str, prefix: str = KEYS.prefix) -> None:
+        """`url` is a REDIS_URL; in a cluster it is the node that has keys with this `prefix`.
+
+        Raises ValueError when it can't be one.
+        """
         self.breaker = Breaker(COMMAND_TIMEOUT_SECONDS)
         # How often it was told to be unfit; a connection older than the last time is not used.
         self.unfit = 0
-        self.options, self._find = read_url(url)
+        self.options, self._find = read_url(url, prefix)
 
     @property
     def moves(self) -> bool:
@@ -112,12 +113,15 @@ def connection_options(decode: bool) -> dict[str, Any]:
     }
 
 
-def read_url(url: str) -> tuple[dict[str, Any], Callable[[], Address] | None]:
+def read_url(
+    url: str, prefix: str = KEYS.prefix
+) -> tuple[dict[str, Any], Callable[[], Address] | None]:
     """Return a connection's options, and who tells its address where the options don't.
 
     `redis+sentinel://user:password@host:port,host:port/name?db=0` asks Sentinels for the primary
     that they know by this name; they may have a `sentinel_username` and a `sentinel_password`.
-    `redis+cluster://user:password@host:port,host:port` asks nodes of a cluster for the sale's.
+    `redis+cluster://user:password@host:port,host:port` asks nodes of a cluster for the one that has
+    keys with the prefix, whose tag puts them all into one slot.
     """
     parts = urlsplit(url)
     scheme, _, kind = parts.scheme.partition("+")
@@ -131,7 +135,7 @@ def read_url(url: str) -> tuple[dict[str, Any], Callable[[], Address] | None]:
     for name in ("host", "port"):
         options.pop(name, None)
     if kind == "cluster":
-        return options, _Cluster(hosts, options)
+        return options, _Cluster(hosts, options, key_slot(prefix.encode()))
     theirs = {
         name: options.pop(f"sentinel_{name}")
         for name in ("username", "password")
@@ -172,10 +176,10 @@ class _Sentinels:
 
 
 class _Cluster:
-    """Tells which primary of a cluster has the sale: all its keys lie in one slot."""
+    """Tells which primary of a cluster has a slot."""
 
-    def __init__(self, hosts: list[Address], options: dict[str, Any]) -> None:
-        self._hosts, self._options = hosts, options
+    def __init__(self, hosts: list[Address], options: dict[str, Any], slot: int) -> None:
+        self._hosts, self._options, self._slot = hosts, options, slot
         self._turn = 0
 
     def __call__(self) -> Address:
@@ -188,7 +192,9 @@ class _Cluster:
                 return self._ask(host, port)
             except redis.RedisError as error:
                 errors.append(f"{host}:{port}: {error}")
-        raise redis.ConnectionError(f"no node of the cluster knows the sale's: {errors}")
+        raise redis.ConnectionError(
+            f"no node of the cluster knows who has slot {self._slot}: {errors}"
+        )
 
     def _ask(self, host: str, port: int) -> Address:
         options = {
@@ -203,10 +209,10 @@ class _Cluster:
             client.response_callbacks.pop("CLUSTER SLOTS", None)
             ranges = client.execute_command("CLUSTER SLOTS")
         for first, last, (found, port_found, *_), *_replicas in ranges:
-            if first <= SLOT <= last:
+            if first <= self._slot <= last:
                 # A node that does not know its own address means: where you have asked.
                 return found or host, port_found
-        raise redis.ConnectionError("nobody has the sale's slot")
+        raise redis.ConnectionError(f"nobody has slot {self._slot}")
 
 
 class _Found(AbstractConnection):
