@@ -45,8 +45,10 @@ DEFAULTS = {"SHARDS": "6", "REDIS_REPLICAS": "1"}
 class Node(RedisServer):
     """One node, with its files in DATA_DIR/nodes/<port>."""
 
-    def __init__(self, data_dir: Path, port: int) -> None:
+    def __init__(self, data_dir: Path, port: int, **more: str) -> None:
+        """`more` are options, with underscores for hyphens."""
         options = {"port": str(port), **NODE_OPTIONS}
+        options |= {name.replace("_", "-"): value for name, value in more.items()}
         extra = tuple(f"{name}={value}" for name, value in options.items())
         super().__init__(data_dir / "nodes" / str(port), extra=extra)
         self.port = port
