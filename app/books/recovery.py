@@ -100,8 +100,7 @@ def reset(actor: Actor) -> int:
     # What PostgreSQL refuses is refused by now, and what Redis refuses is rolled back.
     for shard in (*former, *stock.shards):
         shard.clear()
-    for route in (catalogue.CREATE, cancelling.CANCEL, bulk.START, *holds.ROUTES):
-        idempotency.forget(route)
+    idempotency.forget((catalogue.CREATE, cancelling.CANCEL, bulk.START, *holds.ROUTES))
     shards = len(stock.shards)
     db.session.add(
         Sale(
