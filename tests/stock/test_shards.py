@@ -11,11 +11,9 @@ from app.audit import CLI
 from app.books import ledger, recovery
 from app.config import NO_LIMIT
 from app.extensions import db, stock
-from app.orders import deadletters
 from app.orders.drain import drain_batch
 from app.problems import Unavailable
 from app.products import movements
-from app.stock.place import place
 from app.stock.shards import COUNTS, Part, first_above, tag_of
 from app.worker import relay
 
