@@ -56,7 +56,7 @@ RECORD_WAIT_SECONDS = 0.4
 SALE_TABLES = (
     "orders", "order_intents", "bulk_cancels", "dead_letters", "batches", "stock_movements",
     "product_totals", "product_names", "products", "sale", "events", "new_events", "sold_out",
-    "webhook_deliveries", "webhook_attempts",
+    "webhook_deliveries", "webhook_attempts", "sale_shards",
 )  # fmt: skip
 
 
@@ -102,17 +102,13 @@ def reset(actor: Actor) -> int:
         shard.clear()
     idempotency.forget((catalogue.CREATE, cancelling.CANCEL, bulk.START, *holds.ROUTES))
     shards = len(stock.shards)
+    first = first_above(0, shards)
     db.session.add(
-        Sale(
-            generation=generation,
-            epoch=generation,
-            shards=shards,
-            first_order_id=first_above(0, shards),
-        )
+        Sale(generation=generation, epoch=generation, shards=shards, first_order_id=first)
     )
     record(actor, "sale.reset", "sale", after=SEED_PRODUCT)
     db.session.commit()
-    _open(generation, first_above(0, shards), made_on)
+    _open(generation, first, made_on)
     return int(catalogue.create(terms.read_new(SEED_PRODUCT), actor).product["id"])
 
 
