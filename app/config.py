@@ -221,8 +221,8 @@ class Settings:
         "SHARDS",
         1,
         _shards,
-        "shards that a sale is dealt to, so that a cluster's nodes share it: 1, 2, 3, 4, 6, 8, 12 or "
-        "24; to change it takes `flask rebuild`",
+        "shards that a sale is dealt to, so that nodes of a cluster share it: 1, 2, 3, 4, 6, 8, 12 "
+        "or 24; to change it takes `flask rebuild`",
     )
     database_url: str | None = setting(
         "DATABASE_URL", None, _database_url, "a real PostgreSQL; embedded when not set"
