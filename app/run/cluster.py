@@ -80,7 +80,7 @@ class Cluster:
             ports = json.loads(self._formed.read_text())
         else:
             shutil.rmtree(self.folder, ignore_errors=True)
-            ports = _free_ports(2 * PRIMARIES)
+            ports = free_ports(2 * PRIMARIES)
         self.nodes = [Node(data_dir, port) for port in ports]
 
     @property
@@ -116,7 +116,7 @@ class Cluster:
             replica.await_answer("master_link_status:up", "INFO REPLICATION")
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Return ports that nothing listens on, with room for the nodes' bus 10,000 above each.
 
     Below those that the kernel deals out by itself, and no port is another's bus.

@@ -6,17 +6,20 @@ to rebuild. Told is for how long a node's shards sold nothing, and the others.
 
 import os
 import signal
+import subprocess
 import sys
 import time
 
 import pytest
+import redis
 from checker import OK, UNKNOWN, Restock, check
 from drills import often
+from redis.crc import key_slot
 from rush import ShardedRush, stored_by
 from system import run_program, start_system, stop_system
 from waiting import wait_until
 
-from app.run.cluster import Cluster, Node
+from app.run.cluster import Cluster, Node, free_ports
 from app.run.embedded import RedisServer
 from app.stock.keys import Keys
 from app.stock.servers import Server
@@ -90,7 +93,7 @@ class Drill:
         self.sells_everywhere(time.monotonic())
         gaps = [self.rush.gap(shard, began) for shard in range(SHARDS)]
         theirs = max((gaps[shard] for shard in shards), default=0.0)
-        others = max(gap for shard, gap in enumerate(gaps) if shard not in shards)
+        others = max((gap for shard, gap in enumerate(gaps) if shard not in shards), default=0.0)
         print(f"{name}: {theirs:.1f} s without a sale, the other nodes {others:.1f} s")
 
     def judge(self) -> None:
@@ -98,12 +101,7 @@ class Drill:
         self.rush.end()
         wait_until(self.is_well, 60, "all nodes to be well")
         wait_until(lambda: not self.count("XLEN", "outbox"), 60, "all orders to be stored")
-        proof = run_program(
-            [sys.executable, "-m", "flask", "--app", "wsgi", "ledger", "check"],
-            60,
-            DATA_DIR=str(self.server.data_dir),
-            **self.environ,
-        )
+        proof = self.flask("ledger", "check")
         problems = [] if proof.returncode == 0 else [proof.stdout + proof.stderr]
         stored = stored_by(self.server, self.count("HGET", "product:1", "free"), 0, problems)
         attempts = self.rush.history.attempts
@@ -111,6 +109,11 @@ class Drill:
         unknown = sum(attempt.outcome == UNKNOWN for attempt in attempts)
         print(f"{sold} answered 200, {unknown} answers unknown, {len(stored.orders)} stored")
         assert check(self.rush.history, stored) == []
+
+    def flask(self, *words: str) -> subprocess.CompletedProcess:
+        """Run one of the system's commands beside it."""
+        argv = [sys.executable, "-m", "flask", "--app", "wsgi", *words]
+        return run_program(argv, 60, DATA_DIR=str(self.server.data_dir), **self.environ)
 
     def count(self, command: str, key: str, *words: str) -> int:
         """Return the sum of a figure over all shards."""
@@ -214,6 +217,73 @@ def lose_the_jobs_redis(drill: Drill, _: int) -> None:
     drill.watch("jobs' Redis killed", [], act)
 
 
+def slot_of(shard: int) -> int:
+    return key_slot(Keys(Part(shard, SHARDS)).prefix.encode())
+
+
+def another_primary(drill: Drill, node: Node) -> Node:
+    return next(each for each in drill.nodes if each is not node and promoted(each))
+
+
+def move_a_shard(drill: Drill, shard: int, to: Node | None = None) -> None:
+    """Move a shard's slot at once, as Valkey 9 does it."""
+    source = drill.find(shard)
+    target = to or another_primary(drill, source)
+
+    def act() -> None:
+        slot, identity = slot_of(shard), target.ask("CLUSTER MYID")
+        source.ask("CLUSTER MIGRATESLOTS", "SLOTSRANGE", slot, slot, "NODE", identity)
+        wait_until(lambda: drill.find(shard) is target, 60, "the slot to move")
+
+    drill.watch("MIGRATESLOTS" if to is None else "moved to a new node", [shard], act)
+
+
+def move_a_shard_by_hand(drill: Drill, shard: int) -> None:
+    """Move a shard's slot key by key, as every version does it."""
+    source = drill.find(shard)
+    target = another_primary(drill, source)
+
+    def act() -> None:
+        slot, ids = slot_of(shard), [each.ask("CLUSTER MYID") for each in (source, target)]
+        target.ask("CLUSTER SETSLOT", slot, "IMPORTING", ids[0])
+        source.ask("CLUSTER SETSLOT", slot, "MIGRATING", ids[1])
+        with redis.Redis(port=source.port) as client:
+            while keys := client.execute_command("CLUSTER GETKEYSINSLOT", slot, 100):
+                words = ("MIGRATE", "127.0.0.1", target.port, "", 0, 5000, "KEYS", *keys)
+                client.execute_command(*words)
+        for node in (target, source):
+            node.ask("CLUSTER SETSLOT", slot, "NODE", ids[1])
+        wait_until(lambda: drill.find(shard) is target, 60, "the slot to move")
+
+    drill.watch("SETSLOT", [shard], act)
+
+
+def add_nodes(drill: Drill, shard: int) -> None:
+    """A primary and its replica come to the cluster, and a shard moves there."""
+    if len(drill.nodes) > len(drill.cluster.nodes):
+        return
+    primary, replica = (Node(drill.folder, port) for port in free_ports(2))
+    for node in (primary, replica):
+        drill.nodes.append(node)
+        node.start()
+        node.ask("CLUSTER MEET", "127.0.0.1", drill.nodes[0].port)
+    identity = primary.ask("CLUSTER MYID")
+    replica.await_answer(identity, "CLUSTER NODES")
+    replica.ask("CLUSTER REPLICATE", identity)
+    replica.await_answer("master_link_status:up", "INFO REPLICATION")
+    for node in drill.nodes:
+        node.await_answer(identity, "CLUSTER NODES")
+    move_a_shard(drill, shard, to=primary)
+
+
+def rebuild(drill: Drill, _: int) -> None:
+    def act() -> None:
+        done = drill.flask("rebuild", "--yes")
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    drill.watch("the sale rebuilt", list(range(SHARDS)), act)
+
+
 EVENTS = [
     kill_a_primary,
     stop_a_primary,
@@ -223,6 +293,12 @@ EVENTS = [
     kill_a_pair,
     flush_scripts,
     lose_the_jobs_redis,
+    move_a_shard,
+    move_a_shard_by_hand,
+    add_nodes,
+    rebuild,
+    kill_a_primary,
+    kill_a_primary,
 ]
 
 
