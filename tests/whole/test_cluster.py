@@ -4,6 +4,7 @@ Nothing that was answered is lost or doubled, nothing is oversold, the books bal
 to rebuild. Told is for how long a node's shards sold nothing, and the others.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -16,13 +17,12 @@ from checker import OK, UNKNOWN, Restock, check
 from drills import often
 from redis.crc import key_slot
 from rush import ShardedRush, stored_by
-from system import run_program, start_system, stop_system
+from system import processes, run_program, start_system, stop_system
 from waiting import wait_until
 
 from app.run.cluster import Cluster, Node, free_ports
 from app.run.embedded import RedisServer
 from app.stock.keys import Keys
-from app.stock.servers import Server
 from app.stock.shards import Part
 
 pytestmark = pytest.mark.drill
@@ -63,9 +63,15 @@ class Drill:
         self.sells_everywhere(time.monotonic())
 
     def find(self, shard: int) -> Node:
-        """Return the node that is a shard's primary, as the others see it."""
-        address = Server(self.cluster.url, Keys(Part(shard, SHARDS)).prefix).address()
-        return next(node for node in self.nodes if address and node.port == address[1])
+        """Return the node that is a shard's primary; of two that say so, the later one."""
+        slot, found = slot_of(shard), {}
+        for node in self.nodes:
+            if node.is_running():
+                _, _, _, _, _, _, epoch, _, *ranges = _line(node).split()
+                for first, _, last in (each.partition("-") for each in ranges if each[0] != "["):
+                    if int(first) <= slot <= int(last or first):
+                        found[int(epoch)] = node
+        return found[max(found)]
 
     def shards_of(self, node: Node) -> list[int]:
         return [shard for shard in range(SHARDS) if self.find(shard) is node]
@@ -307,3 +313,28 @@ def test_nodes_fail_one_after_the_other(drill):
         for number, event in enumerate(EVENTS):
             event(drill, (turn + number) % SHARDS)
     drill.judge()
+
+
+def test_make_cluster_sells_starts_dead_nodes_again_and_finds_its_data(tmp_path):
+    def buy(user: int) -> int:
+        return server.call("POST", "/purchase", {"userId": user, "productId": 1})[0]
+
+    def left() -> int:
+        return json.loads(server.call("GET", "/purchase/metrics")[2])["stock_remaining"]
+
+    server = start_system(tmp_path, "cluster", WEB_WORKERS="1")
+    try:
+        assert [buy(user) for user in range(1, 21)] == [200] * 20
+        for node in processes(server.data_dir, "valkey-server", "cluster"):
+            os.kill(node, signal.SIGKILL)
+        wait_until(lambda: buy(1000 + int(10 * time.monotonic())) == 200, 60, "a sale")
+    finally:
+        stop_system(server)
+    server = start_system(tmp_path, "cluster", WEB_WORKERS="1")
+    try:
+        before = left()
+        assert before < 80
+        assert buy(21) == 200
+        assert left() == before - 1
+    finally:
+        stop_system(server)

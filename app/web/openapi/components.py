@@ -132,8 +132,8 @@ SCHEMAS = {
             },
             "final": {
                 "type": "boolean",
-                "description": "with `sold_out` and `insufficient_stock`: false while a shard of the "
-                "sale is out of reach, whose units come back with it",
+                "description": "with `sold_out` and `insufficient_stock`: false while a part of "
+                "the sale is out of reach, whose units come back with it",
             },
             "reason": {
                 "enum": ["purchase_limit"],
