@@ -15,6 +15,7 @@ from .claims import Claim, Request
 from .doorkeeper import Doorkeeper
 from .entries import Entry
 from .figures import View, merged
+from .keys import Keys
 from .link import Link
 from .loop_line import LoopLine
 from .moves import Ended, Expired, Movement, Terms
@@ -80,8 +81,8 @@ class Stock:
             return name, issued[shard] if shard < len(issued) else 0
 
         return [
-            Shard(Part(number, shards), server, self._settings, partial(of, number))
-            for number in range(shards)
+            Shard(part, server.for_keys(Keys(part).prefix), self._settings, partial(of, number))
+            for number, part in enumerate(Part(number, shards) for number in range(shards))
         ]
 
     def shard_of(self, user: User) -> Shard:
