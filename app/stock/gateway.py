@@ -73,12 +73,7 @@ class Stock:
     def dealt(self, shards: int) -> list[Shard]:
         """Return the shards of the sale as it is, or was, dealt to so many."""
         # Whoever builds an app has filled in the URL (run/embedded.py).
-        url = self._settings.redis_url or ""
-        one = Server(url)
-
-        def server(part: Part) -> Server:
-            # In a cluster the shards lie apart, and move apart.
-            return Server(url, Keys(part).prefix) if one.moves and shards > 1 else one
+        server = Server(self._settings.redis_url or "")
 
         def of(shard: int) -> tuple[str, int] | None:
             found = self._on_record()
@@ -88,8 +83,8 @@ class Stock:
             return name, issued[shard] if shard < len(issued) else 0
 
         return [
-            Shard(part := Part(number, shards), server(part), self._settings, partial(of, number))
-            for number in range(shards)
+            Shard(part, server.for_keys(Keys(part).prefix), self._settings, partial(of, number))
+            for number, part in enumerate(Part(number, shards) for number in range(shards))
         ]
 
     def shard_of(self, user: User) -> Shard:
