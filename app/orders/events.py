@@ -1,10 +1,10 @@
 """An order's steps, told to the feed in the transaction in which they are made."""
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from psycopg2.extensions import cursor as Cursor
 from sqlalchemy import select
@@ -15,6 +15,23 @@ from ..models import DeadLetter, Order
 from ..stock.entries import Entry
 from . import search
 from .search import describe
+
+
+def described(order: Order) -> dict[str, Any]:
+    """Return a stored order in the API's form."""
+    return describe(search.from_row([getattr(order, column.key) for column in search.COLUMNS]))
+
+
+class Step(NamedTuple):
+    """An order, in the API's form, as a step leaves it; and how many there were up to this one."""
+
+    order: dict[str, Any]
+    acts: int
+
+
+def tell(kind: str, steps: Iterable[Step]) -> None:
+    """Tell of a step of each of these stored orders, whose rows are locked."""
+    add(Happened(kind, {"order": order}, order["id"], acts) for order, acts in steps)
 
 
 def record(kind: str, orders: Sequence[Order], **more: Any) -> None:
@@ -44,6 +61,16 @@ def record_letter(kind: str, letter: DeadLetter, **more: Any) -> None:
             order = describe(search.from_letter(letter))
             add([Happened(kind, {"order": order} | more, letter.order_id)])
 
+
+# As search.describe has it.
+MOMENT = "to_char({0} AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.MS\"Z\"')"
+DESCRIBED = f"""json_build_object(
+  'id', id, 'status', status, 'userId', coalesce(user_id::text, user_name),
+  'productId', product_id, 'quantity', quantity, 'cancelledQuantity', returned_units,
+  'unitPriceCents', unit_price_cents, 'currency', currency, 'reference', reference,
+  'createdAt', {MOMENT.format("claimed_at")}, 'storedAt', {MOMENT.format("persisted_at")},
+  'endedAt', {MOMENT.format("cancelled_at")}, 'endReason', cancel_reason,
+  'heldUntil', {MOMENT.format("held_until")}, 'payment', payment)"""
 
 # What this transaction has put among the dead letters: one that was read again is told of already.
 NEW_LETTERS = """
