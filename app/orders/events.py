@@ -24,7 +24,7 @@ def described(order: Order) -> dict[str, Any]:
 
 
 def body(order: dict[str, Any]) -> str:
-    """Return what an event says besides its type, time and number; the order is in the API's form."""
+    """Return what an event says of an order, which is in the API's form."""
     return msgspec.json.encode({"order": order}).decode()
 
 
