@@ -28,12 +28,13 @@ ROUTES = (CONFIRM, RELEASE, EXTEND)
 MAX_PAYMENT = 128
 
 
-# The orders, locked, and of each whether something was accepted that is still to be done.
+# The orders, locked, and of each whether something was accepted that is still to be done. One that
+# somebody else has locked keeps nobody waiting but who asks for it.
 COLUMNS = ", ".join(column.key for column in search.COLUMNS)
 LOCKED = text(f"""
 SELECT {COLUMNS},
        EXISTS (SELECT FROM order_intents i WHERE i.order_id = o.id AND i.applied_at IS NULL)
-FROM orders o WHERE id = ANY(:ids) ORDER BY id FOR UPDATE
+FROM orders o WHERE id = ANY(:ids) ORDER BY id FOR UPDATE SKIP LOCKED
 """)  # noqa: S608
 
 
