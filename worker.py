@@ -46,6 +46,8 @@ log = logging.getLogger(__name__)
 # RQ waits 15 s less than this for a job, and 10 s more for an answer of a dead connection.
 WORKER_TTL_SECONDS = 20
 NEXT_WORKER_SECONDS = 1.0
+# One ends the next holds while the units of the other's go to Redis.
+EXPIRERS = 2
 
 
 class Worker(SimpleWorker):
@@ -111,7 +113,7 @@ def main(pipe: str | None = None, replaces: str = "") -> None:
         Sampler(name).run_once,
         Sweeper().run_once,
         Canceller().run_once,
-        Expirer().run_once,
+        *(Expirer().run_once for _ in range(EXPIRERS)),
     )
     try:
         run("worker", orders_queue, steps, pipe, replaces)

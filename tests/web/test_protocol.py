@@ -11,6 +11,7 @@ from contextlib import suppress
 import pytest
 from flask import Response
 from people import cookie_name
+from waiting import patience
 from wire import post, purchase, serving
 
 from app.extensions import stock
@@ -43,7 +44,7 @@ def talk(app, conversation, seconds: float = 60):
         async with serving(app) as process:
             return await conversation(process)
 
-    return asyncio.run(asyncio.wait_for(whole(), seconds))
+    return asyncio.run(asyncio.wait_for(whole(), patience(seconds)))
 
 
 def replies_to(app, data: bytes, count: int, closed: bool = False) -> list:
@@ -64,7 +65,7 @@ def replies_to(app, data: bytes, count: int, closed: bool = False) -> list:
 
 
 async def until(condition, seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + patience(seconds)
     while not condition():
         assert time.monotonic() < deadline
         await asyncio.sleep(0.01)
@@ -183,6 +184,24 @@ REFUSED_AFTER = {
         431,
     ),
 }
+
+
+@pytest.mark.parametrize(
+    "host", ["", "shop.example", "a:", "a:8000", "[::1]:80", "127.0.0.1", "a_b"]
+)
+def test_each_host_that_is_one_is_taken(app, host):
+    head = f"GET /healthz HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()
+    assert replies_to(app, head, 1)[0].status == 200
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["a b", "a/b", "user@a", "a?b", "a#b", "http://a", "[::1", "a:80:1", "a:b", "ä", "<a>"],
+)
+def test_a_host_that_is_none_is_refused(app, host):
+    head = f"GET /healthz HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()
+    refused = replies_to(app, head, 1, closed=True)[0]
+    assert (refused.status, refused.json["code"]) == (400, "invalid_request")
 
 
 @pytest.mark.parametrize("name", REFUSED_AFTER)
