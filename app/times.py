@@ -8,7 +8,7 @@ LAST_MS = 253_402_300_000_000
 
 def utc_text(moment: datetime) -> str:
     """Return the moment in UTC with milliseconds, like 2026-11-27T09:00:00.000Z (RFC 3339)."""
-    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return moment.astimezone(UTC).isoformat(timespec="milliseconds")[: -len("+00:00")] + "Z"
 
 
 def from_ms(milliseconds: int) -> datetime:

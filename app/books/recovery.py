@@ -95,8 +95,7 @@ def reset(actor: Actor) -> int:
     db.session.execute(text("UPDATE feed SET head = 0, floor = 0"))
     # What PostgreSQL refuses is refused by now, and what Redis refuses is rolled back.
     stock.first.clear()
-    for route in (catalogue.CREATE, cancelling.CANCEL, bulk.START, *holds.ROUTES):
-        idempotency.forget(route)
+    idempotency.forget((catalogue.CREATE, cancelling.CANCEL, bulk.START, *holds.ROUTES))
     db.session.add(Sale(generation=generation, epoch=generation))
     record(actor, "sale.reset", "sale", after=SEED_PRODUCT)
     db.session.commit()

@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 from psycopg2.extensions import cursor as Cursor
 from sqlalchemy import select
 
@@ -15,6 +16,16 @@ from ..models import DeadLetter, Order
 from ..stock.entries import Entry
 from . import search
 from .search import describe
+
+
+def described(order: Order) -> dict[str, Any]:
+    """Return a stored order in the API's form."""
+    return describe(search.from_row([getattr(order, column.key) for column in search.COLUMNS]))
+
+
+def body(order: dict[str, Any]) -> str:
+    """Return what an event says of an order, which is in the API's form."""
+    return msgspec.json.encode({"order": order}).decode()
 
 
 def record(kind: str, orders: Sequence[Order], **more: Any) -> None:
@@ -44,6 +55,16 @@ def record_letter(kind: str, letter: DeadLetter, **more: Any) -> None:
             order = describe(search.from_letter(letter))
             add([Happened(kind, {"order": order} | more, letter.order_id)])
 
+
+# As search.describe has it.
+MOMENT = "to_char({0} AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.MS\"Z\"')"
+DESCRIBED = f"""json_build_object(
+  'id', id, 'status', status, 'userId', coalesce(user_id::text, user_name),
+  'productId', product_id, 'quantity', quantity, 'cancelledQuantity', returned_units,
+  'unitPriceCents', unit_price_cents, 'currency', currency, 'reference', reference,
+  'createdAt', {MOMENT.format("claimed_at")}, 'storedAt', {MOMENT.format("persisted_at")},
+  'endedAt', {MOMENT.format("cancelled_at")}, 'endReason', cancel_reason,
+  'heldUntil', {MOMENT.format("held_until")}, 'payment', payment)"""
 
 # What this transaction has put among the dead letters: one that was read again is told of already.
 NEW_LETTERS = """

@@ -118,6 +118,7 @@ def run(tmp_path):
         yield start
 
 
+@pytest.mark.drill
 def test_a_run_from_start_to_end(run):
     first = run()
     url = f"http://127.0.0.1:{first.port}"
