@@ -125,8 +125,8 @@ class ClaimScript:
             "REPLICAS": self.replicas.count,
             "SHARDS": part.shards,
         }
-        # As a part of the script they cost nothing; as arguments 5 % of what a claim costs Redis. As
-        # variables each function that uses them would be given them anew at each run.
+        # As a part of the script they cost nothing; as arguments 5 % of what a claim costs Redis.
+        # As variables each function that uses them would be given them anew at each run.
         words = re.compile(rf"\b({'|'.join(constants)})\b")
         script = words.sub(lambda word: str(constants[word[0]]), script)
         self._sha = hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest()
