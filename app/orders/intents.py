@@ -17,7 +17,7 @@ from ..extensions import db
 from ..models import Order, OrderIntent, Sale, StockMovement
 from ..problems import Conflict, Unavailable, UnknownOrder
 from ..products.movements import apply_movement
-from . import events, search, states
+from . import search, states
 from .search import describe
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ WHERE applied_at IS NULL AND epoch = (SELECT epoch FROM sale) ORDER BY 1 LIMIT :
 # Of an order nothing else is accepted beside a confirmation, so that what is seen before the row is
 # locked is still so. Who has locked it carries out what waits by himself.
 PAID = text(f"""
-SELECT {", ".join(f"o.{column.key}" for column in search.COLUMNS)}, o.acts, i.payment
+SELECT {", ".join(f"o.{column.key}" for column in search.COLUMNS)}, i.payment
 FROM orders o
 JOIN order_intents i ON i.order_id = o.id AND i.epoch = (SELECT epoch FROM sale)
      AND i.applied_at IS NULL AND i.act = 'confirm' AND i.number = 1
@@ -182,14 +182,14 @@ def apply_open() -> int:
 
 def _confirm_together(order_ids: list[int]) -> set[int]:
     """Confirm those of these orders of which nothing else was asked, in one transaction."""
-    steps = [
-        events.Step(states.confirmed(describe(search.from_row(columns)), payment), acts + 1)
-        for *columns, acts, payment in db.session.execute(PAID, {"ids": order_ids})
+    orders = [
+        states.confirmed(describe(search.from_row(columns)), payment)
+        for *columns, payment in db.session.execute(PAID, {"ids": order_ids})
     ]
-    paid = [step.order["id"] for step in steps]
-    if steps:
+    paid = [order["id"] for order in orders]
+    if orders:
         db.session.execute(APPLIED, {"ids": paid})
-        states.confirm_all(steps)
+        states.confirm_all(orders)
     db.session.commit()
     return set(paid)
 
