@@ -14,7 +14,7 @@ from ..extensions import db
 from ..models import DeadLetter, Order
 from ..stock.entries import Entry
 from . import search
-from .search import describe
+from .search import described
 
 
 def record(kind: str, orders: Sequence[Order], **more: Any) -> None:
@@ -30,10 +30,11 @@ def record_ids(kind: str, ids: Sequence[int], **more: Any) -> None:
     db.session.flush()
     rows = db.session.execute(
         select(*search.COLUMNS, Order.acts).where(Order.id.in_(ids)).order_by(Order.id)
-    )
+    ).all()
+    orders = described([search.from_row(row[:-1]) for row in rows])
     add(
-        Happened(kind, {"order": describe(search.from_row(found))} | more, found[0], acts)
-        for *found, acts in rows
+        Happened(kind, {"order": order} | more, row.id, row.acts)
+        for row, order in zip(rows, orders, strict=True)
     )
 
 
@@ -41,7 +42,7 @@ def record_letter(kind: str, letter: DeadLetter, **more: Any) -> None:
     """Tell of a step of a dead letter, if it can be read as an order."""
     if letter.order_id is not None:
         with suppress(ValueError):
-            order = describe(search.from_letter(letter))
+            (order,) = described([search.from_letter(letter)])
             add([Happened(kind, {"order": order} | more, letter.order_id)])
 
 
@@ -62,4 +63,5 @@ def failed(cursor: Cursor, stream_ids: Collection[str]) -> None:
         # Only what can be read as an order can be told as one.
         with suppress(ValueError):
             found = replace(search.from_entry(order_id, Entry.parse(payload)), status="FAILED")
-            cursor.execute(INSERT_FAILED, (order_id, json.dumps({"order": describe(found)})))
+            (order,) = described([found])
+            cursor.execute(INSERT_FAILED, (order_id, json.dumps({"order": order})))

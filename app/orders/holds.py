@@ -16,9 +16,10 @@ from ..extensions import db, stock
 from ..models import Order, RequestKey, StockMovement
 from ..problems import Conflict, KeyMismatch, UnknownOrder
 from ..products.movements import apply_movement
+from ..products.names import Names
 from ..stock.entries import Entry
 from . import cancelling, intents, search, states
-from .search import describe
+from .search import describe, described
 from .states import HoldExpired
 
 CONFIRM = "POST /orders/confirm"
@@ -101,6 +102,7 @@ def _confirm_stored(turn: dict[int, Confirm]) -> dict[int, Done | Exception]:
     rows = db.session.execute(LOCKED, {"ids": ids}).all()
     asked = {row[0]: row[-1] for row in rows}
     orders = {row[0]: search.from_row(row[:-1]) for row in rows}
+    names = Names.read({order.product_id for order in orders.values()})
     # An order that is held was confirmed under no key yet.
     known = idempotency.find_all(
         CONFIRM,
@@ -136,7 +138,7 @@ def _confirm_stored(turn: dict[int, Confirm]) -> dict[int, Done | Exception]:
         except (Conflict, KeyMismatch) as refusal:
             outcomes[number] = refusal
             continue
-        done = outcomes[number] = Done(describe(order), reclaimed=order.id in reclaimed)
+        done = outcomes[number] = Done(describe(order, names), reclaimed=order.id in reclaimed)
         if wish.key:
             keys[str(order.id), wish.key] = [wish.payment], done.answer
     if payments:
@@ -359,10 +361,10 @@ def _check_held(entry: Entry) -> None:
 
 
 def _waiting(order_id: int, entry: Entry) -> dict[str, Any]:
-    return describe(search.from_entry(order_id, entry))
+    return next(described([search.from_entry(order_id, entry)]))
 
 
 def _described(order: Order) -> dict[str, Any]:
     db.session.flush()
     row = db.session.execute(select(*search.COLUMNS).where(Order.id == order.id)).one()
-    return describe(search.from_row(row))
+    return next(described([search.from_row(row)]))

@@ -1,6 +1,7 @@
 """What products are called, now and when they were sold: an order keeps its product's name."""
 
 from bisect import bisect_right
+from collections.abc import Collection
 from datetime import datetime
 from typing import Self
 
@@ -8,6 +9,7 @@ from sqlalchemy import select
 
 from ..extensions import db
 from ..models import Product, ProductName
+from ..reading import MAX_ID
 
 
 class Names(dict[int, str]):
@@ -19,16 +21,22 @@ class Names(dict[int, str]):
         self._former = former
 
     @classmethod
-    def read(cls) -> Self:
-        """Return those of all products. Two statements, however many orders there are."""
-        current = db.session.execute(select(Product.id, Product.name).order_by(Product.id))
-        former: dict[int, list[tuple[datetime, str]]] = {}
-        rows = db.session.execute(
-            select(ProductName.product_id, ProductName.until, ProductName.name).order_by(
-                ProductName.product_id, ProductName.until
-            )
+    def read(cls, ids: Collection[int] | None = None) -> Self:
+        """Return those of all products, or of some. Two statements, however many orders there are.
+
+        An id that no product can have is passed over.
+        """
+        products = select(Product.id, Product.name).order_by(Product.id)
+        before = select(ProductName.product_id, ProductName.until, ProductName.name).order_by(
+            ProductName.product_id, ProductName.until
         )
-        for product_id, until, name in rows:
+        if ids is not None:
+            possible = [product_id for product_id in ids if 0 < product_id <= MAX_ID]
+            products = products.where(Product.id.in_(possible))
+            before = before.where(ProductName.product_id.in_(possible))
+        current = db.session.execute(products)
+        former: dict[int, list[tuple[datetime, str]]] = {}
+        for product_id, until, name in db.session.execute(before):
             former.setdefault(product_id, []).append((until, name))
         return cls(dict(current.all()), former)
 
