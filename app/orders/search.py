@@ -332,17 +332,25 @@ def _id_at(moment: datetime) -> int | None:
     )
 
 
-def export(wanted: Filter) -> Iterator[Found]:
-    """Return every order of the filter, newest first, holding one step of them at a time."""
-    before = None
-    while True:
-        page = search(wanted, before, EXPORT_ORDERS)
-        # A slow reader must not hold a connection, nor a transaction open.
-        db.session.remove()
-        yield from page.orders
-        if page.before is None:
-            return
-        before = page.before
+class Export:
+    """Every order of a filter, newest first, of which one step at a time is held."""
+
+    def __init__(self, wanted: Filter) -> None:
+        self._wanted = wanted
+        # Once all are read: whether orders that wait in Redis are missing, see Page.
+        self.incomplete = False
+
+    def __iter__(self) -> Iterator[Found]:
+        before = None
+        while True:
+            page = search(self._wanted, before, EXPORT_ORDERS)
+            self.incomplete |= page.incomplete or page.unseen
+            # A slow reader must not hold a connection, nor a transaction open.
+            db.session.remove()
+            yield from page.orders
+            if page.before is None:
+                return
+            before = page.before
 
 
 @dataclass(frozen=True)
