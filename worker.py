@@ -46,6 +46,8 @@ log = logging.getLogger(__name__)
 # RQ waits 15 s less than this for a job, and 10 s more for an answer of a dead connection.
 WORKER_TTL_SECONDS = 20
 NEXT_WORKER_SECONDS = 1.0
+# One ends the next holds while the units of the other's go to Redis.
+EXPIRERS = 2
 
 
 class Worker(SimpleWorker):
@@ -76,7 +78,7 @@ def work(queue: rq.Queue, turned: Callable[[], None]) -> None:
     """
     while True:
         turned()
-        reason = "it gave up"
+        worker, reason = None, "it gave up"
         try:
             # No fork per job (19 ms). One queue: a worker of several can lose a job when killed.
             worker = Worker(
@@ -89,12 +91,13 @@ def work(queue: rq.Queue, turned: Callable[[], None]) -> None:
             worker.turned = turned
             worker.max_connection_wait_time = 1.0
             worker.work(logging_level=None)
-            if worker.asked:
-                return
         except StopRequested:
             return
         except Exception as error:
             reason = str(error).partition("\n")[0]
+        if worker and worker.asked:
+            # Whatever it has stumbled over since: it takes leave of a Redis that may be gone, too.
+            return
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: sys.exit())
         log.warning("RQ's worker ended: %s; the next one in %g s", reason, NEXT_WORKER_SECONDS)
@@ -110,7 +113,7 @@ def main(pipe: str | None = None, replaces: str = "") -> None:
         Sampler(name).run_once,
         Sweeper().run_once,
         Canceller().run_once,
-        Expirer().run_once,
+        *(Expirer().run_once for _ in range(EXPIRERS)),
     )
     try:
         run("worker", orders_queue, steps, pipe, replaces)

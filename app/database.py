@@ -25,6 +25,8 @@ REQUEST_WAIT_SECONDS = 0.9
 # Of a server that has just let somebody wait in vain: requests have gathered meanwhile, and whoever
 # tries has waited for a thread.
 TRY_WAIT_SECONDS = 0.4
+# One that answered a request so short a time ago is no server that is away.
+WELL_SECONDS = 0.4
 # A session opened while PostgreSQL was read-only may stay so when the server is well again: it is
 # used for so long, then renewed.
 READ_ONLY_SECONDS = 1.0
@@ -170,7 +172,14 @@ def limit_waits(in_request: Callable[[], bool]) -> None:
     )
 
 
+class _Answers:
+    """When PostgreSQL answered a request of this process last."""
+
+    last = -math.inf
+
+
 _breaker = Breaker(REQUEST_WAIT_SECONDS)
+_answers = _Answers()
 _thread = threading.local()
 
 
@@ -196,15 +205,23 @@ def _wait(connection: extensions.connection) -> None:
 def _wait_in_request(connection: extensions.connection) -> None:
     if not _breaker.admits():
         raise Unanswered("PostgreSQL did not answer a moment ago")
+    seconds = TRY_WAIT_SECONDS if _breaker.is_tried() else REQUEST_WAIT_SECONDS
     try:
-        _wait_for(connection, TRY_WAIT_SECONDS if _breaker.is_tried() else REQUEST_WAIT_SECONDS)
+        _wait_for(connection, seconds)
     except Unanswered:
-        _breaker.waited_in_vain()
+        # One that answers others lets this one wait for a row that somebody holds.
+        if time.monotonic() - _answers.last > WELL_SECONDS:
+            _breaker.waited_in_vain()
         raise
     except psycopg2.Error:
         # An answer, if not the wanted one.
-        _breaker.answered()
+        _answered()
         raise
+    _answered()
+
+
+def _answered() -> None:
+    _answers.last = time.monotonic()
     _breaker.answered()
 
 

@@ -7,10 +7,10 @@ who adds one after locking the row it is about keeps that row's events in their 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from sqlalchemy import insert
+import msgspec
+from sqlalchemy import text
 
 from .extensions import db
-from .models import NewEvent
 
 # Every type there is. A partly cancelled order is told by order.cancelled too.
 TYPES = (
@@ -29,8 +29,23 @@ class Happened(NamedTuple):
     sequence: int | None = None
 
 
+# One statement for any number.
+ADD = text("""
+INSERT INTO new_events (type, order_id, sequence, body)
+SELECT type, order_id, sequence, CAST(body AS json)
+FROM unnest(CAST(:types AS text[]), CAST(:order_ids AS bigint[]), CAST(:sequences AS int[]),
+            CAST(:bodies AS text[])) AS happened (type, order_id, sequence, body)
+""")
+
+
 def add(happened: Iterable[Happened]) -> None:
     """Add events to the current transaction; they are told once it is committed."""
-    rows = [each._asdict() for each in happened]
+    rows = list(happened)
     if rows:
-        db.session.execute(insert(NewEvent), rows)
+        values = {
+            "types": [row.type for row in rows],
+            "order_ids": [row.order_id for row in rows],
+            "sequences": [row.sequence for row in rows],
+            "bodies": [msgspec.json.encode(row.body).decode() for row in rows],
+        }
+        db.session.execute(ADD, values)

@@ -9,7 +9,8 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from sqlalchemy import delete, select, text, tuple_
+import msgspec
+from sqlalchemy import delete, null, select, text, tuple_, update
 from sqlalchemy.dialects.postgresql import insert
 
 from .extensions import db
@@ -75,19 +76,30 @@ def put_all(route: str, done: Mapping[tuple[str, str], tuple[object, dict[str, A
         "resources": [resource for resource, _ in keys],
         "keys": [key for _, key in keys],
         "fingerprints": [fingerprint(done[key][0]) for key in keys],
-        "answers": [json.dumps(done[key][1]) for key in keys],
+        "answers": [msgspec.json.encode(done[key][1]).decode() for key in keys],
     }
     return len(db.session.execute(PUT_ALL, values).all()) == len(keys)
 
 
-def forget(route: str) -> None:
-    """Delete a route's keys, since what it made is being deleted."""
-    db.session.execute(delete(RequestKey).where(RequestKey.route == route))
+def reopen(route: str, keys: Collection[tuple[str, str]]) -> None:
+    """Let whoever comes again with one of these keys, (resource, key) each, be decided anew."""
+    if keys:
+        taken = tuple_(RequestKey.resource, RequestKey.key).in_(keys)
+        reopened = update(RequestKey).where(RequestKey.route == route, taken)
+        db.session.execute(reopened.values(answer=null()))
+
+
+def forget(routes: Collection[str]) -> None:
+    """Delete the keys of these routes, since what they made is being deleted."""
+    db.session.execute(delete(RequestKey).where(RequestKey.route.in_(routes)))
+
+
+_write = json.JSONEncoder(sort_keys=True, default=str).encode
 
 
 def fingerprint(content: object) -> str:
     """Return by what a request is known again."""
-    written = json.dumps(content, sort_keys=True, default=str)
+    written = _write(content)
     return hashlib.sha256(written.encode()).hexdigest()
 
 

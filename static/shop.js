@@ -7,11 +7,17 @@
 // * Whoever has to wait does so as long as told (Retry-After), and a random part longer.
 // * The price that was shown goes along, so nobody buys at another one.
 // * The countdown goes by the server's clock, not by this device's.
+//
+// Where a product is held until it is paid for (holdSeconds), the page tells how much time is left,
+// and what has become of the order. It takes no payment, and must not be able to: to confirm a hold
+// takes an API token, which never leaves the shop's own server. That lets the shopper pay there, and
+// confirms the hold: docs/clients/checkout.py.
 
 // How old the shown stock may be. Opening and end need no question: the countdown knows them. A page
 // for a crowd asks less often, or a cache in front of /products.
 const PRODUCTS_MS = 10_000;
 const ORDERS_MS = 1000; // ... and an order that is on its way
+const HELD_MS = 3000; // ... and one that is being paid for
 const ANSWER_MS = 5000; // no answer by then: nobody knows the outcome
 const FIRST_WAIT_MS = 1000,
   LONGEST_WAIT_MS = 8000,
@@ -90,7 +96,8 @@ async function buy({ key, purchase }, waits) {
 }
 
 const REFUSALS = {
-  sold_out: () => "Sold out.",
+  sold_out: ({ mayReturn }) =>
+    mayReturn ? "All are held by others. Some may come back: look again soon." : "Sold out.",
   insufficient_stock: ({ remaining }) => `Only ${remaining} left: take fewer.`,
   not_open: () => "It has not opened yet.",
   paused: () => "The sale is paused. Try again in a moment.",
@@ -98,11 +105,13 @@ const REFUSALS = {
   purchase_limit: () => "You have bought as much of it as one shopper may.",
   price_changed: ({ priceCents, currency }) =>
     `It costs ${money(priceCents, currency)} now. Buy again if you like.`,
-  order_ended: () => "That order was cancelled since.",
+  order_ended: () => "That order has ended since.",
   unknown_product: () => "It is not on sale any more.",
 };
 
 function told({ status, body }) {
+  if (status === 200 && body.status === "held")
+    return `It is held for you: order ${body.orderId}. Pay for it in time.`;
   if (status === 200) return `It is yours: order ${body.orderId}.`;
   if (status === 401 || status === 403)
     return "This shop asks for a shopper's token; see the beginning of shop.js.";
@@ -225,15 +234,26 @@ async function showProducts() {
     cards.delete(id);
   }
   $("#nothing").hidden = cards.size > 0;
+  drawOrders(); // which are called by their products' names
 }
 
-// Each status of an order in words. One that changes by itself is `open`, and is asked for again.
+// Each status of an order in words.
 const STATUSES = {
-  QUEUED: { words: () => "Yours. It is being written down …", open: true },
+  QUEUED: { words: () => "Yours. It is being written down …" },
+  HELD: { words: () => "Held for you", left: toPay },
   CONFIRMED: { words: () => "Confirmed" },
   CANCELLED: { words: () => "Cancelled" },
+  RELEASED: { words: () => "Given up" },
+  // A payment that is late may bring it back: the shop's server tells the shopper.
+  EXPIRED: { words: () => "Not paid in time" },
   FAILED: { words: () => "Yours, and somebody is looking into it" },
 };
+
+// A payment counts as long as the order is held, so what comes after the end is for the server to say.
+function toPay({ heldUntil }) {
+  const ends = Date.parse(heldUntil) - now();
+  return ends > 0 ? `: pay within ${left(ends)}` : ": the time to pay is over …";
+}
 
 let orders = [];
 
@@ -252,13 +272,19 @@ function drawOrders() {
     if (!item) {
       item = document.createElement("li");
       item.id = `order-${order.id}`;
+      item.append(document.createElement("span"), document.createElement("span"));
+      // A countdown is not read out at each second.
+      item.lastChild.setAttribute("role", "timer");
+      item.lastChild.setAttribute("aria-live", "off");
       list.prepend(item);
     }
     const name = cards.get(order.productId)?.product.name ?? `product ${order.productId}`;
-    const words = (STATUSES[order.status] ?? { words: () => order.status }).words(order);
+    const status = STATUSES[order.status] ?? { words: () => order.status };
+    const words = status.words(order);
     const text = `Order ${order.id} · ${order.quantity} × ${name} · ${money(order.quantity * order.unitPriceCents, order.currency)} · ${words}`;
     // Only what has changed is read out.
-    if (item.textContent !== text) item.textContent = text;
+    if (item.firstChild.textContent !== text) item.firstChild.textContent = text;
+    item.lastChild.textContent = status.left?.(order) ?? "";
     item.className = order.status.toLowerCase();
   }
   $("#no-orders").hidden = orders.length > 0;
@@ -280,6 +306,11 @@ $("#other").addEventListener("click", () => {
   location.reload();
 });
 again(showProducts, PRODUCTS_MS);
-again(() => orders.some((order) => STATUSES[order.status]?.open) && showOrders(), ORDERS_MS);
-setInterval(() => cards.forEach(draw), 500);
+const anyIs = (status) => orders.some((order) => order.status === status);
+again(() => anyIs("QUEUED") && showOrders(), ORDERS_MS);
+again(() => anyIs("HELD") && showOrders(), HELD_MS);
+setInterval(() => {
+  cards.forEach(draw);
+  if (anyIs("HELD")) drawOrders();
+}, 500);
 showOrders();

@@ -169,3 +169,47 @@ def test_products_of_before_are_listed_and_keep_their_names(older):
     flask_migrate.downgrade(revision="0007_user_names")
     db.session.execute(text("UPDATE products SET name = 'Lamps' WHERE id = 1"))
     db.session.commit()
+
+
+def test_holds_come_to_a_system_that_sells(older):
+    """No row is rewritten, a killed migration begins again, and old processes go on beside it."""
+    flask_migrate.upgrade(revision="0012_webhooks")
+    rows = "SELECT ctid::text, xmin::text FROM orders WHERE id = 1"
+    before = db.session.execute(text(rows)).one()
+    db.session.commit()
+    flask_migrate.upgrade(revision="0013_holds")
+    db.session.execute(
+        text(
+            "UPDATE pg_index SET indisvalid = false"
+            " WHERE indexrelid = 'uq_stock_movements_open_reclaim'::regclass"
+        )
+    )
+    db.session.commit()
+    flask_migrate.stamp(revision="0012_webhooks")
+    flask_migrate.upgrade(revision="0013_holds")
+    valid = "SELECT bool_and(indisvalid) FROM pg_index JOIN pg_class ON oid = indexrelid"
+    assert db.session.scalar(text(f"{valid} WHERE relname LIKE '%stock_movements%'"))
+    assert db.session.execute(text(rows)).one() == before
+    # What a process of 0.1.0 stores, and gives back, is as it was.
+    db.session.execute(text(OLD_ORDER), {"id": 2})
+    db.session.execute(
+        text("UPDATE orders SET status = 'CANCELLED', cancelled_at = now() WHERE id = 2")
+    )
+    db.session.execute(
+        text(
+            "INSERT INTO stock_movements (product_id, kind, units, actor, order_id)"
+            " VALUES (1, 'return', 1, 'x', 2)"
+        )
+    )
+    found = "SELECT status, held_until, extended_from, returned_units FROM orders ORDER BY id"
+    assert db.session.execute(text(found)).all() == [
+        ("CONFIRMED", None, None, 0),
+        ("CANCELLED", None, None, 1),
+    ]
+    db.session.commit()
+    with pytest.raises(DBAPIError, match="ck_products_hold_seconds"):
+        db.session.execute(text("UPDATE products SET hold_seconds = 29"))
+    db.session.rollback()
+    flask_migrate.downgrade(revision="0012_webhooks")
+    db.session.execute(text(OLD_ORDER), {"id": 3})
+    db.session.rollback()

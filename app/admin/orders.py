@@ -26,7 +26,15 @@ from ..models import ENDED_STATUSES, MAX_HOLD_SECONDS
 from ..orders import cancelling, holds, intents, search, sheet
 from ..problems import Conflict, InvalidRequest, KeyMismatch, Unavailable, UnknownOrder
 from ..products import catalogue
-from ..reading import MAX_ID, MAX_QUANTITY, MAX_REASON, VALID_KEY, read_digits, read_text
+from ..reading import (
+    MAX_ID,
+    MAX_QUANTITY,
+    MAX_REASON,
+    VALID_KEY,
+    canonical,
+    read_digits,
+    read_text,
+)
 from . import forms, jobs
 
 bp = Blueprint("orders", __name__, url_prefix="/admin/orders")
@@ -71,9 +79,13 @@ def find() -> dict[str, Any]:
         with suppress(UnknownOrder, Unavailable):
             hit = search.story(order_id).order
     page = search.Page([])
+    unpaid = 0
     if not errors and not only_order:
         page = search.search(wanted, before)
+        with suppress(ValueError):
+            unpaid = search.unpaid_holds(canonical(text))
     return {
+        "unpaid": unpaid,
         "wanted": wanted,
         "times": {name: forms.moment_text(name, request.args) for name in ("from", "to")},
         "errors": errors,

@@ -49,6 +49,12 @@ UNKNOWN_IDS = 1_000_000
 ROWS_AT_ONCE = 10_000
 # A claim waits for this, and may have waited for Redis.
 RECORD_WAIT_SECONDS = 0.4
+# What belongs to one sale, and ends with it.
+SALE_TABLES = (
+    "orders", "order_intents", "bulk_cancels", "dead_letters", "batches", "stock_movements",
+    "product_totals", "product_names", "products", "sale", "events", "new_events", "sold_out",
+    "webhook_deliveries", "webhook_attempts",
+)  # fmt: skip
 
 
 def database_is_empty() -> bool:
@@ -85,23 +91,20 @@ def reset(actor: Actor) -> int:
     made_on = stock.first.server_id()
     generation = secrets.token_hex(8)
     webhooks.begin_anew(generation)
-    db.session.execute(
-        text(
-            "TRUNCATE orders, order_intents, bulk_cancels, dead_letters, batches, stock_movements,"
-            " product_totals, product_names, products, sale, events, new_events, sold_out,"
-            " webhook_deliveries, webhook_attempts RESTART IDENTITY"
-        )
-    )
+    _empty_tables()
     db.session.execute(text("UPDATE feed SET head = 0, floor = 0"))
     # What PostgreSQL refuses is refused by now, and what Redis refuses is rolled back.
     stock.first.clear()
-    for route in (catalogue.CREATE, cancelling.CANCEL, bulk.START, *holds.ROUTES):
-        idempotency.forget(route)
+    idempotency.forget((catalogue.CREATE, cancelling.CANCEL, bulk.START, *holds.ROUTES))
     db.session.add(Sale(generation=generation, epoch=generation))
     record(actor, "sale.reset", "sale", after=SEED_PRODUCT)
     db.session.commit()
     stock.first.open(generation, first_order_id=1, made_on=made_on)
     return int(catalogue.create(terms.read_new(SEED_PRODUCT), actor).product["id"])
+
+
+def _empty_tables() -> None:
+    db.session.execute(text(f"TRUNCATE {', '.join(SALE_TABLES)} RESTART IDENTITY"))
 
 
 class ForeignSale(Conflict):

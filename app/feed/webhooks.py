@@ -85,7 +85,7 @@ def read(data: Mapping[str, Any]) -> dict[str, Any]:
             raise InvalidRequest(f"types must be a list of {', '.join(TYPES)}", "types")
         values["types"] = sorted(set(types))
     if "description" in data:
-        empty = data["description"] in ("", None)
+        empty = data["description"] == ""
         values["description"] = "" if empty else read_text(data, "description", MOST_DESCRIPTION)
     return values
 

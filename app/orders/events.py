@@ -1,10 +1,10 @@
 """An order's steps, told to the feed in the transaction in which they are made."""
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from psycopg2.extensions import cursor as Cursor
 from sqlalchemy import select
@@ -14,7 +14,24 @@ from ..extensions import db
 from ..models import DeadLetter, Order
 from ..stock.entries import Entry
 from . import search
-from .search import described
+
+
+def described(order: Order) -> dict[str, Any]:
+    """Return a stored order in the API's form."""
+    row = [getattr(order, column.key) for column in search.COLUMNS]
+    return next(search.described([search.from_row(row)]))
+
+
+class Step(NamedTuple):
+    """An order, in the API's form, as a step leaves it; and how many there were up to this one."""
+
+    order: dict[str, Any]
+    acts: int
+
+
+def tell(kind: str, steps: Iterable[Step]) -> None:
+    """Tell of a step of each of these stored orders, whose rows are locked."""
+    add(Happened(kind, {"order": order}, order["id"], acts) for order, acts in steps)
 
 
 def record(kind: str, orders: Sequence[Order], **more: Any) -> None:
@@ -31,7 +48,7 @@ def record_ids(kind: str, ids: Sequence[int], **more: Any) -> None:
     rows = db.session.execute(
         select(*search.COLUMNS, Order.acts).where(Order.id.in_(ids)).order_by(Order.id)
     ).all()
-    orders = described([search.from_row(row[:-1]) for row in rows])
+    orders = search.described([search.from_row(row[:-1]) for row in rows])
     add(
         Happened(kind, {"order": order} | more, row.id, row.acts)
         for row, order in zip(rows, orders, strict=True)
@@ -42,9 +59,24 @@ def record_letter(kind: str, letter: DeadLetter, **more: Any) -> None:
     """Tell of a step of a dead letter, if it can be read as an order."""
     if letter.order_id is not None:
         with suppress(ValueError):
-            (order,) = described([search.from_letter(letter)])
+            (order,) = search.described([search.from_letter(letter)])
             add([Happened(kind, {"order": order} | more, letter.order_id)])
 
+
+# As search.describe has it, of a row of orders that is called `sold`.
+MOMENT = "to_char({0} AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.MS\"Z\"')"
+NAME = """coalesce(
+  (SELECT name FROM product_names n WHERE n.product_id = sold.product_id
+   AND n.until > sold.claimed_at ORDER BY n.until LIMIT 1),
+  (SELECT name FROM products p WHERE p.id = sold.product_id))"""
+DESCRIBED = f"""json_build_object(
+  'id', id, 'status', status, 'userId', coalesce(user_id::text, user_name),
+  'productId', product_id, 'productName', {NAME}, 'quantity', quantity,
+  'cancelledQuantity', returned_units,
+  'unitPriceCents', unit_price_cents, 'currency', currency, 'reference', reference,
+  'createdAt', {MOMENT.format("claimed_at")}, 'storedAt', {MOMENT.format("persisted_at")},
+  'endedAt', {MOMENT.format("cancelled_at")}, 'endReason', cancel_reason,
+  'heldUntil', {MOMENT.format("held_until")}, 'payment', payment)"""
 
 # What this transaction has put among the dead letters: one that was read again is told of already.
 NEW_LETTERS = """
@@ -63,5 +95,5 @@ def failed(cursor: Cursor, stream_ids: Collection[str]) -> None:
         # Only what can be read as an order can be told as one.
         with suppress(ValueError):
             found = replace(search.from_entry(order_id, Entry.parse(payload)), status="FAILED")
-            (order,) = described([found])
+            (order,) = search.described([found])
             cursor.execute(INSERT_FAILED, (order_id, json.dumps({"order": order})))

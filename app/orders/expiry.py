@@ -26,10 +26,13 @@ OUTAGE_SECONDS = 5
 MOST_PATIENCE_SECONDS = 60
 HELD_SECONDS = 1.0
 
+# The patience ends in time also when the clock is set back meanwhile.
 SWEPT = text(f"""
 UPDATE sale SET swept_at = now(), expiry_from = CASE
   WHEN now() - swept_at > interval '{OUTAGE_SECONDS} s'
   THEN now() + least(now() - swept_at, interval '{MOST_PATIENCE_SECONDS} s')
+  WHEN expiry_from > now() + interval '{MOST_PATIENCE_SECONDS} s'
+  THEN now() + interval '{MOST_PATIENCE_SECONDS} s'
   ELSE expiry_from END
 RETURNING coalesce(expiry_from <= now(), true)
 """)  # noqa: S608
@@ -56,18 +59,15 @@ class Expiry:
 
 def expire(most: int) -> int:
     """End up to so many holds that are due; return how many. Their units go on sale again."""
-    movements = states.expire_due(most)
+    ended = states.expire_due(most)
     db.session.commit()
-    ended = 0
-    for movement_id in movements:
-        movement = db.session.get_one(StockMovement, movement_id)
-        ended += len(movement.order_ids or ())
+    for movement_id, orders in ended.items():
         try:
-            apply_movement(movement)
+            apply_movement(db.session.get_one(StockMovement, movement_id))
         except Unavailable as error:
             db.session.rollback()
-            log.warning("the units of %d ended holds return later: %s", ended, error)
-    return ended
+            log.warning("the units of %d ended holds return later: %s", orders, error)
+    return sum(ended.values())
 
 
 def tell_held(generation: str) -> None:

@@ -4,8 +4,8 @@ PostgreSQL decides what becomes of a hold, by the order's state under its row's 
 still waits in Redis is decided as soon as it is stored: see intents.py.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from sqlalchemy import select, text
@@ -14,11 +14,11 @@ from .. import idempotency
 from ..audit import Actor, record
 from ..extensions import db, stock
 from ..models import Order, RequestKey, StockMovement
-from ..problems import Conflict, KeyMismatch, UnknownOrder
+from ..problems import Conflict, KeyMismatch, Unavailable, UnknownOrder
 from ..products.movements import apply_movement
 from ..products.names import Names
 from ..stock.entries import Entry
-from . import cancelling, intents, search, states
+from . import cancelling, events, intents, search, states
 from .search import describe, described
 from .states import HoldExpired
 
@@ -32,7 +32,7 @@ MAX_PAYMENT = 128
 # The orders, locked, and of each whether something was accepted that is still to be done.
 COLUMNS = ", ".join(column.key for column in search.COLUMNS)
 LOCKED = text(f"""
-SELECT {COLUMNS},
+SELECT {COLUMNS}, acts,
        EXISTS (SELECT FROM order_intents i WHERE i.order_id = o.id AND i.applied_at IS NULL)
 FROM orders o WHERE id = ANY(:ids) ORDER BY id FOR UPDATE
 """)  # noqa: S608
@@ -76,7 +76,7 @@ def confirm(wish: Confirm) -> Done:
     has become of it.
     """
     try:
-        outcome = confirm_stored([wish])[0] or _confirm_alone(wish)
+        outcome = confirm_together([wish])[0] or _confirm_alone(wish)
     except BaseException:
         db.session.rollback()
         raise
@@ -85,41 +85,59 @@ def confirm(wish: Confirm) -> Done:
     return outcome
 
 
-def confirm_stored(wishes: Sequence[Confirm]) -> list[Done | Exception | None]:
-    """Decide in one transaction whatever the orders' rows alone can decide.
+def confirm_together(wishes: Sequence[Confirm]) -> list[Done | Exception | None]:
+    """Decide in one transaction, with a handful of statements, what is nothing special.
 
-    The list has what `confirm` would return or raise, or None: then `confirm` has to be asked.
-    Raises SQLAlchemyError where nobody can tell.
+    That is a hold of an order that is stored, or still waits. The list has what `confirm` would
+    return or raise, or None: then `confirm` has to be asked. Raises SQLAlchemyError where nobody
+    can tell.
     """
     # Of several for one order the later ones have to see what the first one does.
     firsts = {wish.order_id: number for number, wish in reversed(list(enumerate(wishes)))}
-    outcomes = _confirm_stored({number: wishes[number] for number in sorted(firsts.values())})
+    outcomes = _confirm_together({number: wishes[number] for number in sorted(firsts.values())})
     return [outcomes.get(number) for number in range(len(wishes))]
 
 
-def _confirm_stored(turn: dict[int, Confirm]) -> dict[int, Done | Exception]:
+def _confirm_together(turn: dict[int, Confirm]) -> dict[int, Done | Exception]:
     ids = [wish.order_id for wish in turn.values()]
-    rows = db.session.execute(LOCKED, {"ids": ids}).all()
-    asked = {row[0]: row[-1] for row in rows}
-    orders = {row[0]: search.from_row(row[:-1]) for row in rows}
+    orders: dict[int, search.Found] = {}
+    acts: dict[int, int] = {}
+    asked: set[int] = set()
+    for *columns, done, waits in db.session.execute(LOCKED, {"ids": ids}):
+        order_id = columns[0]
+        orders[order_id], acts[order_id] = search.from_row(columns), done
+        if waits:
+            asked.add(order_id)
     names = Names.read({order.product_id for order in orders.values()})
-    # An order that is held was confirmed under no key yet.
+    # A stored order that is held was confirmed under no key yet.
     known = idempotency.find_all(
         CONFIRM,
         [
             (str(wish.order_id), wish.key)
             for wish in turn.values()
-            if wish.key and (order := orders.get(wish.order_id)) and order.status != "HELD"
+            if wish.key and ((order := orders.get(wish.order_id)) is None or order.status != "HELD")
         ],
+    )
+    early = _accept_early(
+        [
+            wish
+            for wish in turn.values()
+            if wish.order_id not in orders and (str(wish.order_id), wish.key) not in known
+        ]
     )
     reclaimed = _reclaimed([order.id for order in orders.values() if order.status == "CONFIRMED"])
     outcomes: dict[int, Done | Exception] = {}
-    payments: dict[int, str | None] = {}
+    steps: list[events.Step] = []
     keys: dict[tuple[str, str], tuple[object, dict[str, Any]]] = {}
     for number, wish in turn.items():
         order = orders.get(wish.order_id)
         taken = known.get((str(wish.order_id), wish.key or ""))
-        if order is None or asked[order.id] or (taken and taken.answer is None):
+        if wish.order_id in early:
+            outcomes[number] = done = Done(early[wish.order_id], waits=True)
+            if wish.key:
+                keys[str(wish.order_id), wish.key] = [wish.payment], done.answer
+            continue
+        if order is None or order.id in asked or (taken and taken.answer is None):
             continue
         try:
             if taken:
@@ -127,9 +145,10 @@ def _confirm_stored(turn: dict[int, Confirm]) -> dict[int, Done | Exception]:
                     raise KeyMismatch
                 outcomes[number] = _replayed(taken.answer or {})
                 continue
+            told = describe(order, names)
             if order.status == "HELD":
-                payments[order.id] = wish.payment
-                order = replace(order, status="CONFIRMED", payment=wish.payment)
+                told = states.confirmed(told, wish.payment)
+                steps.append(events.Step(told, acts[order.id] + 1))
                 _note(wish)
             elif order.status in ("CONFIRMED", "CANCELLED"):
                 _check_confirmed(order, wish.payment)
@@ -138,17 +157,47 @@ def _confirm_stored(turn: dict[int, Confirm]) -> dict[int, Done | Exception]:
         except (Conflict, KeyMismatch) as refusal:
             outcomes[number] = refusal
             continue
-        done = outcomes[number] = Done(describe(order, names), reclaimed=order.id in reclaimed)
+        done = outcomes[number] = Done(told, reclaimed=order.id in reclaimed)
         if wish.key:
             keys[str(order.id), wish.key] = [wish.payment], done.answer
-    if payments:
-        states.confirm_all(payments)
     if not idempotency.put_all(CONFIRM, keys):
         # Taken by one for which the order was not stored yet.
         db.session.rollback()
         return {}
+    if steps:
+        states.confirm_all(steps)
     db.session.commit()
+    if early and (stored := _stored_since(early)):
+        # Perhaps their holds have even ended: each has to be looked at, as if it came again.
+        idempotency.reopen(CONFIRM, [key for key in keys if int(key[0]) in stored])
+        db.session.commit()
+        return {n: done for n, done in outcomes.items() if turn[n].order_id not in stored}
     return outcomes
+
+
+def _accept_early(wishes: Sequence[Confirm]) -> dict[int, dict[str, Any]]:
+    """Keep, in this transaction, that orders are paid which wait in Redis; return these orders.
+
+    Not of those for which something was accepted before.
+    """
+    if not wishes or not intents.epoch():
+        return {}
+    waiting: dict[int, dict[str, Any]] = {}
+    try:
+        for wish in wishes:
+            entry = stock.waiting_order(wish.order_id)
+            if entry and entry.held_until_ms is not None:
+                waiting[wish.order_id] = _waiting(wish.order_id, entry) | {"confirming": True}
+    except Unavailable:
+        return {}
+    accepted = intents.accept_confirms(
+        {w.order_id: (w.payment, w.actor) for w in wishes if w.order_id in waiting}
+    )
+    return {order_id: waiting[order_id] for order_id in accepted}
+
+
+def _stored_since(order_ids: Iterable[int]) -> set[int]:
+    return set(db.session.scalars(select(Order.id).where(Order.id.in_(order_ids))))
 
 
 def _note(wish: Confirm) -> None:

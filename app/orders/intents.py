@@ -6,6 +6,7 @@ one of them sees both, and the order's row lock lets one of them act.
 """
 
 import logging
+from collections.abc import Mapping
 from datetime import UTC, datetime
 
 from sqlalchemy import select, text, update
@@ -16,7 +17,7 @@ from ..extensions import db
 from ..models import Order, OrderIntent, Sale, StockMovement
 from ..problems import Conflict, Unavailable, UnknownOrder
 from ..products.movements import apply_movement
-from . import states
+from . import events, search, states
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +29,30 @@ APPLIED_AT_ONCE = 500
 STORED = text("""
 SELECT DISTINCT order_id FROM order_intents JOIN orders ON id = order_id
 WHERE applied_at IS NULL AND epoch = (SELECT epoch FROM sale) ORDER BY 1 LIMIT :most
+""")
+# Of an order nothing else is accepted beside a confirmation, so that what is seen before the row is
+# locked is still so. Who has locked it carries out what waits by himself.
+PAID = text(f"""
+SELECT {", ".join(f"o.{column.key}" for column in search.COLUMNS)}, o.acts, i.payment
+FROM orders o
+JOIN order_intents i ON i.order_id = o.id AND i.epoch = (SELECT epoch FROM sale)
+     AND i.applied_at IS NULL AND i.act = 'confirm' AND i.number = 1
+WHERE o.id = ANY(:ids) AND o.status = 'HELD'
+  AND NOT EXISTS (SELECT FROM order_intents other WHERE other.order_id = o.id
+                  AND other.epoch = i.epoch AND other.number > 1)
+ORDER BY o.id FOR UPDATE SKIP LOCKED
+""")  # noqa: S608
+APPLIED = text("""
+UPDATE order_intents SET applied_at = clock_timestamp()
+WHERE order_id = ANY(:ids) AND epoch = (SELECT epoch FROM sale)
+""")
+ACCEPT_CONFIRMS = text("""
+INSERT INTO order_intents (epoch, order_id, number, act, payment, actor, address)
+SELECT epoch, order_id, 1, 'confirm', payment, actor, address
+FROM sale, unnest(CAST(:orders AS bigint[]), CAST(:payments AS text[]), CAST(:actors AS text[]),
+                  CAST(:addresses AS text[])) AS paid (order_id, payment, actor, address)
+ORDER BY order_id
+ON CONFLICT DO NOTHING RETURNING order_id
 """)
 
 
@@ -125,6 +150,21 @@ def _keep(order_id: int, before: list[OrderIntent], actor: Actor, **what: object
     return db.session.execute(returning).scalar() is not None
 
 
+def accept_confirms(wishes: Mapping[int, tuple[str | None, Actor]]) -> set[int]:
+    """Keep that waiting orders are paid, by what and who says so; return of which it was kept.
+
+    Not of those for which anything was accepted before: that is `accept_confirm`'s.
+    """
+    orders = sorted(wishes)
+    values = {
+        "orders": orders,
+        "payments": [wishes[order_id][0] for order_id in orders],
+        "actors": [wishes[order_id][1].name for order_id in orders],
+        "addresses": [wishes[order_id][1].address for order_id in orders],
+    }
+    return set(db.session.scalars(ACCEPT_CONFIRMS, values))
+
+
 def apply_open() -> int:
     """Carry out what was accepted for orders that are stored by now; return of how many orders.
 
@@ -132,9 +172,27 @@ def apply_open() -> int:
     """
     found = list(db.session.scalars(STORED, {"most": APPLIED_AT_ONCE}))
     db.session.rollback()
+    paid = _confirm_together(found) if len(found) > 1 else set()
     for order_id in found:
-        apply_to(order_id)
+        if order_id not in paid:
+            apply_to(order_id)
     return len(found)
+
+
+def _confirm_together(order_ids: list[int]) -> set[int]:
+    """Confirm those of these orders of which nothing else was asked, in one transaction."""
+    rows = db.session.execute(PAID, {"ids": order_ids}).all()
+    orders = search.described([search.from_row(row[:-2]) for row in rows])
+    steps = [
+        events.Step(states.confirmed(order, row[-1]), row[-2] + 1)
+        for row, order in zip(rows, orders, strict=True)
+    ]
+    paid = [step.order["id"] for step in steps]
+    if steps:
+        db.session.execute(APPLIED, {"ids": paid})
+        states.confirm_all(steps)
+    db.session.commit()
+    return set(paid)
 
 
 def apply_to(order_id: int) -> bool:

@@ -7,11 +7,11 @@ the same at a million orders as at a hundred.
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from itertools import islice
 from typing import Any, cast
 
-from sqlalchemy import ColumnElement, Select, and_, false, select
+from sqlalchemy import ColumnElement, Select, and_, false, func, select
 
 from ..extensions import db, stock
 from ..models import Batch, DeadLetter, Order, StockMovement
@@ -32,6 +32,7 @@ EXPORT_ORDERS = 2000
 # more than that deep is found once it is stored.
 MOST_WAITING = 10_000
 WAITING_ORDERS = 1000
+MOST_UNPAID = 1000
 # Ids are given in the order of the claims, so a time is an id. This many more are looked at on
 # either side, and judged by their own time, in case the clock was set back a little.
 ID_MARGIN = 2000
@@ -206,6 +207,25 @@ def search(wanted: Filter, before: int | None = None, limit: int = PAGE_ORDERS) 
     more = len(orders) > limit
     orders = orders[:limit]
     return Page(orders, orders[-1].id if more else None, incomplete, unseen)
+
+
+def unpaid_holds(user: User) -> int:
+    """Return how many of a user's newest orders were held, and not paid for, in the last hour.
+
+    Who takes stock off sale again and again shows here; a thousand orders are looked at, at most.
+    """
+    newest = (
+        select(Order.status, Order.cancelled_at)
+        .where(Order.is_of(user))
+        .order_by(Order.id.desc())
+        .limit(MOST_UNPAID)
+        .subquery()
+    )
+    unpaid = select(func.count()).where(
+        newest.c.status == "EXPIRED",
+        newest.c.cancelled_at > func.now() - timedelta(hours=1),
+    )
+    return db.session.scalar(unpaid) or 0
 
 
 def _waiting(wanted: Filter, before: int | None, limit: int) -> tuple[list[Found], bool]:

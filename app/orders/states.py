@@ -12,9 +12,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import cast
+from typing import Any, cast
 
-from sqlalchemy import select, text
+from sqlalchemy import CursorResult, select, text
 
 from ..audit import SYSTEM, Actor, record
 from ..extensions import db
@@ -64,29 +64,32 @@ CONFIRM = text("""
 UPDATE orders o SET status = 'CONFIRMED', payment = wish.payment, acts = acts + 1
 FROM unnest(CAST(:ids AS bigint[]), CAST(:payments AS text[])) AS wish (id, payment)
 WHERE o.id = wish.id AND o.status = 'HELD'
-RETURNING o.id
 """)
-# By the transaction's own clock, so that it is the movement's time, too. What is confirmed or
-# extended at this moment is locked, and passed by; what will be as soon as it can, waits for that.
-DUE = text(f"""
-SELECT id FROM orders o
-WHERE status = 'HELD' AND held_until <= now() - interval '{GRACE_SECONDS} s'
-  AND NOT EXISTS (SELECT FROM order_intents i WHERE i.order_id = o.id AND i.applied_at IS NULL
-                  AND i.epoch = (SELECT epoch FROM sale))
-ORDER BY held_until, id LIMIT :most FOR UPDATE OF o SKIP LOCKED
-""")  # noqa: S608
-EXPIRE = text("""
-WITH expired AS (
-  UPDATE orders SET status = 'EXPIRED', returned_units = quantity, acts = acts + 1,
-                    cancelled_at = now(), cancelled_by = :actor, cancel_reason = :reason
-  WHERE id = ANY(:ids) AND status = 'HELD'
-  RETURNING id, product_id, quantity
+# One statement, since 100,000 holds may end in a second. By the transaction's own clock, so that it
+# is the movement's time, too. What is confirmed or extended at this moment is locked, and passed
+# by; what will be as soon as it can, waits for that.
+EXPIRE = text(f"""
+WITH due AS (
+  SELECT id FROM orders o
+  WHERE status = 'HELD' AND held_until <= now() - interval '{GRACE_SECONDS} s'
+    AND NOT EXISTS (SELECT FROM order_intents i WHERE i.order_id = o.id AND i.applied_at IS NULL
+                    AND i.epoch = (SELECT epoch FROM sale))
+  ORDER BY held_until, id LIMIT :most FOR UPDATE OF o SKIP LOCKED
+), expired AS (
+  UPDATE orders o SET status = 'EXPIRED', returned_units = quantity, acts = acts + 1,
+                      cancelled_at = now(), cancelled_by = :actor, cancel_reason = :reason
+  FROM due WHERE o.id = due.id AND o.status = 'HELD'
+  RETURNING o.*
+), told AS (
+  INSERT INTO new_events (type, order_id, sequence, body)
+  SELECT 'order.expired', id, acts, json_build_object('order', {events.DESCRIBED})
+  FROM expired AS sold
 )
 INSERT INTO stock_movements (product_id, kind, units, reason, actor, order_ids)
 SELECT product_id, 'return', sum(quantity), :reason, :actor, array_agg(id ORDER BY id)
 FROM expired GROUP BY product_id ORDER BY product_id
-RETURNING id, order_ids
-""")
+RETURNING id, cardinality(order_ids)
+""")  # noqa: S608
 
 
 @dataclass(frozen=True)
@@ -168,20 +171,28 @@ def give_back_all(
     return returned
 
 
-def confirm_all(payments: dict[int, str | None]) -> None:
-    """Confirm these orders, all locked and held, with what paid each."""
-    values = {"ids": list(payments), "payments": list(payments.values())}
-    confirmed = list(db.session.scalars(CONFIRM, values))
-    if len(confirmed) != len(payments):
-        raise RuntimeError(f"of orders {list(payments)} only {confirmed} were held")
-    events.record_ids("order.confirmed", confirmed)
+def confirmed(order: dict[str, Any], payment: str | None) -> dict[str, Any]:
+    """Return an order that is held, in the API's form, as it will be."""
+    return order | {"status": "CONFIRMED", "payment": payment}
+
+
+def confirm_all(steps: Sequence[events.Step]) -> None:
+    """Confirm these orders, all locked and held: make each what `confirmed` returned."""
+    events.tell("order.confirmed", steps)
+    orders = [step.order for step in steps]
+    values = {"ids": [o["id"] for o in orders], "payments": [o["payment"] for o in orders]}
+    # Close to the commit: everybody who changes an order waits for its product's row of totals.
+    changed = db.session.execute(CONFIRM, values)
+    if cast("CursorResult[Any]", changed).rowcount != len(steps):
+        raise RuntimeError(f"of orders {values['ids']} not all were held")
 
 
 def confirm(order: Order, payment: str | None) -> None:
     """Confirm a locked order. Raises Conflict unless it is held."""
     if order.status != "HELD":
         raise Conflict(f"This order is {order.status.lower()}", f"order_{order.status.lower()}")
-    confirm_all({order.id: payment})
+    db.session.flush()
+    confirm_all([events.Step(confirmed(events.described(order), payment), order.acts + 1)])
     db.session.refresh(order)
 
 
@@ -204,18 +215,14 @@ def extend(order: Order, seconds: int) -> None:
     events.record_ids("order.held", [order.id], extended=True)
 
 
-def expire_due(most: int) -> list[int]:
-    """End up to so many holds whose time is over, by PostgreSQL's clock; return the movements.
+def expire_due(most: int) -> dict[int, int]:
+    """End up to so many holds whose time is over, by PostgreSQL's clock.
 
-    One movement for each product, in this transaction; to be applied after the commit.
+    Returns, by the movement, of how many orders it is. There is one for each product, in this
+    transaction; to be applied after the commit.
     """
-    due = list(db.session.scalars(DUE, {"most": most}))
-    if not due:
-        return []
-    values = {"ids": due, "actor": SYSTEM.name, "reason": NOT_PAID}
-    expired = db.session.execute(EXPIRE, values).all()
-    events.record_ids("order.expired", sorted(n for _, ids in expired for n in ids))
-    return [movement_id for movement_id, _ in expired]
+    values = {"most": most, "actor": SYSTEM.name, "reason": NOT_PAID}
+    return dict(db.session.execute(EXPIRE, values).all())
 
 
 def movement_of(order: Order) -> StockMovement | None:

@@ -1,6 +1,7 @@
 """A claim as Redis is asked for it: what it says, how a batch is packed, what the answers mean."""
 
 import hashlib
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -17,6 +18,8 @@ from .replicas import Replicas
 from .servers import NOTHING_RAN, code_of, pack
 from .shards import WHOLE, Part
 
+log = logging.getLogger(__name__)
+
 # So many claims are decided by one run of the script, in some 0.5 ms: others wait for it.
 MOST_AT_ONCE = 32
 # A claim of which surely nothing ran is sent once more, where its server is found again so soon.
@@ -27,6 +30,8 @@ COMPARE_SECONDS = 1.0
 # Of a claim that met something in Redis which can't be, such as a key of another type.
 UNDONE = b"undone"
 LIMITED = b"limited"
+# Other shards may have what this one lacks: nothing was decided, see pulls.py.
+DRY = b"dry"
 # Outcomes that promise an order.
 PROMISES = (b"accepted", b"replayed")
 
@@ -51,6 +56,9 @@ class Request(NamedTuple):
     address: str
     expected_cents: int | None = None
     reference: str | None = None
+    # Of one that was dry: what all shards were found to have, and since when, monotonic.
+    found: str | None = None
+    dry_since: float = 0.0
 
 
 class Claim(NamedTuple):
@@ -59,7 +67,8 @@ class Claim(NamedTuple):
     `text` is a price, such as b"1999 EUR": the order's, where it is accepted or replayed (empty
     where its record is of 0.1.0), and the one in force where it is price_changed. A price may be
     followed by the end of the order's hold, in ms. Of an order_ended it is the order's status, and
-    `detail` its id; of sold_out and insufficient b"held" where units may come back.
+    `detail` its id; of sold_out and insufficient b"held" where units may come back, and b"away"
+    where a shard out of reach may have some. A dry one's is the sale, as the shard names it.
     """
 
     outcome: bytes
@@ -113,6 +122,7 @@ class ClaimScript:
             "MOST_BYTES": MOST_ATTEMPTS_BYTES // part.shards,
             "MOST_WAITING": -(-settings.outbox_limit // part.shards),
             "REPLICAS": self.replicas.count,
+            "SHARDS": part.shards,
         }
         names, values = ", ".join(constants), ", ".join(map(str, constants.values()))
         # As a part of the script they cost nothing; as arguments 5 % of what a claim costs Redis.
@@ -147,7 +157,7 @@ class ClaimScript:
         if self._address_units:
             keys += map(names.address_units, products)
         args = [str(len(products)), str(len(requests)), *map(str, products)]
-        for user, product_id, quantity, key, address, expected, reference in requests:
+        for user, product_id, quantity, key, address, expected, reference, found, _ in requests:
             _, bucket, field = place(user, shards)
             keys.append(f"{names.bought_prefix}{product_id}:{bucket}")
             letters, more = "", []
@@ -160,6 +170,9 @@ class ClaimScript:
                     f"{names.idempotency_prefix}{bucket}",
                     names.former_idempotency(user, key),
                 )
+            if found is not None:
+                letters += "f"
+                more.append(found)
             if self._networks:
                 letters += "n"
                 more.append(network_of(address))
@@ -206,6 +219,14 @@ def refused(error: Exception) -> Unavailable:
     """Return what an error that Redis answered means for a claim."""
     nothing_ran = isinstance(error, (Undone, Unsent)) or code_of(error) in NOTHING_RAN
     return Unavailable(str(error), executed=False if nothing_ran else None)
+
+
+def tell_one(tell: Tell, result: Claim | Exception) -> None:
+    """Tell what became of a claim; one that can't be told must not keep others waiting."""
+    try:
+        tell(result)
+    except Exception:
+        log.exception("a claim was decided, and not answered")
 
 
 def ignore(answer: object) -> None:

@@ -136,9 +136,12 @@ def _scan(names: Sequence[str], product_id: int) -> Steps:
 def _gather(
     names: Sequence[str], shard: int, product_id: int, units: int, free: dict[int, int]
 ) -> Steps:
-    """Take from the richest until there is enough; return Pulled, None when nothing came."""
+    """Take from the richest until there is enough; return Pulled, None when nothing came.
+
+    Of equally rich ones each shard begins at another, so that not all ask the same.
+    """
     lacking, rest = units - free[shard], []
-    for source in sorted(free, key=lambda each: free[each], reverse=True):
+    for source in sorted(free, key=lambda each: (-free[each], (each - shard) % len(names))):
         if source == shard or not free[source] or lacking <= 0:
             continue
         (taken,) = yield [

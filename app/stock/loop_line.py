@@ -1,7 +1,6 @@
 """Claims of an event loop: those of one turn are decided together."""
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable
 from functools import partial
@@ -15,6 +14,7 @@ from .channel import Channel, connect
 from .claims import (
     AGAIN_SECONDS,
     COMPARE_SECONDS,
+    DRY,
     LIMITED,
     MOST_AT_ONCE,
     PROMISES,
@@ -28,11 +28,10 @@ from .claims import (
     Undone,
     ignore,
     refused,
+    tell_one,
 )
 from .replicas import Unreplicated
 from .servers import COMMAND_TIMEOUT_SECONDS, UNFIT, Server, code_of
-
-log = logging.getLogger(__name__)
 
 # A process that nobody asks for a purchase looks for Redis by itself, less often.
 RECONNECT_SECONDS = 1.0
@@ -55,6 +54,7 @@ class LoopLine:
         self._in_flight = 0
         # Is told of users who are over their limit.
         self.on_limited: Callable[[Request, Claim], None] = lambda request, claim: None
+        self._on_dry: Callable[[Request, Claim, Tell], None] = lambda _, claim, tell: tell(claim)
         self._channel: Channel | None = None
         self._opening: asyncio.Task[Channel] | None = None
         # After a failure nobody connects for a moment.
@@ -63,6 +63,10 @@ class LoopLine:
         # Whether PostgreSQL could tell what Redis must hold, and when it was asked last.
         self._verified = False
         self._compared_at = 0.0
+
+    def tell_dry(self, go_on: Callable[[Request, Claim, Tell], None]) -> None:
+        """Have `go_on` look after claims that are dry, and tell them in the end."""
+        self._on_dry = go_on
 
     async def claim(self, request: Request) -> Claim:
         """Decide one purchase. Raises Unavailable when Redis gave no answer."""
@@ -170,7 +174,7 @@ class LoopLine:
             self._breaker.waited_in_vain()
             channel.retire()
         for tell, claim in promised:
-            self._tell_one(tell, claim if enough else Unreplicated(answer))
+            tell_one(tell, claim if enough else Unreplicated(answer))
         self._send()
 
     def _tell(
@@ -196,21 +200,43 @@ class LoopLine:
                     result = refused(error)
                 elif result.outcome == LIMITED:
                     self.on_limited(request, result)
+                elif result.outcome == DRY:
+                    self._on_dry(request, result, tell)
+                    continue
                 elif promised is not None and result.outcome in PROMISES:
                     promised.append((tell, result))
                     continue
             else:
                 result = answer
-            self._tell_one(tell, result)
+            tell_one(tell, result)
         return undone
 
-    @staticmethod
-    def _tell_one(tell: Tell, result: Claim | Exception) -> None:
-        try:
-            tell(result)
-        except Exception:
-            # One that can't be told must not keep the others waiting.
-            log.exception("a claim was decided, and not answered")
+    async def run(self, command: bytes, sure: bool) -> Any:
+        """Return a script's answer; `sure`, once replicas have what it wrote and what it read.
+
+        Raises Unavailable, also when too few replicas answer: then it is done all the same.
+        """
+        channel = self._channel
+        if channel is None or channel.lost:
+            channel = await self._reach()
+        sure = sure and bool(self._replicas.count)
+        answered, tell = channel.awaited()
+        moved, tell_moved = channel.awaited()
+        copied, tell_copied = channel.awaited()
+        if sure:
+            fence = self._replicas.fence
+            channel.send(command + fence, tell, ignore, tell_moved, tell_copied)
+        else:
+            channel.send(command, tell)
+        answer = await answered
+        if isinstance(answer, hiredis.ReplyError):
+            if code_of(answer) in UNFIT:
+                channel.retire()
+                self._server.leave()
+            raise refused(answer)
+        if sure and (await moved != 1 or not self._replicas.enough(await copied)):
+            raise Unreplicated(await copied)
+        return answer
 
     async def check(self) -> bool:
         """Return whether the sale was compared with PostgreSQL; if not, try it now and then.

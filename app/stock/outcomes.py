@@ -13,3 +13,5 @@ OUTCOMES = ("accepted", *REFUSALS)
 UNPREPARED = "unprepared"
 # Something in Redis did not let it be decided: nothing was sold, and nothing is left of it.
 UNDONE = "undone"
+# Nothing is decided, nor counted: other shards are to be asked first.
+DRY = "dry"

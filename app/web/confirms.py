@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+import msgspec
 from flask import Flask
 
 from .. import logs
@@ -134,13 +135,13 @@ class Confirms:
                         actor = Actor(token.name, each.address)
                         wish = holds.Confirm(each.order_id, actor, each.payment, each.key)
                         wishes[number] = wish
-                outcomes = holds.confirm_stored(list(wishes.values()))
+                outcomes = holds.confirm_together(list(wishes.values()))
                 answers: list[Told | None] = [None] * len(asked)
                 for number, outcome in zip(wishes, outcomes, strict=True):
                     if isinstance(outcome, holds.Done):
                         status, body = outcome_of(outcome)
-                        text = self._app.json.dumps(body, separators=(",", ":"))
-                        answers[number] = status, f"{text}\n".encode(), outcome.replayed
+                        told = msgspec.json.encode(body) + b"\n"
+                        answers[number] = status, told, outcome.replayed
                 return answers
             finally:
                 db.session.remove()

@@ -54,8 +54,9 @@ LIMITS = {
     b"limited_network": "network",
 }
 
-# The text of a sold_out or insufficient while orders are held, whose units may come back.
-MAY_RETURN = b"held"
+# What the words of a sold_out or insufficient add: units of orders that are held may come back, and
+# those of a shard out of reach will.
+REMARKS = {b"held": b',"mayReturn":true}', b"away": b',"final":false}'}
 
 # What each refusal of the claim script is answered with; a function where the detail is told.
 REFUSALS: dict[bytes, tuple[str, bytes | Callable[[int], bytes]]] = {
@@ -137,7 +138,7 @@ class PurchaseLane:
         try:
             length = self.check(environ)
             request = self.read(environ, environ["wsgi.input"].read(length))
-            told = self.tell(self.stock.claim(*request))
+            told = self.tell(self.stock.thread_line.claim(request))
         except Exception as error:
             told = self.refuse(error)
         status, headers, body = self.finish(environ, *told, started)
@@ -218,8 +219,8 @@ class PurchaseLane:
             return "409 Conflict", body, self.limits(claim)
         status, told = REFUSALS[outcome]
         body = told(claim.detail) if callable(told) else told
-        if claim.text == MAY_RETURN:
-            body = body[:-1] + b',"mayReturn":true}'
+        for word in claim.text.split():
+            body = body[:-1] + REMARKS[word]
         return status, body, self.limits(claim)
 
     def refuse(self, error: Exception) -> Told:

@@ -201,18 +201,21 @@ def start_bulk_cancel() -> ResponseReturnValue:
     """Have all orders of a product cancelled, or those of a filter; a worker does it."""
     data = read_json()
     check_known(data, BULK)
+    key = idempotency_key()
     wanted = read_wanted(data)
     through = None
     if data.get("throughOrderId") is not None:
         through = read_integer(data, "throughOrderId", 0, MAX_ID)
-    if type(data.get("dryRun", False)) is not bool:
+    dry = data.get("dryRun", False)
+    if type(dry) is not bool:
         raise InvalidRequest("dryRun must be true or false", "dryRun")
-    if data.get("dryRun"):
+    # What a dry run does without is still checked, so that what passes there passes in earnest.
+    expected = read_integer(data, "orders", 1, MAX_ID) if "orders" in data or not dry else 0
+    reason = read_reason(data) if "reason" in data or not dry else ""
+    if dry:
         return jsonify(planned(bulk.plan(wanted, through)))
-    expected = read_integer(data, "orders", 1, MAX_ID)
-    reason = read_reason(data)
     try:
-        begun, repeated = bulk.start(wanted, expected, reason, g.actor, through, idempotency_key())
+        begun, repeated = bulk.start(wanted, expected, reason, g.actor, through, key)
     except bulk.CountChanged as changed:
         return api_error(409, str(changed), changed.code, **planned(changed.plan))
     response = jsonify(bulk.describe(begun))

@@ -23,9 +23,12 @@ MOST_LISTED = 100
 MAX_ENDPOINT = 2**31 - 1
 
 
-def members(*known: str) -> dict[str, object]:
-    """Return the request's members. Raises InvalidRequest for one that is not known here."""
-    data = read_json() if request.content_length or request.mimetype else {}
+def members(*known: str) -> dict[str, Any]:
+    """Return the request's members. Raises InvalidRequest for one that is not known here.
+
+    A body is needed only where there are members.
+    """
+    data = read_json() if known or request.content_length or request.mimetype else {}
     for name in data:
         if name not in known:
             raise InvalidRequest(f"{name} is not known here", name)
@@ -80,9 +83,9 @@ def index() -> ResponseReturnValue:
 @token_required
 def create() -> ResponseReturnValue:
     data = members(*MEMBERS, "after")
-    after = data.pop("after", None)
-    if after is not None and type(after) is not str:
+    if type(data.get("after", "")) is not str:
         raise InvalidRequest("after must be the id of an event, or what next was", "after")
+    after = data.pop("after", None)
     values = webhooks.read(data)
     taken, answer = keyed("", values | {"after": after})
     if answer is None:
@@ -105,9 +108,9 @@ def show(endpoint_id: int) -> ResponseReturnValue:
 @token_required
 def change(endpoint_id: int) -> ResponseReturnValue:
     data = members(*MEMBERS, "enabled")
-    enabled = data.pop("enabled", None)
-    if enabled is not None and type(enabled) is not bool:
+    if type(data.get("enabled", True)) is not bool:
         raise InvalidRequest("enabled must be true or false", "enabled")
+    enabled = data.pop("enabled", None)
     endpoint = webhooks.change(known(endpoint_id), webhooks.read(data), g.actor)
     if enabled is not None:
         endpoint = webhooks.switch(endpoint_id, enabled, g.actor)

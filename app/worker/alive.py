@@ -25,10 +25,12 @@ class Heartbeat:
 
     def thread(self, name: str) -> Callable[[], None]:
         """Return what a thread has to call at each of its turns. Add all before the start."""
-        self._turns[name] = 0
+        # Several may do the same.
+        own = f"{name} {len(self._turns)}"
+        self._turns[own] = 0
 
         def turned() -> None:
-            self._turns[name] += 1
+            self._turns[own] += 1
 
         return turned
 

@@ -39,6 +39,7 @@ def everywhere(page) -> list[str]:
     return found
 
 
+@pytest.mark.drill
 @pytest.mark.parametrize("path", [*PAGES, *MORE])
 def test_axe_finds_nothing(open_page, order, path):
     page = open_page(path.format(order=order), complain=False)

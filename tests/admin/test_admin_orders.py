@@ -12,7 +12,7 @@ from sqlalchemy import text
 from app import sheet
 from app.extensions import db, stock
 from app.feed import numbering
-from app.orders import intents, search
+from app.orders import expiry, intents, search
 from app.orders.sheet import MISSING
 from app.problems import Unavailable
 
@@ -224,7 +224,7 @@ def test_the_story_of_a_hold_tells_its_payment(app, client, admin_headers, suppo
     page, steps = told()
     assert steps[3:5] == ["Confirmed", "1 unit cancelled by token ADMIN_API_TOKEN"]
     for name, amount in (
-        ("Total as sold", "$2,999.97"), ("Given back", "$999.99"), ("Left", "$1,999.98")
+        ("Total as sold", "USD 2,999.97"), ("Given back", "USD 999.99"), ("Left", "USD 1,999.98")
     ):  # fmt: skip
         assert re.search(rf"<dt>{name}</dt><dd[^>]*>{re.escape(amount)}<", page), name
 
@@ -319,6 +319,37 @@ def test_the_export_names_each_key(support, buy, drain):
     assert answer.data.startswith(b"\xef\xbb\xbf")
     (row,) = csv.DictReader(io.StringIO(answer.data.decode("utf-8-sig")))
     assert row["idempotency key"] == "checkout-1"
+
+
+def test_holds_are_exported_and_counted_where_nobody_paid(
+    support, client, admin_headers, buy, drain, app
+):
+    assert client.patch("/products/1", json={"holdSeconds": 60}, headers=admin_headers).json
+    buy(7)
+    until = buy(7).json["heldUntil"]
+    buy("anna")
+    drain()
+    paid = client.post("/orders/3/confirm", json={"payment": "pi_3"}, headers=admin_headers)
+    assert paid.status_code == 200
+    assert [(row["held until"], row["payment"]) for row in export(support)][:2] == [
+        (paid.json["heldUntil"], "pi_3"),
+        (until, ""),
+    ]
+    assert "unpaid in the last hour" not in support.get("/admin/orders/?q=7").text
+    with app.app_context():
+        db.session.execute(
+            text("UPDATE orders SET held_until = now() - interval '9 s' WHERE status = 'HELD'")
+        )
+        db.session.commit()
+        assert expiry.expire(10) == 2
+    assert "User 7 left 2 holds unpaid in the last hour." in support.get("/admin/orders/?q=7").text
+    assert "unpaid in the last hour" not in support.get("/admin/orders/?q=anna").text
+    with app.app_context():
+        db.session.execute(
+            text("UPDATE orders SET cancelled_at = now() - interval '61 min' WHERE id = 1")
+        )
+        db.session.commit()
+    assert "left 1 hold unpaid" in support.get("/admin/orders/?q=7").text
 
 
 def test_an_order_is_found_by_its_key(support, buy, drain):

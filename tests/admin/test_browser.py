@@ -44,7 +44,7 @@ def wait_for_free(page, product_id: int, units: int) -> None:
     )
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("theme", ["light", pytest.param("dark", marks=pytest.mark.drill)])
 def test_no_page_complains_or_is_too_wide(open_page, shop, theme):
     shop.product(name="A product with quite a long name, as marketing people like them")
     page = open_page(PAGES[0], color_scheme=theme, viewport={"width": 360, "height": 740})

@@ -613,6 +613,9 @@ def test_removed_while_it_is_sent_to(shop, sell, consumer):
         ({"url": "http://example.com/", "description": 5}, "description"),
         ({"url": "http://example.com/", "description": "x" * 201}, "description"),
         ({"url": "http://example.com/", "after": 5}, "after"),
+        ({"url": "http://example.com/", "after": None}, "after"),
+        ({"url": "http://example.com/", "description": None}, "description"),
+        ({"url": "http://example.com/", "types": None}, "types"),
         ({"url": "http://example.com/", "after": "nonsense"}, "after"),
         ({"url": "http://example.com/", "secret": "mine"}, "secret"),
         ({"types": []}, "url"),
@@ -641,3 +644,25 @@ def test_unknown_endpoints(shop, method, path):
     answer = client.open(path, method=method, headers=HEADERS, json=json_)
     assert (answer.status_code, answer.json["code"]) == (404, "unknown_webhook")
     assert client.open(path, method=method, json=json_).status_code == 401
+
+
+@pytest.mark.parametrize(("method", "path"), [("POST", "/webhooks"), ("PATCH", "/webhooks/7")])
+def test_no_body_where_one_is_needed(shop, method, path):
+    assert shop.test_client().open(path, method=method, headers=HEADERS).status_code in (400, 415)
+
+
+def test_a_replay_of_an_endpoint_that_is_removed_since(shop):
+    client, keyed = shop.test_client(), HEADERS | {"Idempotency-Key": "once"}
+    made = client.post("/webhooks", json={"url": "http://example.com/"}, headers=keyed)
+    assert client.delete(made.location, headers=HEADERS).status_code == 204
+    again = client.post("/webhooks", json={"url": "http://example.com/"}, headers=keyed)
+    assert (again.status_code, again.json["code"]) == (404, "unknown_webhook")
+    assert webhooks.everything() == []
+
+
+@pytest.mark.parametrize("enabled", [None, 1, "true"])
+def test_a_switch_is_true_or_false(shop, enabled):
+    client = shop.test_client()
+    made = client.post("/webhooks", json={"url": "http://example.com/"}, headers=HEADERS)
+    answer = client.patch(made.location, json={"enabled": enabled}, headers=HEADERS)
+    assert (answer.status_code, answer.json["field"]) == (400, "enabled")

@@ -115,10 +115,18 @@ def test_another_count_does_nothing(app, post, wrong):
         ({"productId": 1, "claimedFrom": "now", "dryRun": True}, 400),
         ({"productId": 1, "userId": "..", "dryRun": True}, 400),
         ({"productId": 1, "throughOrderId": -1, "dryRun": True}, 400),
+        ({"productId": 1, "orders": 0, "dryRun": True}, 400),
+        ({"productId": 1, "reason": "\u009b", "dryRun": True}, 400),
     ],
 )  # fmt: skip
 def test_bad_input(post, body, status):
     assert post(**body).status_code == status
+
+
+@pytest.mark.usefixtures("sold")
+def test_a_key_that_is_none_is_refused_in_a_dry_run_too(post):
+    answer = post(productId=1, dryRun=True, key="a b")
+    assert (answer.status_code, answer.json["field"]) == (400, "Idempotency-Key")
 
 
 @pytest.mark.usefixtures("sold")

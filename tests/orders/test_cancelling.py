@@ -137,7 +137,10 @@ def test_many_at_once_under_one_key_and_under_none(buy, drain, app, admin_header
         client = app.test_client()
         return client.post("/orders/1/cancel", json=body, headers=headers).status_code
 
-    assert sorted(at_once(attempt, ["k", "k", "k", "", "", ""])) == [200] * 5 + [409]
+    answers = at_once(attempt, ["k", "k", "k", "", "", ""])
+    (under_key,), others = set(answers[:3]), sorted(answers[3:])
+    # One act under the key and two besides; or the three others came first, and nothing was left.
+    assert (under_key, others) in ((200, [200, 200, 409]), (409, [200, 200, 200]))
     assert proved(app) == 100
 
 

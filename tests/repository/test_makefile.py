@@ -60,6 +60,7 @@ def test_a_python_that_is_too_old_is_told_in_one_line_and_harms_nothing(make, to
         assert [path.name for path in venv.iterdir()] == before if before else not venv.exists()
 
 
+@pytest.mark.drill
 def test_what_was_left_half_done_is_made_anew_and_what_is_whole_is_kept(make, tmp_path):
     """By an older Python, or an install that was cut short; later its Python is taken away."""
     venv = tmp_path / ".venv"

@@ -29,11 +29,13 @@ def suite(tmp_path):
 
     def run(text: str, *arguments: str, **environ: str):
         (tmp_path / "test_one.py").write_text(text)
-        plugins = ("-p", "leftovers", "-p", "strict", "-p", "no:cacheprovider")
+        # None but these: to import all that are installed takes longest.
+        plugins = ("-p", "leftovers", "-p", "strict", "-p", "xdist", "-p", "no:cacheprovider")
         return run_program(
             [sys.executable, "-m", "pytest", "-c", "none.ini", *plugins, *arguments],
             60,
             tmp_path,
+            PYTEST_DISABLE_PLUGIN_AUTOLOAD="1",
             PYTHONPATH=f"{ROOT / 'tests'}:{ROOT / 'stress'}:{ROOT}",
             **environ,
         )

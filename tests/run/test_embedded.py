@@ -92,6 +92,7 @@ def test_redis_starts_with_a_torn_tail(redis_server):
     assert redis.from_url(redis_server.url).get("stock") == b"7"
 
 
+@pytest.mark.drill
 @pytest.mark.parametrize("end", ["stop", "kill"])
 def test_postgres_keeps_its_data(postgres, end):
     sql(postgres, "CREATE TABLE kept AS SELECT 7 AS units")
@@ -105,6 +106,7 @@ def test_postgres_keeps_its_data(postgres, end):
     assert sql(postgres, "SHOW timezone") == "UTC"
 
 
+@pytest.mark.drill
 @pytest.mark.parametrize("content", ["empty", "a number that another process has now"])
 def test_postgres_starts_with_a_stale_pid_file(postgres, content):
     postgres.kill()
@@ -137,6 +139,7 @@ def test_of_two_starters_the_second_finds_the_firsts_server(tmp_path, name):
     assert (first.returncode, second.returncode) == (0, 0)
 
 
+@pytest.mark.drill
 @pytest.mark.parametrize("name", ["RedisServer", "PostgresServer"])
 def test_a_server_ends_with_its_starter_and_can_be_started_at_once(tmp_path, name):
     with starter(name, tmp_path) as first:

@@ -45,6 +45,7 @@ def sells(system) -> bool:
         return False
 
 
+@pytest.mark.drill
 def test_a_whole_run(system):
     log = system.data_dir / "supervisor.log"
     wait_until(lambda: "Sign in:" in log.read_text())

@@ -121,6 +121,7 @@ def run(tmp_path):
         yield start
 
 
+@pytest.mark.drill
 def test_a_run_from_start_to_end(run):
     first = run()
     url = f"http://127.0.0.1:{first.port}"
@@ -164,6 +165,7 @@ def test_a_run_from_start_to_end(run):
     assert not note.exists()
 
 
+@pytest.mark.drill
 def test_sighup_renews_the_web_processes_and_the_worker(run):
     it = run()
     it.says("Ready")
@@ -175,6 +177,7 @@ def test_sighup_renews_the_web_processes_and_the_worker(run):
     assert it.processes("app.run.serve") == [main]
 
 
+@pytest.mark.drill
 def test_a_killed_run_takes_all_with_it_and_can_be_repeated_at_once(run):
     first = run()
     first.says("Ready")

@@ -119,6 +119,7 @@ def restarts(web, cause):
     return found and float(found[1])
 
 
+@pytest.mark.drill
 def test_a_stopped_process_is_replaced_and_its_neighbour_sells_meanwhile(start):
     web = start(workers=2)
     before = web.processes()
@@ -137,6 +138,7 @@ def test_a_stopped_process_is_replaced_and_its_neighbour_sells_meanwhile(start):
     wait_until(lambda: restarts(web, "event_loop") == 1, 30)
 
 
+@pytest.mark.drill
 def test_an_event_loop_that_stands_still_is_replaced(start):
     web = start()
     (before,) = web.processes()
@@ -146,6 +148,7 @@ def test_an_event_loop_that_stands_still_is_replaced(start):
     assert before not in web.processes()
 
 
+@pytest.mark.drill
 def test_page_threads_that_are_gone_are_replaced_and_no_purchase_fails(start):
     web = start()
     (before,) = web.processes()
@@ -175,6 +178,7 @@ def test_page_threads_that_are_gone_are_replaced_and_no_purchase_fails(start):
     wait_until(lambda: restarts(web, "page_threads") == 1, 30)
 
 
+@pytest.mark.drill
 def test_busy_page_threads_are_left_alone(start):
     """Twelve clients share two threads for longer than the limit: each waits, and gets on."""
     web = start()
@@ -193,6 +197,7 @@ def test_busy_page_threads_are_left_alone(start):
     assert not web.says("replaced|stands still")
 
 
+@pytest.mark.drill
 @pytest.mark.parametrize("all_of_them", [False, True], ids=["parent", "everything"])
 def test_who_was_stopped_does_not_blame_the_others(start, all_of_them):
     web = start()

@@ -9,7 +9,7 @@ import pytest
 import redis
 from counts import commandstats
 from drills import often
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from app.config import NO_LIMIT, RateLimit, load_settings
@@ -32,6 +32,8 @@ REQUESTS = st.builds(
     address=st.sampled_from(["192.0.2.1", "192.0.2.2", "198.51.100.7", "2001:db8::/64"]),
     expected_cents=st.sampled_from([None, None, None, 1999, 5]),
     reference=st.sampled_from([None, None, "cart-7"]),
+    found=st.none(),
+    dry_since=st.just(0.0),
 )
 BATCHES = st.lists(
     st.tuples(
@@ -66,6 +68,17 @@ LIMITS = st.fixed_dictionaries(
     }
 )
 BRAKES = st.sampled_from([None, None, None, " * ", " 2 ", " 99 "])
+
+
+# What chance alone may leave out: so many buy that the outbox, or an address, has enough.
+NONE = {
+    "purchase_user_limit": NO_LIMIT,
+    "purchase_address_limit": NO_LIMIT,
+    "purchase_network_limit": NO_LIMIT,
+}
+PLENTY = {"free": 40, "opens": "", "closes": "", "pause": 0, "cap": "", "max": 10,
+          "price": "1999 EUR", "moved": 0, "accepted": 0, "claimed": 0}  # fmt: skip
+CROWD = [Request(user, 1, 1, None, "192.0.2.1") for user in range(1, 9)]
 
 
 class Bench:
@@ -156,6 +169,8 @@ def test_a_batch_is_its_claims_one_by_one(bench, examples):
         suppress_health_check=list(HealthCheck),
     )
     @given(LIMITS, st.tuples(PRODUCTS, PRODUCTS, PRODUCTS), BRAKES, BATCHES)
+    @example({**NONE, "outbox_limit": 6}, (PLENTY,), None, [(0, CROWD)])
+    @example({**NONE, "purchase_address_units": 4}, (PLENTY,), None, [(0, CROWD)])
     def alike(limits, products, brakes, batches):
         alone = bench.run(limits, products, brakes, batches, together=False)
         together = bench.run(limits, products, brakes, batches, together=True)

@@ -251,6 +251,7 @@ CALL = """async ([url, method, token, body]) => {
 }"""
 
 
+@pytest.mark.drill
 def test_what_runs_in_a_page_of_another_origin(chromium, elsewhere, tmp_path):
     names = {"shopper_auth": "SHOPPER_AUTH", "jwt_secret": "JWT_SECRET"}
     names |= {"jwt_issuer": "JWT_ISSUER", "jwt_audience": "JWT_AUDIENCE"}

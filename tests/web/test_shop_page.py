@@ -1,16 +1,20 @@
 """The example page for shoppers, in a real browser: bought once, whatever happens on the way."""
 
+import contextlib
 import json
 import re
 from datetime import UTC, datetime, timedelta
 
+import psycopg2
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from browser import Shop
 from call import call
 from system import PRODUCTION
+from waiting import wait_until
 
 from app.config import load_settings
+from app.run.embedded import PostgresServer
 
 
 @pytest.fixture
@@ -39,6 +43,71 @@ def test_buying_and_the_order_turns_confirmed(page, shop):
     opened.locator("#orders").get_by_text("2 × Bought here · €39.80 · Confirmed").wait_for()
     item.get_by_text("3 left").wait_for()
     assert shop.show(product)["stockRemaining"] == 3
+
+
+def end_hold(server, order: int) -> None:
+    """Let an order's hold be over in a moment."""
+    address = PostgresServer(server.data_dir).url.replace("+psycopg2", "")
+    with contextlib.closing(psycopg2.connect(address)) as connection, connection:
+        connection.cursor().execute(
+            "UPDATE orders SET held_until = clock_timestamp() WHERE id = %s", (order,)
+        )
+
+
+def pay(shop, order: int):
+    """Say that an order is paid, as the shop's own server does."""
+    path = f"{shop.url}/orders/{order}/confirm"
+    return call(path, {"payment": f"pi_{order}"}, headers=shop.headers)
+
+
+def buy_held(opened, name: str):
+    """Buy what is held until it is paid for; return the order's line and its id."""
+    item = card(opened, name)
+    item.get_by_role("button", name=f"Buy {name}").click()
+    item.get_by_text("It is held for you").wait_for()
+    line = opened.locator("#orders li").filter(has_text=name)
+    line.get_by_text("Held for you").wait_for()
+    line.get_by_role("timer").filter(has_text=re.compile(r"pay within 00:0[45]:\d\d")).wait_for()
+    return line, int(line.get_attribute("id").removeprefix("order-"))
+
+
+def test_a_hold_counts_down_until_it_is_paid_for(page, shop):
+    shop.product(name="Reserved", stock=3, holdSeconds=300)
+    line, order = buy_held(opened := page(), "Reserved")
+    first = line.get_by_role("timer").inner_text()
+    line.get_by_role("timer").filter(has_not_text=first).wait_for()
+    # The shopper pays elsewhere: this page has no token that could confirm anything.
+    assert pay(shop, order).status == 200
+    line.get_by_text("Confirmed").wait_for()
+    assert line.get_by_role("timer").inner_text() == ""
+    assert "order-" in opened.locator("#orders li").first.get_attribute("id")
+
+
+def test_a_hold_that_ends_and_a_late_payment(page, shop, server):
+    product = shop.product(name="Left waiting", stock=3, holdSeconds=300)
+    line, order = buy_held(opened := page(), "Left waiting")
+    wait_until(
+        lambda: call(f"{shop.url}/orders/{order}", headers=shop.headers).json["storedAt"],
+        what="the drain",
+    )
+    end_hold(server, order)
+    line.get_by_text("Not paid in time").wait_for()
+    assert line.get_by_role("timer").inner_text() == ""
+    card(opened, "Left waiting").get_by_text("3 left").wait_for()
+    assert pay(shop, order).json["reclaimed"] is True
+    opened.reload()
+    line.get_by_text("Confirmed").wait_for()
+    assert shop.show(product)["stockRemaining"] == 2
+
+
+def test_what_is_held_by_others_may_come_back(page, shop):
+    product = shop.product(name="Last one", stock=1, holdSeconds=300)
+    opened = page(complain=False)
+    item = card(opened, "Last one")
+    item.get_by_text("1 left").wait_for()
+    assert shop.buy(product).status == 200
+    item.get_by_role("button").click()
+    item.get_by_text("All are held by others").wait_for()
 
 
 def test_pressing_again_and_again_buys_once(page, shop):
@@ -138,6 +207,7 @@ def test_names_are_text_whatever_they_hold(page, shop):
     opened.get_by_role("heading", name="<img src=x onerror=alert(1)>").wait_for()
 
 
+@pytest.mark.drill
 def test_axe_finds_nothing(page, shop):
     shop.product(name="Seen by axe", stock=3)
     opened = page()

@@ -42,8 +42,14 @@ class Crowd:
             seconds = patience(30)
             self.local.connection = http.client.HTTPConnection(url.netloc, timeout=seconds)
         content = {"Content-Type": "application/json"}
-        self.local.connection.request("POST", path, json.dumps(body), content | headers)
-        response = self.local.connection.getresponse()
+        try:
+            self.local.connection.request("POST", path, json.dumps(body), content | headers)
+            response = self.local.connection.getresponse()
+        except ConnectionError:
+            # Idle for too long, it was closed; the key makes a second request harmless.
+            self.local.connection.close()
+            self.local.connection.request("POST", path, json.dumps(body), content | headers)
+            response = self.local.connection.getresponse()
         return response.status, json.loads(response.read())
 
     def shop(self, user: int) -> bool:

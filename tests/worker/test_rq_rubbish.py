@@ -182,6 +182,7 @@ def test_orders_are_stored_in_spite_of(app, start_worker, rubbish: Callable):
         assert ledger.check(rows=True).ok
 
 
+@pytest.mark.drill
 def test_a_worker_goes_on_when_the_rubbish_is_gone(app, start_worker):
     with app.app_context():
         client = stock.raw_client
@@ -204,6 +205,7 @@ def test_a_worker_goes_on_when_the_rubbish_is_gone(app, start_worker):
         assert ledger.check(rows=True).ok
 
 
+@pytest.mark.drill
 def test_a_worker_among_rubbish_ends_when_it_is_asked_to(app, start_worker, tmp_path):
     with app.app_context():
         workers_of_another_type(stock.raw_client)

@@ -8,16 +8,19 @@
 --       are asked for, the fence
 -- ARGV  1 how many products   2 how many claims   then the products' ids; then for each claim: user,
 --       field of the user in its buckets, number of its product (from 1), quantity, address, and
---       letters that say what follows: e expected price in cents, k key, n network, r reference,
+--       letters that say what follows: e expected price in cents, f what all shards were found to have,
+--       k key, n network, r reference,
 --       s score in the queued, where that is not the user
 -- What is the same for every claim stands in a line that claims.py puts before this script:
 --       USER_, EARLY_, ADDRESS_, NETWORK_: LIMIT (attempts, 0 for no limit) and WINDOW (ms),
 --       ADDRESS_UNITS (0 for no limit), TURN (ms, see below), MOST_BYTES of attempts,
---       MOST_WAITING orders in the outbox, REPLICAS that must have an order
+--       MOST_WAITING orders in the outbox, REPLICAS that must have an order, SHARDS of the sale
 -- Returns for each claim {outcome, detail, attempts left, ms until one more is allowed, text};
 --       attempts left is -1 where the rate limit was not reached. detail: the order id, the units
 --       left, or the opening time in ms. text: the price (and of an order that is held, until when, in
 --       ms), or an ended order's status. Of sold_out and insufficient: held, where units may return.
+--       away, where a shard that can't be reached may have some.
+--       dry: others may have what this shard lacks, the text says of which sale; nothing is counted.
 --       undone: this claim met what can't be, the text says what; nothing is left of it.
 --
 -- A script that fails midway is not rolled back, so everything is decided first, in tables, and
@@ -80,9 +83,10 @@ if not known[1] then
   return claims
 end
 
+local FIGURES = { 'free', 'opens', 'closes', 'pause', 'cap', 'max', 'price', 'accepted', 'claimed', 'hold', 'held' }
+if SHARDS > 1 then FIGURES[12] = 'sealed' end
 for _, product in ipairs(products) do
-  local figures = redis.pcall('HMGET', product.hash,
-    'free', 'opens', 'closes', 'pause', 'cap', 'max', 'price', 'accepted', 'claimed', 'hold', 'held')
+  local figures = redis.pcall('HMGET', product.hash, unpack(FIGURES))
   product.wrong, product.counts = failed(figures), KEYS[8]
   -- A product that can't be sold at all, a draft or an archived one, is published with a maximum of
   -- none: to shoppers it is not there.
@@ -92,6 +96,7 @@ for _, product in ipairs(products) do
     product.cap, product.price = tonumber(figures[5]), figures[7]
     product.accepted, product.claimed = tonumber(figures[8]), tonumber(figures[9])
     product.hold, product.held = tonumber(figures[10]), tonumber(figures[11]) or 0
+    product.sealed = figures[12]
     product.cents = product.price and string.match(product.price, '^(%d+) %u+$')
     product.paused = figures[4] == '1' or known[2] and (string.find(known[2], ' * ', 1, true)
       or string.find(known[2], ' ' .. product.id .. ' ', 1, true))
@@ -284,8 +289,21 @@ local function decide(claim)
     if bought and bought + quantity > product.cap then outcome = 'capped'
     elseif by_address and by_address + quantity > ADDRESS_UNITS then outcome = 'capped_address'
     elseif product.free < quantity then
-      outcome, detail = product.free <= 0 and 'sold_out' or 'insufficient', math.max(product.free, 0)
+      local left, away = product.free, nil
+      if SHARDS > 1 then
+        -- What all were found to have: just now, for this claim, or a moment ago, and it was nothing.
+        local found = claim.f
+        if not found and product.sealed then
+          local till, rest = string.match(product.sealed, '^(%d+)(.*)$')
+          if tonumber(till) > now then found = '0' .. rest end
+        end
+        if not found then return { 'dry', 0, -1, 0, known[1] } end
+        local others, out_of_reach = string.match(found, '^(%d+)(.*)$')
+        left, away = math.max(left, tonumber(others)), out_of_reach ~= ''
+      end
+      outcome, detail = left <= 0 and 'sold_out' or 'insufficient', math.max(left, 0)
       if product.held > 0 then text = 'held' end
+      if away then text = text == '' and 'away' or 'held away' end
     else
       waiting = waiting or read('XLEN', KEYS[5])
       -- Back-pressure: better a clear refusal than a Redis out of memory. Costs the shopper no attempt.

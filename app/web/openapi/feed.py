@@ -191,6 +191,11 @@ FULL: Response = (
     ["too_many_endpoints", "other_sale", "cursor_ahead", "no_sale"],
     (),
 )
+REMOVED: Response = (
+    "A replay: the endpoint that was made is removed since",
+    ["unknown_webhook"],
+    (),
+)
 UNREADABLE: Response = (
     "A replay: `SECRET_KEY` was changed since, and the secret can't be told",
     ["secret_unreadable"],
@@ -272,7 +277,12 @@ def paths() -> dict[str, Any]:
                 "Have events sent to an address",
                 {
                     "201": ok("Created", secret, (*KEYED, "Location")),
-                    **failures(400, 401, 403, *BODY, 409, 410, 429, 503, s409=FULL, s410=GONE),
+                    **failures(
+                        *(400, 401, 403, 404, *BODY, 409, 410, 429, 503),
+                        s404=REMOVED,
+                        s409=FULL,
+                        s410=GONE,
+                    ),
                 },
                 **secured,
                 parameters=[CREATION_KEY, REQUEST_ID],
