@@ -6,6 +6,8 @@ import urllib.request
 from email.message import Message
 from typing import NamedTuple
 
+from waiting import patience
+
 
 class Answer(NamedTuple):
     status: int
@@ -25,7 +27,7 @@ def call(
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, headers, method=method)
     try:
-        response = urllib.request.urlopen(request, timeout=15, context=tls)
+        response = urllib.request.urlopen(request, timeout=patience(15), context=tls)
     except urllib.error.HTTPError as error:
         response = error
     with response:

@@ -8,7 +8,6 @@ from unittest.mock import patch
 import flask_migrate
 import psycopg2
 import pytest
-import redis
 from documented import DocumentedClient
 from people import API_TOKEN, PASSWORD, sign_in_once
 from sqlalchemy import text
@@ -101,9 +100,7 @@ def make_app(built_app, settings):
 
 def _reset(app) -> None:
     with app.app_context(), patch.object(recovery, "_empty_tables", _delete_rows):
-        client = redis.Redis.from_url(app.config["SETTINGS"].redis_url)
-        client.flushdb()
-        client.close()
+        stock.client.flushdb()
         recovery.reset(CLI)
 
 

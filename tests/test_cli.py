@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from system import PRODUCTION
+from waiting import patience
 
 from app.config import ROOT
 from app.extensions import db, stock
@@ -54,7 +55,7 @@ def test_a_command_that_is_not_carried_out_starts_no_server(tmp_path, words, cod
         cwd=ROOT,
         env=environ | {"DATA_DIR": str(tmp_path)},
         capture_output=True,
-        timeout=60,
+        timeout=patience(60),
         check=False,
     )
     assert done.returncode == code, done.stderr

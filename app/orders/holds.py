@@ -182,14 +182,15 @@ def _accept_early(wishes: Sequence[Confirm]) -> dict[int, dict[str, Any]]:
     """
     if not wishes or not intents.epoch():
         return {}
-    waiting: dict[int, dict[str, Any]] = {}
+    held: list[search.Found] = []
     try:
         for wish in wishes:
             entry = stock.waiting_order(wish.order_id)
             if entry and entry.held_until_ms is not None:
-                waiting[wish.order_id] = _waiting(wish.order_id, entry) | {"confirming": True}
+                held.append(search.from_entry(wish.order_id, entry))
     except Unavailable:
         return {}
+    waiting = {order["id"]: order | {"confirming": True} for order in described(held)}
     accepted = intents.accept_confirms(
         {w.order_id: (w.payment, w.actor) for w in wishes if w.order_id in waiting}
     )

@@ -5,7 +5,7 @@ from collections.abc import Collection
 from datetime import datetime
 from typing import Self
 
-from sqlalchemy import select
+from sqlalchemy import null, select
 
 from ..extensions import db
 from ..models import Product, ProductName
@@ -22,23 +22,26 @@ class Names(dict[int, str]):
 
     @classmethod
     def read(cls, ids: Collection[int] | None = None) -> Self:
-        """Return those of all products, or of some. Two statements, however many orders there are.
+        """Return those of all products, or of some. One statement, however many orders there are.
 
         An id that no product can have is passed over.
         """
-        products = select(Product.id, Product.name).order_by(Product.id)
-        before = select(ProductName.product_id, ProductName.until, ProductName.name).order_by(
-            ProductName.product_id, ProductName.until
-        )
+        now = select(Product.id, null().label("until"), Product.name)
+        before = select(ProductName.product_id, ProductName.until, ProductName.name)
         if ids is not None:
             possible = [product_id for product_id in ids if 0 < product_id <= MAX_ID]
-            products = products.where(Product.id.in_(possible))
+            now = now.where(Product.id.in_(possible))
             before = before.where(ProductName.product_id.in_(possible))
-        current = db.session.execute(products)
+        current: dict[int, str] = {}
         former: dict[int, list[tuple[datetime, str]]] = {}
-        for product_id, until, name in db.session.execute(before):
-            former.setdefault(product_id, []).append((until, name))
-        return cls(dict(current.all()), former)
+        for product_id, until, name in db.session.execute(
+            now.union_all(before).order_by("id", "until")
+        ):
+            if until is None:
+                current[product_id] = name
+            else:
+                former.setdefault(product_id, []).append((until, name))
+        return cls(current, former)
 
     def sold(self, product_id: int, at: datetime) -> str | None:
         """Return what the product was called at a moment, None for one that nobody knows."""

@@ -1,9 +1,11 @@
 """How a worker proves that it works: a byte a second to the one that started it (run/pulse.py).
 
-Each of its threads counts its turns; one that hangs, or has ended, counts none.
+systemd gets a word of it, too, where it watches over the worker (WatchdogSec, sd_notify(3)). Each
+of its threads counts its turns; one that hangs, or has ended, counts none.
 """
 
 import os
+import socket
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,6 +23,8 @@ class Heartbeat:
     def __init__(self, pipe: int) -> None:
         os.set_blocking(pipe, False)
         self._pipe = pipe
+        # "@" stands for the zero byte of an abstract address.
+        self._systemd = os.environ.get("NOTIFY_SOCKET", "").replace("@", "\0", 1)
         self._turns: dict[str, int] = {}
 
     def thread(self, name: str) -> Callable[[], None]:
@@ -53,3 +57,7 @@ class Heartbeat:
         # Full: nobody has read for hours. Broken: nobody is left to read.
         with suppress(BlockingIOError, BrokenPipeError):
             os.write(self._pipe, word)
+        if word == ALIVE and self._systemd:
+            with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
+                told.setblocking(False)
+                told.sendto(b"WATCHDOG=1", self._systemd)

@@ -13,6 +13,7 @@ from zoneinfo import ZoneInfo
 import psycopg2
 import pytest
 from browser import PAGES, users
+from waiting import patience
 
 from app.config import load_settings
 from app.locks import DRAIN_LOCK
@@ -77,7 +78,7 @@ def test_stock_falls_while_purchases_run(open_page, shop):
         page.fill(f"#amount-{product}", "12")
         page.evaluate("scrollTo(0, 40)")
         seen = set()
-        deadline = time.monotonic() + 6
+        deadline = time.monotonic() + patience(6)
         while len(seen) < 4 and time.monotonic() < deadline:
             seen.add(free_of(page, product))
             page.wait_for_timeout(200)

@@ -13,6 +13,7 @@ import pytest
 from consumer import number
 from sqlalchemy import text
 from standardwebhooks import Webhook
+from waiting import patience
 
 from app.audit import CLI
 from app.config import ROOT
@@ -30,7 +31,7 @@ def go_program(tmp_path_factory):
     subprocess.run(
         ["go", "build", "-o", program, CLIENTS / "consume.go"],
         check=True,
-        timeout=300,
+        timeout=patience(300),
         env=os.environ
         | {"GO111MODULE": "off", "GOFLAGS": "", "GOCACHE": str(program.parent / "c")},
     )
@@ -58,7 +59,7 @@ class Running:
             self.lines.put(line.strip())
 
     def line(self) -> str:
-        return self.lines.get(timeout=30)
+        return self.lines.get(timeout=patience(30))
 
     def kill(self) -> None:
         self.process.kill()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from waiting import patience
 
 from app.config import ROOT
 
@@ -30,7 +31,7 @@ def make(tmp_path):
             env={name: value for name, value in os.environ.items() if name not in OUTER},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=patience(120),
             check=False,
         )
 

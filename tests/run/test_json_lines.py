@@ -12,7 +12,7 @@ import redis
 from call import call
 from client import free_port
 from system import processes, start_system, stop_system
-from waiting import wait_until
+from waiting import patience, wait_until
 
 from app.config import ROOT
 from app.run.embedded import PostgresServer, RedisServer
@@ -99,7 +99,7 @@ def test_a_start_that_fails(tmp_path, program, wrong):
         env=os.environ | environ,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=patience(60),
         check=False,
     )
     assert done.returncode != 0
@@ -126,7 +126,7 @@ raise RuntimeError("at the\\nend")
         env=os.environ | {"LOG_FORMAT": "json"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=patience(60),
         check=False,
     )
     assert done.returncode == 1

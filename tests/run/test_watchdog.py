@@ -17,7 +17,7 @@ from contextlib import suppress
 import pytest
 from call import call
 from client import free_port
-from waiting import wait_until
+from waiting import patience, wait_until
 
 from app.config import ROOT
 from app.run.pulse import ALIVE, MOST_MISSED, STUCK, Pulse, Trouble
@@ -126,7 +126,7 @@ def test_a_stopped_process_is_replaced_and_its_neighbour_sells_meanwhile(start):
     victim = min(before)
     os.kill(victim, signal.SIGSTOP)
     user = 0
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + patience(30)
     while victim in web.processes():
         assert time.monotonic() < deadline
         user += 1

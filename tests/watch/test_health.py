@@ -8,7 +8,7 @@ import psycopg2
 import pytest
 import redis
 from sqlalchemy.exc import OperationalError
-from waiting import wait_until
+from waiting import patience, wait_until
 from wire import serving
 
 from app import database, locks
@@ -226,7 +226,7 @@ def probing(app, conversation, verified: bool = True):
 
 
 async def until(probe, wanted: tuple[int, dict]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(patience(5)):
         while await probe() != wanted:
             await asyncio.sleep(0.05)
 
@@ -258,7 +258,7 @@ class TestSaleOnTheEventLoop:
             assert await probe() == UNVERIFIED
             line = stock.loop_line.line
             line._on_record = lambda: ("the sale that should be there", 1)
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(patience(5)):
                 while (await probe())[0] != 503:
                     await asyncio.sleep(0.05)
             with pytest.raises(Unavailable):

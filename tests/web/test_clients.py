@@ -11,6 +11,7 @@ import urllib.request
 from urllib.parse import quote
 
 import pytest
+from waiting import patience
 
 from app.config import ROOT
 
@@ -35,7 +36,7 @@ def client(request):
             env=os.environ | {"no_proxy": "127.0.0.1"} | environment,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=patience(60),
             check=False,
         )
 
@@ -55,7 +56,7 @@ def call(server, path, body=None):
         body and json.dumps(body).encode(),
         {"Content-Type": "application/json", "Authorization": f"Bearer {server.api_token}"},
     )
-    with urllib.request.urlopen(request, timeout=10) as response:
+    with urllib.request.urlopen(request, timeout=patience(10)) as response:
         return json.load(response)
 
 

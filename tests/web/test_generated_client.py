@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 from call import call
+from waiting import patience
 
 users = itertools.count(random.randrange(10**9, 2**52))
 
@@ -31,7 +32,7 @@ def generated(server, tmp_path_factory):
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=patience(120),
         check=False,
     )
     assert made.returncode == 0, made.stdout + made.stderr
@@ -231,7 +232,7 @@ def test_orders_are_found_and_given_back(generated, product):
     ]
     assert answers[0].parsed == answers[1].parsed
     assert answers[1].headers["Idempotent-Replayed"] == "true"
-    soon = time.monotonic() + 20
+    soon = time.monotonic() + patience(20)
     while (order := generated.show_order.sync(order_id, client=client)).cancelled_quantity == 0:
         assert time.monotonic() < soon
     assert (order.status, order.quantity, order.cancelled_quantity) == ("CONFIRMED", 2, 1)
@@ -245,7 +246,7 @@ def test_many_orders_are_cancelled(generated, product):
     models, client = generated.models, generated.client
     body = models.Purchase(user_id=next(users), product_id=product.id, quantity=2)
     order_id = generated.purchase.sync(client=client, body=body).order_id
-    soon = time.monotonic() + 20
+    soon = time.monotonic() + patience(20)
     while generated.show_order.sync(order_id, client=client).status == "QUEUED":
         assert time.monotonic() < soon
     dry = models.BulkCancel(product_id=product.id, dry_run=True)
@@ -261,5 +262,5 @@ def test_many_orders_are_cancelled(generated, product):
         ),
     )
     while (bulk := generated.show_bulk_cancel.sync(begun.id, client=client)).status == "running":
-        assert time.monotonic() < soon + 20
+        assert time.monotonic() < soon + patience(20)
     assert (bulk.status, bulk.cancelled_units) == ("done", 2)

@@ -11,6 +11,7 @@ from contextlib import suppress
 import pytest
 from flask import Response
 from people import cookie_name
+from waiting import patience
 from wire import post, purchase, serving
 
 from app.extensions import stock
@@ -43,7 +44,7 @@ def talk(app, conversation, seconds: float = 60):
         async with serving(app) as process:
             return await conversation(process)
 
-    return asyncio.run(asyncio.wait_for(whole(), seconds))
+    return asyncio.run(asyncio.wait_for(whole(), patience(seconds)))
 
 
 def replies_to(app, data: bytes, count: int, closed: bool = False) -> list:
@@ -64,7 +65,7 @@ def replies_to(app, data: bytes, count: int, closed: bool = False) -> list:
 
 
 async def until(condition, seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + patience(seconds)
     while not condition():
         assert time.monotonic() < deadline
         await asyncio.sleep(0.01)

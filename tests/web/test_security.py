@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import pytest
 from call import call
 from people import sign_in_once
+from waiting import patience
 from werkzeug.security import generate_password_hash
 
 from app.audit import CLI
@@ -250,7 +251,7 @@ def test_slow_requests_hold_nobody_up(server):
     slow = []
     try:
         for number in range(200):
-            wire = socket.create_connection((address.hostname, address.port), timeout=5)
+            wire = socket.create_connection((address.hostname, address.port), timeout=patience(5))
             head = b"POST /purchase HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
             wire.sendall(head + (b"Content-Length: 40\r\n\r\n{" if number % 2 else b"X-"))
             slow.append(wire)
@@ -258,7 +259,7 @@ def test_slow_requests_hold_nobody_up(server):
         for number in range(20):
             body = {"userId": 7_100_000_000 + number, "productId": 9_000_000_000}
             assert call(f"{server.url}/purchase", body).status == 404
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < patience(5)
     finally:
         for wire in slow:
             wire.close()

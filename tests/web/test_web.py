@@ -5,6 +5,7 @@ import json
 from contextlib import suppress
 
 import pytest
+from waiting import patience
 from wire import post, purchase, serving
 
 from app.extensions import stock
@@ -237,7 +238,7 @@ def test_who_is_slow_is_closed(app, monkeypatch, sent):
             wire.send(sent)
             if b"\r\n\r\n" in sent:
                 assert (await wire.reply()).status == 200
-            return await asyncio.wait_for(wire.is_closed(), 5)
+            return await asyncio.wait_for(wire.is_closed(), patience(5))
 
     assert asyncio.run(talk())
 
@@ -250,7 +251,7 @@ def test_a_body_that_does_not_come_holds_nobody_up(app, monkeypatch, path):
         async with serving(app) as process:
             wire = await process.connect()
             wire.send(purchase(1)[:-1].replace(b"/purchase", path))
-            return await asyncio.wait_for(wire.reply(), 5), await wire.is_closed()
+            return await asyncio.wait_for(wire.reply(), patience(5)), await wire.is_closed()
 
     reply, closed = asyncio.run(talk())
     assert (reply.status, reply.json["code"], closed) == (408, "request_timeout", True)
@@ -270,7 +271,7 @@ def test_who_does_not_read_is_cut(app, monkeypatch):
                     await wire.writer.drain()
             return len(process.server.server_state.connections)
 
-    assert asyncio.run(asyncio.wait_for(talk(), 30)) == 0
+    assert asyncio.run(asyncio.wait_for(talk(), patience(30))) == 0
 
 
 def test_a_head_without_end(app):

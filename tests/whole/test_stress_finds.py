@@ -8,6 +8,7 @@ import sys
 import client as stress
 import pytest
 from client import free_port
+from waiting import patience
 
 NAMES = ("URL", "PORT", "HOST", "DATA_DIR", "ADMIN_API_TOKEN")
 
@@ -86,7 +87,7 @@ def test_without_an_argument_the_running_system_is_tested(server):
         env=environ | {"DATA_DIR": str(server.data_dir)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=patience(120),
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -100,7 +101,7 @@ def test_a_server_that_is_away_is_told_in_one_line():
         env=os.environ | {"ADMIN_API_TOKEN": "x"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=patience(60),
         check=False,
     )
     assert done.returncode == 2
