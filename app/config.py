@@ -335,6 +335,8 @@ class Settings:
         "threads of each web process for everything but purchases, which need none",
     )
 
+    # Not among the settings that a run reads, yet.
+    shards: int = 1
     outbox_limit: int = setting(
         "OUTBOX_LIMIT",
         5_000_000,
@@ -372,6 +374,8 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
     given: Mapping[str, str | None] = _environ() if environ is None else environ
     values: dict[str, Any] = {}
     for entry in fields(Settings):
+        if "name" not in entry.metadata:
+            continue
         raw = (given.get(entry.metadata["name"]) or "").strip()
         if raw:
             try:

@@ -22,13 +22,19 @@ KEPT_DAYS = 30
 FORGOTTEN_AT_ONCE = 100
 
 
-PUT_ALL = text("""
+FORGET = f"""
+DELETE FROM request_keys WHERE ctid = ANY(ARRAY(
+  SELECT ctid FROM request_keys WHERE created_at < now() - interval '{KEPT_DAYS} days'
+  LIMIT {FORGOTTEN_AT_ONCE} FOR UPDATE SKIP LOCKED))
+"""  # noqa: S608
+PUT_ALL = text(f"""
+WITH forgotten AS ({FORGET})
 INSERT INTO request_keys (route, resource, key, fingerprint, answer)
 SELECT :route, resource, key, fingerprint, CAST(answer AS json)
 FROM unnest(CAST(:resources AS text[]), CAST(:keys AS text[]), CAST(:fingerprints AS text[]),
             CAST(:answers AS text[])) AS new (resource, key, fingerprint, answer)
 ON CONFLICT DO NOTHING RETURNING 1
-""")
+""")  # noqa: S608
 
 
 def take(route: str, resource: str, key: str, content: object) -> RequestKey:
@@ -69,7 +75,6 @@ def put_all(route: str, done: Mapping[tuple[str, str], tuple[object, dict[str, A
     """
     if not done:
         return True
-    _forget()
     keys = sorted(done)
     values = {
         "route": route,
@@ -105,11 +110,4 @@ def fingerprint(content: object) -> str:
 
 def _forget() -> None:
     """Delete keys that are past their time; who takes one clears away, so no clock has to."""
-    db.session.execute(
-        text(
-            "DELETE FROM request_keys WHERE ctid = ANY(ARRAY(SELECT ctid FROM request_keys"
-            " WHERE created_at < now() - make_interval(days => :days)"
-            " LIMIT :most FOR UPDATE SKIP LOCKED))"
-        ),
-        {"days": KEPT_DAYS, "most": FORGOTTEN_AT_ONCE},
-    )
+    db.session.execute(text(FORGET))

@@ -1,11 +1,12 @@
 """An order's steps, told to the feed in the transaction in which they are made."""
 
 import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
+import msgspec
 from psycopg2.extensions import cursor as Cursor
 from sqlalchemy import select
 
@@ -22,16 +23,9 @@ def described(order: Order) -> dict[str, Any]:
     return next(search.described([search.from_row(row)]))
 
 
-class Step(NamedTuple):
-    """An order, in the API's form, as a step leaves it; and how many there were up to this one."""
-
-    order: dict[str, Any]
-    acts: int
-
-
-def tell(kind: str, steps: Iterable[Step]) -> None:
-    """Tell of a step of each of these stored orders, whose rows are locked."""
-    add(Happened(kind, {"order": order}, order["id"], acts) for order, acts in steps)
+def body(order: dict[str, Any]) -> str:
+    """Return what an event says of an order, which is in the API's form."""
+    return msgspec.json.encode({"order": order}).decode()
 
 
 def record(kind: str, orders: Sequence[Order], **more: Any) -> None:

@@ -18,7 +18,7 @@ from ..problems import Conflict, KeyMismatch, Unavailable, UnknownOrder
 from ..products.movements import apply_movement
 from ..products.names import Names
 from ..stock.entries import Entry
-from . import cancelling, events, intents, search, states
+from . import cancelling, intents, search, states
 from .search import describe, described
 from .states import HoldExpired
 
@@ -29,12 +29,13 @@ ROUTES = (CONFIRM, RELEASE, EXTEND)
 MAX_PAYMENT = 128
 
 
-# The orders, locked, and of each whether something was accepted that is still to be done.
+# The orders, locked, and of each whether something was accepted that is still to be done. One that
+# somebody else has locked keeps nobody waiting but who asks for it.
 COLUMNS = ", ".join(column.key for column in search.COLUMNS)
 LOCKED = text(f"""
-SELECT {COLUMNS}, acts,
+SELECT {COLUMNS},
        EXISTS (SELECT FROM order_intents i WHERE i.order_id = o.id AND i.applied_at IS NULL)
-FROM orders o WHERE id = ANY(:ids) ORDER BY id FOR UPDATE
+FROM orders o WHERE id = ANY(:ids) ORDER BY id FOR UPDATE SKIP LOCKED
 """)  # noqa: S608
 
 
@@ -101,13 +102,11 @@ def confirm_together(wishes: Sequence[Confirm]) -> list[Done | Exception | None]
 def _confirm_together(turn: dict[int, Confirm]) -> dict[int, Done | Exception]:
     ids = [wish.order_id for wish in turn.values()]
     orders: dict[int, search.Found] = {}
-    acts: dict[int, int] = {}
     asked: set[int] = set()
-    for *columns, done, waits in db.session.execute(LOCKED, {"ids": ids}):
-        order_id = columns[0]
-        orders[order_id], acts[order_id] = search.from_row(columns), done
+    for *columns, waits in db.session.execute(LOCKED, {"ids": ids}):
+        orders[columns[0]] = search.from_row(columns)
         if waits:
-            asked.add(order_id)
+            asked.add(columns[0])
     names = Names.read({order.product_id for order in orders.values()})
     # A stored order that is held was confirmed under no key yet.
     known = idempotency.find_all(
@@ -127,17 +126,17 @@ def _confirm_together(turn: dict[int, Confirm]) -> dict[int, Done | Exception]:
     )
     reclaimed = _reclaimed([order.id for order in orders.values() if order.status == "CONFIRMED"])
     outcomes: dict[int, Done | Exception] = {}
-    steps: list[events.Step] = []
+    held: list[dict[str, Any]] = []
     keys: dict[tuple[str, str], tuple[object, dict[str, Any]]] = {}
     for number, wish in turn.items():
-        order = orders.get(wish.order_id)
+        found = orders.get(wish.order_id)
         taken = known.get((str(wish.order_id), wish.key or ""))
         if wish.order_id in early:
             outcomes[number] = done = Done(early[wish.order_id], waits=True)
             if wish.key:
                 keys[str(wish.order_id), wish.key] = [wish.payment], done.answer
             continue
-        if order is None or order.id in asked or (taken and taken.answer is None):
+        if found is None or found.id in asked or (taken and taken.answer is None):
             continue
         try:
             if taken:
@@ -145,27 +144,27 @@ def _confirm_together(turn: dict[int, Confirm]) -> dict[int, Done | Exception]:
                     raise KeyMismatch
                 outcomes[number] = _replayed(taken.answer or {})
                 continue
-            told = describe(order, names)
-            if order.status == "HELD":
+            told = describe(found, names)
+            if found.status == "HELD":
                 told = states.confirmed(told, wish.payment)
-                steps.append(events.Step(told, acts[order.id] + 1))
+                held.append(told)
                 _note(wish)
-            elif order.status in ("CONFIRMED", "CANCELLED"):
-                _check_confirmed(order, wish.payment)
+            elif found.status in ("CONFIRMED", "CANCELLED"):
+                _check_confirmed(found, wish.payment)
             else:
                 continue
         except (Conflict, KeyMismatch) as refusal:
             outcomes[number] = refusal
             continue
-        done = outcomes[number] = Done(told, reclaimed=order.id in reclaimed)
+        done = outcomes[number] = Done(told, reclaimed=found.id in reclaimed)
         if wish.key:
-            keys[str(order.id), wish.key] = [wish.payment], done.answer
+            keys[str(found.id), wish.key] = [wish.payment], done.answer
     if not idempotency.put_all(CONFIRM, keys):
         # Taken by one for which the order was not stored yet.
         db.session.rollback()
         return {}
-    if steps:
-        states.confirm_all(steps)
+    if held:
+        states.confirm_all(held)
     db.session.commit()
     if early and (stored := _stored_since(early)):
         # Perhaps their holds have even ended: each has to be looked at, as if it came again.

@@ -17,7 +17,7 @@ from ..extensions import db
 from ..models import Order, OrderIntent, Sale, StockMovement
 from ..problems import Conflict, Unavailable, UnknownOrder
 from ..products.movements import apply_movement
-from . import events, search, states
+from . import search, states
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ WHERE applied_at IS NULL AND epoch = (SELECT epoch FROM sale) ORDER BY 1 LIMIT :
 # Of an order nothing else is accepted beside a confirmation, so that what is seen before the row is
 # locked is still so. Who has locked it carries out what waits by himself.
 PAID = text(f"""
-SELECT {", ".join(f"o.{column.key}" for column in search.COLUMNS)}, o.acts, i.payment
+SELECT {", ".join(f"o.{column.key}" for column in search.COLUMNS)}, i.payment
 FROM orders o
 JOIN order_intents i ON i.order_id = o.id AND i.epoch = (SELECT epoch FROM sale)
      AND i.applied_at IS NULL AND i.act = 'confirm' AND i.number = 1
@@ -182,15 +182,12 @@ def apply_open() -> int:
 def _confirm_together(order_ids: list[int]) -> set[int]:
     """Confirm those of these orders of which nothing else was asked, in one transaction."""
     rows = db.session.execute(PAID, {"ids": order_ids}).all()
-    orders = search.described([search.from_row(row[:-2]) for row in rows])
-    steps = [
-        events.Step(states.confirmed(order, row[-1]), row[-2] + 1)
-        for row, order in zip(rows, orders, strict=True)
-    ]
-    paid = [step.order["id"] for step in steps]
-    if steps:
+    told = search.described([search.from_row(row[:-1]) for row in rows])
+    orders = [states.confirmed(order, row[-1]) for row, order in zip(rows, told, strict=True)]
+    paid = [order["id"] for order in orders]
+    if orders:
         db.session.execute(APPLIED, {"ids": paid})
-        states.confirm_all(steps)
+        states.confirm_all(orders)
     db.session.commit()
     return set(paid)
 

@@ -60,10 +60,18 @@ RETURNING id, order_id, units
 """)
 
 
+# Each with its event, in one statement: everybody who changes an order waits for its product's row
+# of totals, which is locked at the end of it.
 CONFIRM = text("""
-UPDATE orders o SET status = 'CONFIRMED', payment = wish.payment, acts = acts + 1
-FROM unnest(CAST(:ids AS bigint[]), CAST(:payments AS text[])) AS wish (id, payment)
-WHERE o.id = wish.id AND o.status = 'HELD'
+WITH confirmed AS (
+  UPDATE orders o SET status = 'CONFIRMED', payment = wish.payment, acts = acts + 1
+  FROM unnest(CAST(:ids AS bigint[]), CAST(:payments AS text[]), CAST(:bodies AS text[]))
+       AS wish (id, payment, body)
+  WHERE o.id = wish.id AND o.status = 'HELD'
+  RETURNING o.id, o.acts, wish.body
+)
+INSERT INTO new_events (type, order_id, sequence, body)
+SELECT 'order.confirmed', id, acts, CAST(body AS json) FROM confirmed
 """)
 # One statement, since 100,000 holds may end in a second. By the transaction's own clock, so that it
 # is the movement's time, too. What is confirmed or extended at this moment is locked, and passed
@@ -176,14 +184,18 @@ def confirmed(order: dict[str, Any], payment: str | None) -> dict[str, Any]:
     return order | {"status": "CONFIRMED", "payment": payment}
 
 
-def confirm_all(steps: Sequence[events.Step]) -> None:
-    """Confirm these orders, all locked and held: make each what `confirmed` returned."""
-    events.tell("order.confirmed", steps)
-    orders = [step.order for step in steps]
-    values = {"ids": [o["id"] for o in orders], "payments": [o["payment"] for o in orders]}
-    # Close to the commit: everybody who changes an order waits for its product's row of totals.
+def confirm_all(orders: Sequence[dict[str, Any]]) -> None:
+    """Confirm these orders, all locked and held: make each what `confirmed` returned.
+
+    Best as a transaction's last statement.
+    """
+    values = {
+        "ids": [order["id"] for order in orders],
+        "payments": [order["payment"] for order in orders],
+        "bodies": [events.body(order) for order in orders],
+    }
     changed = db.session.execute(CONFIRM, values)
-    if cast("CursorResult[Any]", changed).rowcount != len(steps):
+    if cast("CursorResult[Any]", changed).rowcount != len(orders):
         raise RuntimeError(f"of orders {values['ids']} not all were held")
 
 
@@ -192,7 +204,7 @@ def confirm(order: Order, payment: str | None) -> None:
     if order.status != "HELD":
         raise Conflict(f"This order is {order.status.lower()}", f"order_{order.status.lower()}")
     db.session.flush()
-    confirm_all([events.Step(confirmed(events.described(order), payment), order.acts + 1)])
+    confirm_all([confirmed(events.described(order), payment)])
     db.session.refresh(order)
 
 

@@ -156,7 +156,7 @@ class ClaimScript:
         keys = [*self._shared_keys, *map(names.product, products)]
         if self._address_units:
             keys += map(names.address_units, products)
-        args = [str(len(products)), str(len(requests)), *map(str, products)]
+        args = [str(len(products)), str(len(requests)), self.part.suffix, *map(str, products)]
         for user, product_id, quantity, key, address, expected, reference, found, _ in requests:
             _, bucket, field = place(user, shards)
             keys.append(f"{names.bought_prefix}{product_id}:{bucket}")

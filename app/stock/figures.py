@@ -22,6 +22,45 @@ class View:
     overlap: list[Entry]
     products: dict[int, dict[str, int]]
     brakes: Brakes
+    # Shards that could not be asked: what they have is in none of the figures.
+    missing: tuple[int, ...] = ()
+
+
+# Of a product in several shards: what is one for all of them, as it is where it is oldest.
+_SAME = ("version", "opens", "closes", "pause", "cap", "max", "hold")
+
+
+def merged(views: dict[int, View], shards: int) -> View:
+    """Return the sums of the shards' views, given by their numbers, of so many shards.
+
+    Its generation is the sale's that they hold; one that is closed holds none.
+    """
+    names = {view.generation for view in views.values() if view.generation}
+    products: dict[int, dict[str, int]] = {}
+    for view in views.values():
+        for product_id, figures in view.products.items():
+            sums = products.setdefault(product_id, {})
+            older = figures["version"] < sums.get("version", figures["version"] + 1)
+            for name, figure in figures.items():
+                if name not in _SAME:
+                    sums[name] = sums.get(name, 0) + figure
+                elif older:
+                    sums[name] = figure
+    oldest = [view.oldest_claimed_ms for view in views.values() if view.oldest_claimed_ms]
+    return View(
+        generation=" or ".join(sorted(names)),
+        last_order_id=max(view.last_order_id for view in views.values()),
+        waiting=sum(view.waiting for view in views.values()),
+        oldest_claimed_ms=min(oldest, default=None),
+        applied_movements=frozenset(),
+        overlap=[entry for view in views.values() for entry in view.overlap],
+        products=products,
+        brakes=Brakes(
+            any(view.brakes.sale for view in views.values()),
+            frozenset(of for view in views.values() for of in view.brakes.products),
+        ),
+        missing=tuple(number for number in range(shards) if number not in views),
+    )
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,6 @@ class Part(NamedTuple):
 WHOLE = Part()
 
 
-def first_multiple(above: int, shards: int) -> int:
+def first_above(above: int, shards: int) -> int:
     """Return where order ids begin above an id: with one shard the next, else a multiple."""
     return above + 1 if shards == 1 else (above // shards + 1) * shards

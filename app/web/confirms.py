@@ -1,8 +1,8 @@
 """Confirmations of held orders: gathered on the event loop, and decided together.
 
 One transaction decides those of a moment: each by itself would wait for a commit, and for the one
-row of the product's totals. What that can't decide (a wrong token, a hold that has ended, a
-PostgreSQL that is away) is left to the view, which answers it as any other request.
+row of the product's totals. What that can't decide (a wrong token, a hold that has ended, an order
+that somebody else has locked) is left to the view, which answers it as any other request.
 """
 
 import asyncio
@@ -17,13 +17,13 @@ from flask import Flask
 
 from .. import logs
 from ..audit import Actor
-from ..database import REQUEST_WAIT_SECONDS, waiting_at_most
+from ..database import REQUEST_WAIT_SECONDS, is_unavailable, waiting_at_most
 from ..extensions import db
 from ..orders import holds
 from ..problems import InvalidRequest
 from ..reading import MAX_BODY_BYTES, check_key, read_object
 from ..staff import tokens
-from .answer import JSON_TYPE, Answer
+from .answer import JSON_TYPE, UNAVAILABLE, UNAVAILABLE_RETRY, Answer
 from .headers import DEFAULTS
 from .identity import bearer_of
 from .orders import SCOPE, outcome_of, read_confirm
@@ -36,7 +36,7 @@ PATH = re.compile(r"/orders/([1-9][0-9]{0,15})/confirm", re.ASCII).fullmatch
 MOST_AT_ONCE = 200
 # Of those that wait for the one before; the view's own queue takes others, or refuses them.
 MOST_WAITING = 2000
-STATUS = {200: "200 OK", 202: "202 Accepted"}
+STATUS = {200: "200 OK", 202: "202 Accepted", 503: "503 Service Unavailable"}
 HEADERS = (JSON_TYPE, *DEFAULTS.items(), ("Cache-Control", "no-store"))
 
 
@@ -50,6 +50,7 @@ class Asked(NamedTuple):
     key: str | None
 
 
+# Status, body, and whether it is a repeated answer.
 Told = tuple[int, bytes, bool]
 Gathered = list[tuple[Asked, "asyncio.Future[Told | None]"]]
 
@@ -83,6 +84,8 @@ class Confirms:
         headers = [*HEADERS, ("Content-Length", str(len(body))), (logs.HEADER, identity)]
         if replayed:
             headers.append(("Idempotent-Replayed", "true"))
+        if status == 503:
+            headers.append(UNAVAILABLE_RETRY)
         return Answer(STATUS[status], headers, body)
 
     def _read(self, request: Request, address: str) -> Asked | None:
@@ -116,9 +119,11 @@ class Confirms:
             try:
                 found = await loop.run_in_executor(self._thread, self._decide, asked)
             except Exception as error:
-                # Each by itself, then: what is confirmed already is told so.
-                log.warning("%d confirmations go by themselves: %s", len(turn), error)
-                found = [None] * len(turn)
+                # By itself each would wait as long, and all pages with it. The same key tells what
+                # has come of it.
+                away = is_unavailable(error)
+                log.warning("%d confirmations failed together: %s", len(turn), error)
+                found = [(503, UNAVAILABLE, False) if away else None] * len(turn)
             for (_, told), answer in zip(turn, found, strict=True):
                 if not told.done():
                     told.set_result(answer)

@@ -20,7 +20,7 @@ from app.stock.keys import KEYS
 from app.watch.telemetry import Meter
 
 DEPLOY = ROOT / "deploy"
-SETTINGS = {entry.metadata["name"] for entry in fields(Settings)}
+SETTINGS = {entry.metadata["name"] for entry in fields(Settings) if entry.metadata}
 RULES = DEPLOY / "prometheus" / "alerts.yml"
 DASHBOARD = DEPLOY / "grafana" / "flash-sale.json"
 COMPOSE = DEPLOY / "docker" / "compose.yml"

@@ -6,7 +6,8 @@
 --       units by address; then for each claim: bought (a bucket of users), and only with a key: the
 --       keys of the bucket, and the name under which 0.1.0 kept this key; last, only where replicas
 --       are asked for, the fence
--- ARGV  1 how many products   2 how many claims   then the products' ids; then for each claim: user,
+-- ARGV  1 how many products   2 how many claims   3 which shard of how many this is, as the generation
+--       says it: '/6/2'; '' for the only one   then the products' ids; then for each claim: user,
 --       field of the user in its buckets, number of its product (from 1), quantity, address, and
 --       letters that say what follows: e expected price in cents, f what all shards were found to have,
 --       k key, n network, r reference,
@@ -53,10 +54,10 @@ end
 
 local product_count, claims, products = tonumber(ARGV[1]), {}, {}
 for i = 1, product_count do
-  products[i] = { id = ARGV[2 + i], hash = KEYS[8 + i], by_address = KEYS[8 + product_count + i] }
+  products[i] = { id = ARGV[3 + i], hash = KEYS[8 + i], by_address = KEYS[8 + product_count + i] }
 end
 local known_keys = { KEYS[1], KEYS[2] }
-local arg, key = 2 + product_count, 8 + (ADDRESS_UNITS > 0 and 2 or 1) * product_count
+local arg, key = 3 + product_count, 8 + (ADDRESS_UNITS > 0 and 2 or 1) * product_count
 for i = 1, tonumber(ARGV[2]) do
   local claim = {
     user = ARGV[arg + 1], field = ARGV[arg + 2], product = products[tonumber(ARGV[arg + 3])],
@@ -77,8 +78,10 @@ for i = 1, tonumber(ARGV[2]) do
 end
 
 local known = redis.call('MGET', unpack(known_keys))
--- No generation: this Redis has lost the sale (or never had it). Selling from it would oversell.
-if not known[1] then
+-- No generation: this Redis has lost the sale (or never had it). Selling from it would oversell. So
+-- would whoever deals shoppers to another number of shards.
+local dealt = known[1] and string.match(known[1], '/.*') or ''
+if not known[1] or dealt ~= ARGV[3] then
   for i = 1, #claims do claims[i] = { 'unprepared', 0, -1, 0, '' } end
   return claims
 end
@@ -467,17 +470,19 @@ local function put_products()
   end
 end
 
-local ids = redis.pcall('INCRBY', KEYS[7], #accepted)
+-- A shard's ids are those that leave its number when divided by how many there are.
+local stride = tonumber(string.match(dealt, '%d+') or 1)
+local ids = redis.pcall('INCRBY', KEYS[7], #accepted * stride)
 if failed(ids) then
   for _, claim in ipairs(accepted) do give_up(claim, ids.err) end
 else
-  local kept, scores, id = {}, {}, ids - #accepted
+  local kept, scores, id = {}, {}, ids - #accepted * stride
   for _, claim in ipairs(accepted) do
-    claim.id = id + 1
+    claim.id = id + stride
     local why = keep(claim)
     if why then give_up(claim, why)
     else
-      id = id + 1
+      id = id + stride
       kept[#kept + 1] = claim
       scores[#scores + 1] = claim.s or claim.user
       scores[#scores + 1] = claim.id
@@ -509,7 +514,7 @@ else
     end
     if sold < #kept then put_products() end
   end
-  if sold < #accepted then redis.call('DECRBY', KEYS[7], #accepted - sold) end
+  if sold < #accepted then redis.call('DECRBY', KEYS[7], (#accepted - sold) * stride) end
 end
 
 -- Who came again under a key of this very batch is told what became of the first.

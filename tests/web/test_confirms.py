@@ -1,0 +1,96 @@
+"""Confirmations on the event loop: gathered, decided together, bounded where PostgreSQL is slow."""
+
+import asyncio
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from people import API_TOKEN
+from sqlalchemy import text
+
+from app.audit import CLI
+from app.extensions import db, stock
+from app.products import catalogue
+from app.web.confirms import Confirms
+from app.web.request import Request
+
+
+@pytest.fixture
+def held(app, drain):
+    """Four stored orders that are held."""
+    with app.app_context():
+        catalogue.change(1, {"hold_seconds": 60}, CLI)
+        orders = [stock.claim(n, 1, 1, None, "a").detail for n in range(1, 5)]
+    drain()
+    return orders
+
+
+def asked(order: int, token: str = API_TOKEN, key: str | None = None) -> Request:
+    request = Request({"REMOTE_ADDR": "127.0.0.1"})
+    headers = [
+        (b"authorization", f"Bearer {token}".encode()),
+        (b"content-type", b"application/json"),
+    ]
+    if key:
+        headers.append((b"idempotency-key", key.encode()))
+    url = f"/orders/{order}/confirm".encode()
+    request.is_page("POST", url, "1.1", headers, ("127.0.0.1", 80))
+    request.body += json.dumps({"payment": f"pi_{order}"}).encode()
+    return request
+
+
+def answers(confirms: Confirms, *requests: Request) -> list:
+    async def ask():
+        told = (confirms.answer(request, "127.0.0.1") for request in requests)
+        return await asyncio.gather(*told)
+
+    return asyncio.run(ask())
+
+
+def test_those_of_a_moment_are_answered_as_the_view_does(app, client, admin_headers, held):
+    confirms = Confirms(app)
+    told = answers(confirms, *(asked(order, key=f"k{order}") for order in held[:2]))
+    assert [answer.status for answer in told] == ["200 OK"] * 2
+    assert [json.loads(answer.body)["payment"] for answer in told] == ["pi_1", "pi_2"]
+    shown = client.get("/orders/1", headers=admin_headers)
+    assert json.loads(told[0].body) == {n: v for n, v in shown.json.items() if n != "productName"}
+    headers = admin_headers | {"Idempotency-Key": "k3"}
+    viewed = client.post("/orders/3/confirm", json={"payment": "pi_3"}, headers=headers)
+    assert list(viewed.json) == list(json.loads(told[0].body))
+    own = {"X-Request-Id", "Content-Length"}
+    assert dict(viewed.headers).keys() - own == dict(told[0].headers).keys() - own
+    (again,) = answers(confirms, asked(1, key="k1"))
+    assert (again.body, dict(again.headers)["Idempotent-Replayed"]) == (told[0].body, "true")
+
+
+def test_what_is_special_is_the_views(app, held):
+    confirms = Confirms(app)
+    assert answers(confirms, asked(99), asked(1, token="fst_nobody-has-this")) == [None, None]
+    with app.app_context():
+        assert set(db.session.scalars(text("SELECT status FROM orders"))) == {"HELD"}
+
+
+def test_a_locked_order_keeps_nobody_else_waiting(app, held):
+    with app.app_context():
+        db.session.execute(text("SELECT FROM orders WHERE id = 2 FOR UPDATE"))
+        with ThreadPoolExecutor(1) as other:
+            told = other.submit(answers, Confirms(app), *map(asked, held)).result()
+        assert [answer and answer.status for answer in told] == [
+            "200 OK", None, "200 OK", "200 OK",
+        ]  # fmt: skip
+        db.session.rollback()
+
+
+def test_a_postgresql_that_is_too_slow_answers_all_at_once(app, held):
+    """Not one after the other, each in a page's thread."""
+    with app.app_context():
+        db.session.execute(text("LOCK TABLE orders"))
+        begun = time.monotonic()
+        with ThreadPoolExecutor(1) as other:
+            told = other.submit(answers, Confirms(app), *map(asked, held)).result()
+        assert time.monotonic() - begun > 0.8
+        assert {answer.status for answer in told} == {"503 Service Unavailable"}
+        assert {dict(answer.headers)["Retry-After"] for answer in told} == {"1"}
+        db.session.rollback()
+    assert [answer.status for answer in answers(Confirms(app), *map(asked, held))] == ["200 OK"] * 4
