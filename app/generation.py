@@ -6,9 +6,9 @@ sale in it may be sold from.
 
 from enum import Enum
 
-from sqlalchemy import select
+from sqlalchemy import select, text
 
-from .extensions import db
+from .extensions import db, stock
 from .models import Sale
 
 
@@ -23,7 +23,36 @@ class Held(Enum):
 
 def on_record() -> str:
     """Return the name of the sale that Redis should hold, "" before the first one."""
-    return db.session.scalar(select(Sale.generation)) or ""
+    found = db.session.execute(select(Sale.generation, Sale.shards)).one_or_none()
+    return _name(*found) if found else ""
+
+
+def _name(generation: str, shards: int) -> str:
+    """Return a sale's name; no Redis has that of one which this process would deal otherwise."""
+    if shards == len(stock.shards):
+        return generation
+    return f"{generation} in {shards} shards, which SHARDS must say"
+
+
+ISSUED = text("""
+    SELECT generation, shards, number, greatest(
+      CASE WHEN shards = 1 THEN sale.last_order_id
+           ELSE (SELECT last_order_id FROM sale_shards s WHERE s.shard = number) END,
+      -- One from before this dealing was another shard's.
+      (SELECT CASE WHEN b.last_order_id >= sale.first_order_id THEN b.last_order_id END
+       FROM batches b WHERE b.shard = number ORDER BY id DESC LIMIT 1))
+    FROM sale, generate_series(0, shards - 1) AS number ORDER BY number
+""")
+
+
+def issued() -> tuple[str, list[int]]:
+    """Return the sale's name, and the highest order id that each shard is known to have issued."""
+    rows = db.session.execute(ISSUED).all()
+    db.session.rollback()
+    if not rows:
+        return "", [0] * len(stock.shards)
+    name = _name(rows[0].generation, rows[0].shards)
+    return name, [last or 0 for *_, last in rows] if name == rows[0].generation else []
 
 
 def held(generation: str | None, expected: str | None) -> Held:

@@ -12,8 +12,10 @@ PREPARE_LOCK = 7_316_002
 REBUILD_LOCK = 7_316_004
 # A repair of the ledger: two at once would take the same units twice.
 REPAIR_LOCK = 7_316_005
-# One drainer at a time; held too by whoever needs that no order is stored meanwhile.
+# Held shared by drains, alone by whoever needs that no order is stored meanwhile.
 DRAIN_LOCK = 7_316_001
+# Of a shard by (this, its number), in PostgreSQL's space of pairs: one drainer at a time.
+SHARD_DRAIN_LOCKS = 7_316_008
 # Who numbers events, makes their partitions or drops them: one writer, for all of the feed.
 EVENTS_LOCK = 7_316_006
 # Held shared while a movement is carried out or a dead letter replayed, alone while the sale in

@@ -18,6 +18,7 @@ from sqlalchemy import (
     Identity,
     Index,
     Integer,
+    SmallInteger,
     String,
     Text,
     func,
@@ -146,19 +147,14 @@ def _sum_of(what: str) -> str:
     )
 
 
-class ProductTotals(Model):
-    """A product's sums of orders, dead letters, movements; kept by triggers in the same commit.
+class SumColumns:
+    """Sums of a product's orders, dead letters, movements; kept by triggers in the same commit.
 
-    They make every figure of a page a read of one row, however many orders there are. Every status
+    They make every figure of a page a read of few rows, however many orders there are. Every status
     of an order has its columns. Units count where they are: those of an order that were given back
     as how it ended, and as cancelled where a part of it still stands.
     """
 
-    __tablename__ = "product_totals"
-
-    product_id: Mapped[int] = mapped_column(
-        ForeignKey("products.id", ondelete="CASCADE"), primary_key=True
-    )
     confirmed_orders: Mapped[int] = mapped_column(BigInteger, server_default="0")
     confirmed_units: Mapped[int] = mapped_column(BigInteger, server_default="0")
     cancelled_orders: Mapped[int] = mapped_column(BigInteger, server_default="0")
@@ -177,6 +173,32 @@ class ProductTotals(Model):
     moved_units: Mapped[int] = mapped_column(BigInteger, server_default="0")
     # Dead letters given up: their units went out, and came back by a movement.
     abandoned_units: Mapped[int] = mapped_column(BigInteger, server_default="0")
+
+
+class ShardTotals(SumColumns, Model):
+    """A product's sums by shard.
+
+    Of one shard all count in row 0. Of several there is row -1 too, for what is older than this
+    dealing of the sale: no unit of it is free. A movement counts in them once it is applied.
+    """
+
+    __tablename__ = "product_totals"
+
+    product_id: Mapped[int] = mapped_column(
+        ForeignKey("products.id", ondelete="CASCADE"), primary_key=True
+    )
+    shard: Mapped[int] = mapped_column(
+        SmallInteger, primary_key=True, autoincrement=False, server_default="0"
+    )
+
+
+class ProductTotals(SumColumns, Model):
+    """A product's sums over all shards: a view."""
+
+    __tablename__ = "product_sums"
+    __table_args__ = ({"info": {"is_view": True}},)
+
+    product_id: Mapped[int] = mapped_column(primary_key=True)
 
 
 class StockMovement(OfUser, Model):
@@ -245,6 +267,8 @@ class StockMovement(OfUser, Model):
     created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
     applied_at: Mapped[datetime | None] = mapped_column(Timestamp)
     stock_after: Mapped[int | None] = mapped_column(BigInteger)
+    # What each shard got of the units, written when all have; none in a sale of one shard.
+    parts: Mapped[list[int] | None] = mapped_column(ARRAY(BigInteger))
 
 
 class Batch(Model):
@@ -253,6 +277,7 @@ class Batch(Model):
     __tablename__ = "batches"
     __table_args__ = (
         Index("ix_batches_unnumbered", "id", postgresql_where=text("event_number is null")),
+        Index("ix_batches_shard_id", "shard", "id"),
     )
 
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
@@ -260,6 +285,8 @@ class Batch(Model):
     worker: Mapped[str] = mapped_column(Text)
     first_order_id: Mapped[int] = mapped_column(BigInteger)
     last_order_id: Mapped[int] = mapped_column(BigInteger)
+    # Whose orders they are: every so many ids one is this shard's.
+    shard: Mapped[int] = mapped_column(SmallInteger, server_default="0")
     orders: Mapped[int] = mapped_column(Integer)
     dead_letters: Mapped[int] = mapped_column(Integer)
     persisted_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
@@ -481,13 +508,19 @@ class Sale(Model):
     """One row: which sale this is, so that a Redis that lost it or holds another one is noticed."""
 
     __tablename__ = "sale"
-    __table_args__ = (CheckConstraint("id = 1", name="one_row"),)
+    __table_args__ = (
+        CheckConstraint("id = 1", name="one_row"),
+        CheckConstraint("shards in (1, 2, 3, 4, 6, 8, 12, 24)", name="shards"),
+    )
 
     id: Mapped[int] = mapped_column(Integer, primary_key=True, server_default="1")
+    # Into how many parts it is dealt.
+    shards: Mapped[int] = mapped_column(SmallInteger, server_default="1")
     generation: Mapped[str] = mapped_column(String(32))
     # The sale whose order ids these are. A reset begins another one; a rebuild goes on with it.
     epoch: Mapped[str | None] = mapped_column(String(32))
-    # Copied from Redis once a second; bounds what a loss of Redis can have taken with it.
+    # Copied from Redis once a second; bounds what a loss of Redis can have taken with it. Several
+    # shards have their own: see SaleShard.
     last_order_id: Mapped[int] = mapped_column(BigInteger, server_default="0")
     # Where this generation's ids begin: those between the last one's and these never were.
     first_order_id: Mapped[int] = mapped_column(BigInteger, server_default="1")
@@ -495,6 +528,16 @@ class Sale(Model):
     # When ends of holds were looked for last; and before when none is carried out, see expiry.py.
     swept_at: Mapped[datetime | None] = mapped_column(Timestamp)
     expiry_from: Mapped[datetime | None] = mapped_column(Timestamp)
+
+
+class SaleShard(Model):
+    """Of a sale of several shards: the last order id that each has surely issued."""
+
+    __tablename__ = "sale_shards"
+
+    shard: Mapped[int] = mapped_column(SmallInteger, primary_key=True, autoincrement=False)
+    last_order_id: Mapped[int] = mapped_column(BigInteger)
+    sampled_at: Mapped[datetime | None] = mapped_column(Timestamp)
 
 
 class Staff(Model):

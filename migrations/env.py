@@ -11,6 +11,11 @@ def is_ours(name: str | None, kind: str, _: object) -> bool:
     return not (kind == "table" and (name or "").startswith("events_"))
 
 
+def is_table(found: object, name: str | None, kind: str, reflected: bool, _: object) -> bool:
+    """Leave views out: they are written by hand."""
+    return not (kind == "table" and getattr(found, "info", {}).get("is_view"))
+
+
 def run_offline() -> None:
     """Print the SQL instead of running it (`flask db upgrade --sql`)."""
     context.configure(
@@ -28,6 +33,7 @@ def run_online() -> None:
             connection=connection,
             target_metadata=migrate.db.metadata,
             include_name=is_ours,
+            include_object=is_table,
             **migrate.configure_args,
         )
         with context.begin_transaction():

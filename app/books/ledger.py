@@ -7,8 +7,10 @@ PostgreSQL; when these two agree, nothing was stored meanwhile and the three are
 check never locks a busy sale, and never cries wolf.
 """
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections import defaultdict
+from dataclasses import asdict, dataclass, field, replace
+from itertools import permutations
+from typing import Any, NamedTuple
 
 from psycopg2.errorcodes import LOCK_NOT_AVAILABLE
 from sqlalchemy import text
@@ -20,7 +22,10 @@ from ..extensions import db, stock
 from ..generation import Held, held, on_record
 from ..locks import DRAIN_LOCK, REPAIR_LOCK
 from ..problems import Conflict, Unprepared
+from ..products.movements import expired
 from ..stock.figures import Account, Accounts
+from ..stock.shard import Shard
+from ..stock.shards import Part
 
 # Under load a batch is stored every 200 ms and a reading takes a few: the first mostly succeeds.
 READINGS = 20
@@ -31,17 +36,24 @@ CHECK_SECONDS = 5
 # A drill-down is for people: past so many ids nobody reads on.
 MOST_IDS = 1000
 
-STORED = """
-SELECT coalesce((SELECT generation FROM sale), ''),
+STORED = text("""
+SELECT coalesce((SELECT generation FROM sale), ''), coalesce((SELECT shards FROM sale), 1),
        -- A batch that was read again, and cut shorter, ends below the one before it.
-       coalesce((SELECT max(last_order_id)
-                 FROM (SELECT last_order_id FROM batches ORDER BY id DESC LIMIT 50) newest), 0),
-       (SELECT json_agg(json_build_array(product_id, moved_units,
-               stored_units + dead_units + abandoned_units, stored_orders) ORDER BY product_id)
+       (SELECT json_agg(coalesce((SELECT max(last_order_id)
+                                  FROM (SELECT last_order_id FROM batches WHERE shard = number
+                                        ORDER BY id DESC LIMIT 50) newest
+                                  -- What was stored before this dealing was of other shards.
+                                  WHERE last_order_id >= (SELECT first_order_id FROM sale)), 0)
+                         ORDER BY number)
+        FROM generate_series(0, :shards - 1) AS number),
+       (SELECT json_agg(json_build_array(shard, product_id, moved_units,
+               stored_units + dead_units + abandoned_units, stored_orders)
+               ORDER BY shard, product_id)
         FROM product_totals),
-       (SELECT json_agg(json_build_array(id, product_id, units) ORDER BY id)
+       (SELECT json_agg(json_build_array(id, product_id, units, user_id, user_name, order_ids)
+               ORDER BY id)
         FROM stock_movements WHERE applied_at IS NULL)
-"""
+""")
 # Nobody writes while these are held. Whoever needs several tables takes them in this order, but for
 # the drain, hence its own lock.
 STANDSTILL = f"""
@@ -56,8 +68,10 @@ SELECT t.product_id, t.moved_units, t.confirmed_units, t.held_units, t.cancelled
        coalesce(m.units, 0), coalesce(o.confirmed, 0), coalesce(o.held, 0),
        coalesce(o.cancelled, 0), coalesce(o.released, 0), coalesce(o.expired, 0),
        coalesce(o.stored, 0), coalesce(d.dead, 0), coalesce(d.abandoned, 0)
-FROM product_totals t
-LEFT JOIN (SELECT product_id, sum(units) AS units FROM stock_movements GROUP BY 1) m
+FROM product_sums t
+-- Of several shards a movement counts once it is applied.
+LEFT JOIN (SELECT product_id, sum(units) AS units FROM stock_movements
+           WHERE applied_at IS NOT NULL OR (SELECT shards FROM sale) = 1 GROUP BY 1) m
   USING (product_id)
 LEFT JOIN (SELECT product_id, count(*) AS stored,
                   sum(quantity - returned_units) FILTER (WHERE status = 'CONFIRMED') AS confirmed,
@@ -79,7 +93,7 @@ class Unquiet(Exception):
 
 @dataclass(frozen=True)
 class ProductCheck:
-    """One product's ledger. A `difference` above 0: so many units could oversell."""
+    """A product's ledger, in a shard or over all. `difference` above 0: so many could oversell."""
 
     product_id: int
     moved: int  # put on sale, as far as Redis has been told
@@ -89,8 +103,11 @@ class ProductCheck:
     expected_free: int
     pending: int  # units of movements that Redis is still to be told
     problems: list[str] = field(default_factory=list)
-    # What a repair would add to each counter of Redis.
+    # What a repair would add to each counter of Redis, where it is a shard's.
     amounts: dict[str, int] = field(default_factory=dict)
+    shard: int = 0
+    # Lent by a shard, and not yet given to the other one.
+    in_transit: int = 0
 
     @property
     def difference(self) -> int:
@@ -109,8 +126,11 @@ class Check:
     generation: str
     products: dict[int, ProductCheck]
     problems: list[str]
-    # Redis' counter of stored orders minus what PostgreSQL has; a display figure, mended as found.
-    uncounted: dict[int, int]
+    # What `products` are the sums of, where there are several shards.
+    parts: list[ProductCheck]
+    # By shard and product Redis' counter of stored orders minus what PostgreSQL has; a display
+    # figure, mended as found.
+    uncounted: dict[tuple[int, int], int]
 
     @property
     def ok(self) -> bool:
@@ -120,7 +140,11 @@ class Check:
         """Return the check in the form that the dashboard reads; see Noticeboard.put_proof."""
         products = {
             product.product_id: {
-                **{k: v for k, v in asdict(product).items() if k not in ("product_id", "amounts")},
+                **{
+                    k: v
+                    for k, v in asdict(product).items()
+                    if k not in ("product_id", "amounts", "shard")
+                },
                 "ok": product.ok,
                 "difference": product.difference,
             }
@@ -135,24 +159,58 @@ class Check:
         }
 
 
+class Pending(NamedTuple):
+    """A movement that is not marked as applied."""
+
+    movement_id: int
+    product_id: int
+    units: int
+    user_id: int | None
+    user_name: str | None
+    order_ids: list[int] | None
+
+    def part_of(self, part: Part, is_applied: bool) -> int:
+        """Return what a shard gets, or got, of its units: see Stock.parts_of."""
+        if part.shards == 1:
+            return self.units
+        if self.order_ids is not None:
+            return sum(
+                order.units for order in stock.of_each_shard(expired(self.order_ids))[part.shard]
+            )
+        user = self.user_name if self.user_id is None else self.user_id
+        if user is not None:
+            return self.units if stock.shard_of(user).part == part else 0
+        if self.units >= 0:
+            return part.deals(self.units, self.movement_id)
+        # Taken from one shard, wherever there was enough.
+        return self.units if is_applied else 0
+
+
 @dataclass(frozen=True)
 class Stored:
     """The PostgreSQL half of the ledger; equal readings mean that nothing happened in between."""
 
     generation: str
-    last_order_id: int
-    totals: dict[int, tuple[int, int, int]]  # moved units, units out, orders stored
-    pending: dict[int, tuple[int, int]]  # movement: product, units
+    shards: int
+    last_order_ids: list[int]  # by shard
+    totals: dict[int, dict[int, tuple[int, int, int]]]  # by shard: moved units, units out, orders
+    pending: list[Pending]
+
+    def of(self, shard: int) -> tuple[object, ...]:
+        """Return what is about a shard."""
+        return (
+            self.generation, self.shards, self.last_order_ids[shard], self.totals.get(shard),
+            self.pending,
+        )  # fmt: skip
 
 
 def _read_stored() -> Stored:
-    generation, last, totals, pending = db.session.execute(text(STORED)).one()
-    return Stored(
-        generation,
-        last,
-        {product: tuple(sums) for product, *sums in totals or ()},
-        {movement: (product, units) for movement, product, units in pending or ()},
-    )
+    values = {"shards": len(stock.shards)}
+    generation, shards, last, totals, pending = db.session.execute(STORED, values).one()
+    of_shards: dict[int, dict[int, tuple[int, int, int]]] = defaultdict(dict)
+    for shard, product, *sums in totals or ():
+        of_shards[shard][product] = tuple(sums)
+    return Stored(generation, shards, last, of_shards, [Pending(*of) for of in pending or ()])
 
 
 def check(count_up_to: int = COUNTED_ORDERS_BY_HAND, rows: bool = False) -> Check:
@@ -164,13 +222,17 @@ def check(count_up_to: int = COUNTED_ORDERS_BY_HAND, rows: bool = False) -> Chec
 
     Raises stock.Unavailable, stock.Unprepared when Redis holds no sale or another one, and Unquiet.
     """
-    result = _compare(*_consistent_view(count_up_to))
+    result = _compare(_consistent_views(count_up_to))
+    if len(stock.shards) > 1:
+        _count_in_transit(result)
     if rows:
         _compare_rows(result)
     return result
 
 
-def _consistent_view(count_up_to: int) -> tuple[Stored, Accounts]:
+def _consistent_views(count_up_to: int) -> list[tuple[Stored, Accounts]]:
+    """Return both halves of each shard, as they were while nothing about it was stored."""
+    found: dict[int, tuple[Stored, Accounts]] = {}
     try:
         before = _read_stored()
         for reading in range(READINGS):
@@ -179,17 +241,27 @@ def _consistent_view(count_up_to: int) -> tuple[Stored, Accounts]:
                 db.session.rollback()
                 db.session.execute(text(STANDSTILL))
                 before = _read_stored()
-            accounts = stock.first.accounts(
-                sorted({*before.totals, *stock.product_ids()}),
-                before.last_order_id,
-                list(before.pending),
-                count_up_to,
-            )
+            ids = {of for sums in before.totals.values() for of in sums}
+            read = {
+                number: shard.accounts(
+                    sorted({*ids, *shard.product_ids()}),
+                    before.last_order_ids[number],
+                    [pending.movement_id for pending in before.pending],
+                    count_up_to,
+                )
+                for number, shard in enumerate(stock.shards)
+                if number not in found
+            }
             after = _read_stored()
-            if after == before:
-                if held(accounts.generation, after.generation) is not Held.THIS:
-                    raise Unprepared("Redis does not hold this sale")
-                return after, accounts
+            if after.shards != len(stock.shards):
+                raise Unprepared(f"the sale has {after.shards} shards, which SHARDS must say")
+            found |= {
+                number: (after, accounts)
+                for number, accounts in read.items()
+                if after.of(number) == before.of(number)
+            }
+            if len(found) == len(stock.shards):
+                return [found[number] for number in range(len(found))]
             before = after
     except OperationalError as error:
         if sqlstate(error) != LOCK_NOT_AVAILABLE:
@@ -199,41 +271,117 @@ def _consistent_view(count_up_to: int) -> tuple[Stored, Accounts]:
     raise Unquiet("the ledger found no quiet moment; try again")
 
 
-def _compare(stored: Stored, accounts: Accounts) -> Check:
-    result = Check(stock.board.now(), accounts.generation, {}, [], {})
-    for product_id, account in accounts.products.items():
-        moved, out, orders = stored.totals.get(product_id, (0, 0, 0))
-        unapplied = sum(
-            units
-            for movement, (product, units) in stored.pending.items()
-            if product == product_id and movement not in accounts.applied_movements
-        )
-        result.products[product_id] = _compare_product(
-            product_id,
-            account,
-            accounts.counted,
-            moved=moved - unapplied,
-            out=out,
-            pending=unapplied,
-        )
-        # Where stored orders still wait it can't be told which of them are dead letters.
-        if account.on_sale and not account.overlap and account.persisted != orders:
-            result.uncounted[product_id] = account.persisted - orders
-    counted = sum(account.accepted - account.settled for account in accounts.products.values())
-    if counted != accounts.waiting:
-        result.problems.append(
-            f"{accounts.waiting} orders wait in the outbox, the counters say {counted}"
-        )
-    if accounts.last_order_id < stored.last_order_id:
-        result.problems.append(
-            f"Redis counts orders up to {accounts.last_order_id},"
-            f" but order {stored.last_order_id} is stored: it has gone back in time"
-        )
+def _compare(views: list[tuple[Stored, Accounts]]) -> Check:
+    holds = [held(accounts.generation, stored.generation) for stored, accounts in views]
+    if Held.THIS not in holds:
+        raise Unprepared("Redis does not hold this sale")
+    stored = views[-1][0]
+    result = Check(stock.board.now(), stored.generation, {}, [], [], {})
+    for shard, (of, accounts), is_held in zip(stock.shards, views, holds, strict=True):
+        if is_held is Held.THIS:
+            _compare_shard(result, shard.part, of, accounts)
+        else:
+            result.problems.append(_of(shard.part, "it does not hold this sale"))
+    if len(stock.shards) > 1:
+        _sum_up(result, stored.totals.get(-1, {}))
+    else:
+        result.products.update({of.product_id: of for of in result.parts})
     return result
 
 
+def _of(part: Part, problem: str) -> str:
+    return problem if part.shards == 1 else f"shard {part.shard}: {problem}"
+
+
+def _compare_shard(result: Check, part: Part, stored: Stored, accounts: Accounts) -> None:
+    for product_id, account in accounts.products.items():
+        moved, out, orders = stored.totals.get(part.shard, {}).get(product_id, (0, 0, 0))
+        unapplied = applied = 0
+        for pending in stored.pending:
+            if pending.product_id != product_id:
+                continue
+            if pending.movement_id in accounts.applied_movements:
+                applied += pending.part_of(part, is_applied=True)
+            else:
+                unapplied += pending.part_of(part, is_applied=False)
+        result.parts.append(
+            _compare_product(
+                part,
+                product_id,
+                account,
+                accounts.counted,
+                # Of several shards what is pending is in no total yet.
+                moved=moved - unapplied if part.shards == 1 else moved + applied,
+                out=out,
+                pending=unapplied,
+            )
+        )
+        # Where stored orders still wait it can't be told which of them are dead letters.
+        if account.on_sale and not account.overlap and account.persisted != orders:
+            result.uncounted[part.shard, product_id] = account.persisted - orders
+    counted = sum(account.accepted - account.settled for account in accounts.products.values())
+    if counted != accounts.waiting:
+        problem = f"{accounts.waiting} orders wait in the outbox, the counters say {counted}"
+        result.problems.append(_of(part, problem))
+    last_stored = stored.last_order_ids[part.shard]
+    if accounts.last_order_id < last_stored:
+        problem = (
+            f"Redis counts orders up to {accounts.last_order_id},"
+            f" but order {last_stored} is stored: it has gone back in time"
+        )
+        result.problems.append(_of(part, problem))
+
+
+def _sum_up(result: Check, before: dict[int, tuple[int, int, int]]) -> None:
+    """Add the shards' figures up, and those of `before` this dealing: all that moved went out."""
+    for product_id in sorted({of.product_id for of in result.parts} | before.keys()):
+        moved, out, _ = before.get(product_id, (0, 0, 0))
+        parts = [of for of in result.parts if of.product_id == product_id]
+        problems = [f"shard {of.shard}: {problem}" for of in parts for problem in of.problems]
+        if moved != out:
+            problems.append(f"before this dealing {moved} units were put on sale, {out} went out")
+        result.products[product_id] = ProductCheck(
+            product_id=product_id,
+            moved=moved + sum(of.moved for of in parts),
+            stored=out + sum(of.stored for of in parts),
+            queued=sum(of.queued for of in parts),
+            free=sum(of.free for of in parts),
+            expected_free=moved - out + sum(of.expected_free for of in parts),
+            pending=sum(of.pending for of in parts),
+            problems=problems,
+        )
+
+
+def _count_in_transit(result: Check) -> None:
+    """Note what was lent and is not given yet; a shard that got more than that has too much.
+
+    What was received is read before what was sent, so that what is given meanwhile does not seem to
+    come from nowhere.
+    """
+    ids = sorted(result.products)
+    received, sent = (stock.each(lambda shard: shard.lent(ids)) for _ in range(2))
+    for index, product_id in enumerate(ids):
+        product, in_transit = result.products[product_id], 0
+        for source, target in permutations(range(len(stock.shards)), 2):
+            lent = sent[source][index].get(f"sent.{target}", 0)
+            given = received[target][index].get(f"recv.{source}", 0)
+            in_transit += lent - given
+            if given > lent:
+                product.problems.append(
+                    f"shard {source} lent shard {target} {lent} units, and that one got {given}"
+                )
+        result.products[product_id] = replace(product, in_transit=in_transit)
+
+
 def _compare_product(
-    product_id: int, account: Account, counted: bool, *, moved: int, out: int, pending: int
+    part: Part,
+    product_id: int,
+    account: Account,
+    counted: bool,
+    *,
+    moved: int,
+    out: int,
+    pending: int,
 ) -> ProductCheck:
     """Compare each counter with its source; the sources alone say what should be free."""
     settled = out - account.overlap_units
@@ -245,8 +393,9 @@ def _compare_product(
         stored=out,
         queued=queued,
         free=account.free,
-        expected_free=moved - out - queued,
+        expected_free=moved - out - queued + account.received,
         pending=pending,
+        shard=part.shard,
     )
     wanted = {"moved": moved, "settled_units": settled, "claimed": settled + waiting}
     for name, value in wanted.items():
@@ -269,11 +418,12 @@ def _compare_product(
             f" the counters say {account.accepted - account.settled}"
         )
         result.amounts["accepted"] = account.waiting - (account.accepted - account.settled)
-    if account.free != account.moved - account.claimed:
+    left = account.moved + account.received - account.claimed
+    if account.free != left:
+        lent = f", {account.received} from other shards" if account.received else ""
         result.problems.append(
             f"{account.free} units are free,"
-            f" {account.moved} put on sale and {account.claimed} claimed leave"
-            f" {account.moved - account.claimed}"
+            f" {account.moved} put on sale{lent} and {account.claimed} claimed leave {left}"
         )
     if result.difference:
         result.problems.append(
@@ -323,8 +473,8 @@ def count_persisted(result: Check) -> None:
 
     It decides nothing, so that being late or wrong by a few for some seconds does no harm.
     """
-    for product_id, excess in result.uncounted.items():
-        stock.first.mend(result.generation, product_id, 0, {"persisted": -excess})
+    for (shard, product_id), excess in result.uncounted.items():
+        stock.shards[shard].mend(result.generation, product_id, 0, {"persisted": -excess})
 
 
 @dataclass(frozen=True)
@@ -349,48 +499,15 @@ def differences(product_id: int) -> Differences:
 
     Reads every id of the sale: seconds for millions of orders. Raises stock.Unavailable.
     """
-    # In this order an order that is being stored is seen at least once.
-    issued = stock.view([]).last_order_id
-    waiting = stock.first.outbox_ids()
-    queued = stock.first.queued_ids()
-    for order_id in waiting:
-        queued.discard(order_id)
-    # An order that was settled between the two readings waits in neither.
-    queued -= set(stock.first.outbox_ids())
-    still_queued = queued & stock.first.queued_ids()
-    gaps = db.session.execute(
-        text(
-            """
-            WITH jumps AS (
-              SELECT (after ->> 'last_known_order_id')::bigint AS last,
-                     (after ->> 'first_order_id')::bigint AS first
-              FROM audit_log WHERE action = 'sale.rebuild'
-                AND id > coalesce((SELECT max(id) FROM audit_log WHERE action = 'sale.reset'), 0)
-            ), ids AS (
-              SELECT id FROM orders
-              UNION SELECT order_id FROM dead_letters WHERE order_id IS NOT NULL
-              UNION SELECT split_part(stream_id, '-', 1)::bigint FROM dead_letters
-              UNION SELECT unnest(CAST(:waiting AS bigint[]))
-              UNION SELECT generate_series(last + 1, last + 1) FROM jumps WHERE first > last + 1
-              UNION SELECT generate_series(first - 1, first - 1) FROM jumps WHERE first > last + 1
-              UNION SELECT 0 UNION SELECT CAST(:issued AS bigint) + 1
-            ), gaps AS (
-              SELECT id + 1 AS first, lead(id) OVER (ORDER BY id) - 1 AS last FROM ids
-            )
-            SELECT first, last FROM gaps
-            WHERE last >= first AND last <= :issued
-              AND NOT EXISTS (SELECT FROM jumps j WHERE gaps.first = j.last + 2
-                                                    AND gaps.last = j.first - 2)
-            ORDER BY first LIMIT :most
-            """
-        ),
-        {"waiting": waiting, "issued": issued, "most": MOST_IDS},
-    ).all()
-    unknown = db.session.scalars(
-        text("SELECT id FROM orders WHERE product_id = :product AND id > :issued LIMIT :most"),
-        {"product": product_id, "issued": max(issued, stock.view([]).last_order_id),
-         "most": MOST_IDS},
-    ).all()  # fmt: skip
+    missing: list[tuple[int, int]] = []
+    not_waiting: list[int] = []
+    unknown: list[int] = []
+    first = db.session.scalar(BEGUN, {"shards": len(stock.shards)}) or 1
+    for shard in stock.shards:
+        gaps, not_listed, foreign = _differences_of(shard, product_id, first)
+        missing += gaps
+        not_waiting += not_listed
+        unknown += foreign
     applied = db.session.scalars(
         text(
             "SELECT id FROM stock_movements WHERE product_id = :product AND applied_at IS NOT NULL"
@@ -398,12 +515,83 @@ def differences(product_id: int) -> Differences:
         {"product": product_id},
     ).all()
     db.session.rollback()
-    return Differences(
-        missing_orders=[(first, last) for first, last in gaps],
-        unknown_orders=list(unknown),
-        unapplied_movements=stock.first.unapplied_movements(list(applied))[:MOST_IDS],
-        not_waiting=sorted(still_queued)[:MOST_IDS],
+    # Of several shards each has its part of some.
+    unapplied = set.intersection(
+        *(set(shard.unapplied_movements(list(applied))) for shard in stock.shards)
     )
+    return Differences(
+        missing_orders=sorted(missing)[:MOST_IDS],
+        unknown_orders=sorted(unknown)[:MOST_IDS],
+        unapplied_movements=sorted(unapplied)[:MOST_IDS],
+        not_waiting=sorted(not_waiting)[:MOST_IDS],
+    )
+
+
+def _differences_of(
+    shard: Shard, product_id: int, first: int
+) -> tuple[list[tuple[int, int]], set[int], list[int]]:
+    """Return a shard's missing orders, those listed and not waiting, and those never issued.
+
+    Its ids are every so many from `first` on; of several shards what is older was of other ones.
+    """
+    part = shard.part
+    # In this order an order that is being stored is seen at least once.
+    issued = shard.view([]).last_order_id
+    waiting = shard.outbox_ids()
+    queued = shard.queued_ids() - set(waiting)
+    # An order that was settled between the two readings waits in neither.
+    queued -= set(shard.outbox_ids())
+    still_queued = queued & shard.queued_ids()
+    values = {
+        "issued": issued,
+        "waiting": waiting,
+        "most": MOST_IDS,
+        "shards": part.shards,
+        "shard": part.shard,
+        "before": part.first_id(first) - part.shards,
+        "product": product_id,
+    }
+    gaps = db.session.execute(GAPS, values).all()
+    values["issued"] = max(issued, shard.view([]).last_order_id)
+    unknown = db.session.scalars(UNKNOWN, values).all()
+    return [(first, last) for first, last in gaps], still_queued, list(unknown)
+
+
+# Of one shard all ids since a reset are looked at, or those since it was several.
+BEGUN = text("""
+SELECT CASE WHEN :shards > 1 THEN (SELECT first_order_id FROM sale)
+       ELSE (SELECT max((after ->> 'first_order_id')::bigint) FROM audit_log
+             WHERE action = 'sale.rebuild' AND (after ->> 'former_shards')::int > 1
+               AND id > coalesce((SELECT max(id) FROM audit_log WHERE action = 'sale.reset'), 0))
+       END
+""")
+GAPS = text("""
+WITH jumps AS (
+  SELECT (after ->> 'last_known_order_id')::bigint AS last,
+         (after ->> 'first_order_id')::bigint AS first
+  FROM audit_log WHERE action = 'sale.rebuild' AND :shards = 1
+    AND id > coalesce((SELECT max(id) FROM audit_log WHERE action = 'sale.reset'), 0)
+), ids AS (
+  SELECT id FROM orders
+  UNION SELECT order_id FROM dead_letters WHERE order_id IS NOT NULL
+  UNION SELECT split_part(stream_id, '-', 1)::bigint FROM dead_letters
+  UNION SELECT unnest(CAST(:waiting AS bigint[]))
+  UNION SELECT generate_series(last + 1, last + 1) FROM jumps WHERE first > last + 1
+  UNION SELECT generate_series(first - 1, first - 1) FROM jumps WHERE first > last + 1
+  UNION SELECT CAST(:before AS bigint) UNION SELECT CAST(:issued AS bigint) + :shards
+), gaps AS (
+  SELECT id + :shards AS first, lead(id) OVER (ORDER BY id) - :shards AS last FROM ids
+  WHERE id % :shards = :shard AND id >= :before
+)
+SELECT first, last FROM gaps
+WHERE last >= first AND last <= :issued
+  AND NOT EXISTS (SELECT FROM jumps j WHERE gaps.first = j.last + 2 AND gaps.last = j.first - 2)
+ORDER BY first LIMIT :most
+""")
+UNKNOWN = text("""
+SELECT id FROM orders WHERE product_id = :product AND id > :issued AND id % :shards = :shard
+LIMIT :most
+""")
 
 
 @dataclass(frozen=True)
@@ -415,6 +603,7 @@ class Repair:
     amounts: dict[str, int]
     # Units that should be free and are not. Giving them back could oversell; a rebuild may.
     held_back: int
+    shard: int = 0
 
 
 def plan_repair(result: Check) -> list[Repair]:
@@ -425,8 +614,9 @@ def plan_repair(result: Check) -> list[Repair]:
             take=max(product.difference, 0),
             amounts=product.amounts,
             held_back=max(-product.difference, 0),
+            shard=product.shard,
         )
-        for product in result.products.values()
+        for product in result.parts
         if product.difference or product.amounts
     ]
 
@@ -442,13 +632,16 @@ def repair(actor: Actor) -> list[Repair]:
         result = check()
         done = []
         for planned in plan_repair(result):
-            taken = stock.first.mend(
-                result.generation, planned.product_id, planned.take, planned.amounts
-            )
+            shard = stock.shards[planned.shard]
+            taken = shard.mend(result.generation, planned.product_id, planned.take, planned.amounts)
             if taken < 0:
                 continue
-            carried_out = Repair(planned.product_id, taken, planned.amounts, planned.held_back)
-            before = result.products[planned.product_id]
+            carried_out = replace(planned, take=taken)
+            (before,) = (
+                of
+                for of in result.parts
+                if (of.shard, of.product_id) == (planned.shard, planned.product_id)
+            )
             record(
                 actor,
                 "ledger.repair",

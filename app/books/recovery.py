@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import psycopg2
 from flask import Flask
@@ -22,7 +22,7 @@ from ..audit import Actor, record
 from ..database import waiting_at_most
 from ..extensions import db, stock
 from ..feed import webhooks
-from ..generation import Held, held
+from ..generation import Held, held, issued
 from ..locks import DRAIN_LOCK, EVENTS_LOCK, REBUILD_LOCK, SALE_LOCK
 from ..models import STANDING_STATUSES, Sale
 from ..orders import bulk, cancelling, holds
@@ -31,7 +31,10 @@ from ..problems import Conflict, Unavailable
 from ..products import catalogue, movements, sale, terms
 from ..stock.entries import FAILED, STANDING, Entry, key_record
 from ..stock.place import place
+from ..stock.shard import Shard
+from ..stock.shards import Part, first_above
 from . import ledger
+from .totals import deal_anew
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +56,7 @@ RECORD_WAIT_SECONDS = 0.4
 SALE_TABLES = (
     "orders", "order_intents", "bulk_cancels", "dead_letters", "batches", "stock_movements",
     "product_totals", "product_names", "products", "sale", "events", "new_events", "sold_out",
-    "webhook_deliveries", "webhook_attempts",
+    "webhook_deliveries", "webhook_attempts", "sale_shards",
 )  # fmt: skip
 
 
@@ -88,18 +91,24 @@ def reset(actor: Actor) -> int:
     db.session.execute(text(f"SELECT pg_advisory_xact_lock({DRAIN_LOCK})"))
     db.session.execute(text(f"SELECT pg_advisory_xact_lock({EVENTS_LOCK})"))
     db.session.execute(text(f"SELECT pg_advisory_xact_lock({SALE_LOCK})"))
-    made_on = stock.first.server_id()
+    made_on = stock.each(Shard.server_id)
+    former = _former_shards()
     generation = secrets.token_hex(8)
     webhooks.begin_anew(generation)
     _empty_tables()
     db.session.execute(text("UPDATE feed SET head = 0, floor = 0"))
     # What PostgreSQL refuses is refused by now, and what Redis refuses is rolled back.
-    stock.first.clear()
+    for shard in (*former, *stock.shards):
+        shard.clear()
     idempotency.forget((catalogue.CREATE, cancelling.CANCEL, bulk.START, *holds.ROUTES))
-    db.session.add(Sale(generation=generation, epoch=generation))
+    shards = len(stock.shards)
+    first = first_above(0, shards)
+    db.session.add(
+        Sale(generation=generation, epoch=generation, shards=shards, first_order_id=first)
+    )
     record(actor, "sale.reset", "sale", after=SEED_PRODUCT)
     db.session.commit()
-    stock.first.open(generation, first_order_id=1, made_on=made_on)
+    _open(generation, first, made_on)
     return int(catalogue.create(terms.read_new(SEED_PRODUCT), actor).product["id"])
 
 
@@ -205,50 +214,45 @@ def rebuild(actor: Actor, replace: bool = False) -> Rebuilt:
     db.session.rollback()
     with _alone() as connection:
         # Without as many replicas as are asked for it would close the sale, and not open it again.
-        made_on = stock.first.server_id()
-        found = stock.view([])
-        generation, last_sampled, first_of_sale, sampled_at = _read_sale(connection)
-        holds = held(found.generation, generation)
-        if holds is Held.ANOTHER and not replace:
+        made_on = stock.each(Shard.server_id)
+        former = _former_shards() or stock.shards
+        db.session.rollback()
+        known = _read_sale(connection)
+        held_by = [shard.view([]) for shard in former]
+        holds = [held(view.generation, known.generation) for view in held_by]
+        if Held.ANOTHER in holds and not replace:
             raise ForeignSale
-        # A counter below what was seen before means an old copy of this very sale.
-        intact = holds is Held.THIS and found.last_order_id >= last_sampled
-        if holds is not Held.NOTHING:
-            stock.first.close(found.generation)
-        rescued = _store_waiting(connection)
-        issued = 0 if holds is Held.ANOTHER else found.last_order_id
-        if intact:
-            issued = stock.view([]).last_order_id
-        last_stored = _last_stored(connection)
-        last_known = max(issued, last_sampled, last_stored)
-        lost = 0 if intact else max(0, last_known - max(last_stored, first_of_sale - 1))
-        loss = Loss(
-            intact=intact,
-            first_order_id=last_known + 1 + (0 if intact else UNKNOWN_IDS),
-            last_known_order_id=last_known,
-            last_stored_order_id=last_stored,
-            sampled_at=sampled_at.isoformat(timespec="seconds") if sampled_at else None,
-            lost_orders_at_most=lost,
-            lost_units_at_most=lost * _max_quantity(connection),
-            rescued=rescued,
-        )
+        for shard, view in zip(former, held_by, strict=True):
+            if view.generation:
+                shard.close(view.generation)
+        rescued = sum(_store_waiting(connection, shard) for shard in former)
+        ends = [
+            _end_of(connection, shard, found, last_id, known)
+            for shard, *found, last_id in zip(former, holds, held_by, known.issued, strict=True)
+        ]
+        loss = _loss(connection, known, ends, rescued)
         generation = secrets.token_hex(8)
-        _take_over(generation, loss, actor)
+        _take_over(generation, loss, len(former), actor)
         products = _snapshot(connection)
-        stock.first.clear_sale()
-        # With their terms: what is sold the moment it is open is sold by them.
-        stock.first.put_accounts(products, sale.all_terms())
-        _put_movements(connection)
+        for shard in former:
+            shard.clear_sale()
+        terms = sale.all_terms()
+        bits = _movement_bits(connection)
+        for shard in stock.shards:
+            shard.clear_sale()
+            # With their terms: what is sold the moment it is open is sold by them.
+            shard.put_accounts(products[shard.part.shard], terms)
+            shard.put_movements(bits)
         _put_bought(connection)
         keys = _put_keys(connection)
-        stock.first.open(generation, first_order_id=loss.first_order_id, made_on=made_on)
+        _open(generation, loss.first_order_id, made_on)
     sale.publish_stale()
     movements.finish_pending()
     totals = movements.totals().values()
     report = Rebuilt(
         loss=loss,
         generation=generation,
-        products=len(products),
+        products=len(products[0]),
         free_units=sum(p["free"] for p in stock.view(stock.product_ids()).products.values()),
         orders=sum(total.stored_orders for total in totals),
         dead_letters=sum(total.dead_orders for total in totals),
@@ -295,10 +299,45 @@ def _value(cursor: Cursor) -> Any:
     return row[0]
 
 
-def _read_sale(connection: Connection) -> tuple[str, int, int, datetime | None]:
+class Known(NamedTuple):
+    """The sale as PostgreSQL knows it."""
+
+    generation: str
+    first_order_id: int
+    # The last id that each shard has surely issued, and when the oldest of them was seen.
+    issued: list[int]
+    sampled_at: datetime | None
+
+
+READ_SALE = """
+    SELECT generation, first_order_id,
+           CASE WHEN shards = 1 THEN sale.last_order_id ELSE s.last_order_id END,
+           CASE WHEN shards = 1 THEN sale.sampled_at ELSE s.sampled_at END
+    FROM sale, generate_series(0, shards - 1) AS number
+    LEFT JOIN sale_shards s ON s.shard = number ORDER BY number
+"""
+
+
+def _read_sale(connection: Connection) -> Known:
     with connection.cursor() as cursor:
-        cursor.execute("SELECT generation, last_order_id, first_order_id, sampled_at FROM sale")
-        return cursor.fetchone() or ("", 0, 1, None)
+        cursor.execute(READ_SALE)
+        rows = cursor.fetchall()
+    if not rows:
+        return Known("", 1, [0] * len(stock.shards), None)
+    seen = [sampled for *_, sampled in rows if sampled]
+    issued = [last or 0 for _, _, last, _ in rows]
+    return Known(rows[0][0], rows[0][1], issued, min(seen, default=None))
+
+
+def _former_shards() -> list[Shard]:
+    """Return the shards of the sale on record where they are not this process's own."""
+    shards = db.session.scalar(text("SELECT shards FROM sale")) or len(stock.shards)
+    return [] if shards == len(stock.shards) else stock.dealt(shards)
+
+
+def _open(generation: str, first_order_id: int, made_on: list[str]) -> None:
+    for shard, server in zip(stock.shards, made_on, strict=True):
+        shard.open(generation, first_order_id=first_order_id, made_on=server)
 
 
 def _max_quantity(connection: Connection) -> int:
@@ -307,31 +346,79 @@ def _max_quantity(connection: Connection) -> int:
         return int(_value(cursor))
 
 
-def _last_stored(connection: Connection) -> int:
+def _last_stored(connection: Connection, part: Part) -> int:
+    """Return the highest id that is stored of a shard, or of what was before its sale."""
     with connection.cursor() as cursor:
         cursor.execute(
-            "SELECT greatest((SELECT max(id) FROM orders),"
-            " (SELECT max(order_id) FROM dead_letters),"
-            " (SELECT max(last_order_id) FROM batches), 0)"
+            "SELECT greatest("
+            " (SELECT id FROM orders WHERE id %% %(of)s = %(shard)s ORDER BY id DESC LIMIT 1),"
+            " (SELECT max(order_id) FROM dead_letters WHERE order_id %% %(of)s = %(shard)s),"
+            " (SELECT max(last_order_id) FROM batches WHERE shard = %(shard)s), 0)",
+            {"of": part.shards, "shard": part.shard},
         )
         return int(_value(cursor))
 
 
-def _store_waiting(connection: Connection) -> int:
+class End(NamedTuple):
+    """How far a shard's order ids had come."""
+
+    intact: bool
+    last_known: int
+    last_stored: int
+    lost: int
+
+
+def _end_of(
+    connection: Connection, shard: Shard, found: list[Any], sampled: int, known: Known
+) -> End:
+    """Return it; `found` is what the shard holds, and its view from before it was closed."""
+    holds, view = found
+    # A counter below what was seen before means an old copy of this very sale.
+    intact = holds is Held.THIS and view.last_order_id >= sampled
+    issued = 0 if holds is Held.ANOTHER else view.last_order_id
+    if intact:
+        issued = shard.view([]).last_order_id
+    part = shard.part
+    last_stored = _last_stored(connection, part)
+    last_known = max(issued, sampled, last_stored)
+    before = part.first_id(known.first_order_id) - part.shards
+    lost = 0 if intact else max(0, last_known - max(last_stored, before)) // part.shards
+    return End(intact, last_known, last_stored, lost)
+
+
+def _loss(connection: Connection, known: Known, ends: list[End], rescued: int) -> Loss:
+    intact = all(end.intact for end in ends)
+    last_known = max(end.last_known for end in ends)
+    shards = len(stock.shards)
+    unknown = 0 if intact else UNKNOWN_IDS * max(shards, len(ends))
+    lost = sum(end.lost for end in ends)
+    return Loss(
+        intact=intact,
+        first_order_id=first_above(last_known + unknown, shards),
+        last_known_order_id=last_known,
+        last_stored_order_id=max(end.last_stored for end in ends),
+        sampled_at=known.sampled_at.isoformat(timespec="seconds") if known.sampled_at else None,
+        lost_orders_at_most=lost,
+        lost_units_at_most=lost * _max_quantity(connection),
+        rescued=rescued,
+    )
+
+
+def _store_waiting(connection: Connection, shard: Shard) -> int:
     """Store what waits in the outbox; it stays there until the outbox itself is replaced."""
     stored = 0
     after = None
-    while entries := stock.first.read_outbox(BATCH_ORDERS, after):
+    while entries := shard.read_outbox(BATCH_ORDERS, after):
         rows = [Row(stream_id, fields) for stream_id, fields in entries]
         with connection.cursor() as cursor:
-            _, drained = store(cursor, rows, "rebuild", "")
+            _, drained = store(cursor, shard, rows, "rebuild", "")
         connection.commit()
         stored += drained.persisted + drained.dead_letters
         after = entries[-1][0].decode()
     return stored
 
 
-def _take_over(generation: str, loss: Loss, actor: Actor) -> None:
+def _take_over(generation: str, loss: Loss, former: int, actor: Actor) -> None:
     """Name the new sale in PostgreSQL; from now on movements of the old one are not marked applied.
 
     The lock waits for those that are being carried out, and Redis, closed, lets no new one begin.
@@ -339,44 +426,56 @@ def _take_over(generation: str, loss: Loss, actor: Actor) -> None:
     db.session.execute(text(f"SELECT pg_advisory_xact_lock({SALE_LOCK})"))
     db.session.execute(
         text(
-            "INSERT INTO sale (id, generation, epoch, first_order_id, last_order_id, sampled_at)"
-            " VALUES (1, :generation, :generation, :first, :first - 1, now())"
+            "INSERT INTO sale (id, generation, epoch, shards, first_order_id, last_order_id,"
+            " sampled_at) VALUES (1, :generation, :generation, :shards, :first, :first - 1, now())"
             " ON CONFLICT (id) DO UPDATE SET generation = excluded.generation,"
-            " first_order_id = excluded.first_order_id, last_order_id = excluded.last_order_id,"
-            " sampled_at = excluded.sampled_at"
+            " shards = excluded.shards, first_order_id = excluded.first_order_id,"
+            " last_order_id = excluded.last_order_id, sampled_at = excluded.sampled_at"
         ),
-        {"generation": generation, "first": loss.first_order_id},
+        {
+            "generation": generation,
+            "shards": len(stock.shards),
+            "first": loss.first_order_id,
+        },
     )
-    record(actor, "sale.rebuild", "sale", after=asdict(loss) | {"generation": generation})
+    deal_anew(former, loss.first_order_id)
+    told = asdict(loss) | {"generation": generation}
+    if former > 1 or len(stock.shards) > 1:
+        told |= {"former_shards": former, "shards": len(stock.shards)}
+    record(actor, "sale.rebuild", "sale", after=told)
     db.session.commit()
 
 
-def _snapshot(connection: Connection) -> dict[int, dict[str, int]]:
-    """Begin a snapshot on the connection; return the counters that each product starts with.
+def _snapshot(connection: Connection) -> list[dict[int, dict[str, int]]]:
+    """Begin a snapshot on the connection; return the counters by shard and product to start with.
 
     Movements that are not marked as applied stay out: they are carried out afterwards, as ever.
     """
     connection.commit()
+    found: list[dict[int, dict[str, int]]] = [{} for _ in stock.shards]
     with connection.cursor() as cursor:
         cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
         cursor.execute(
             """
-            SELECT t.product_id,
-              t.moved_units - coalesce((SELECT sum(units) FROM stock_movements m
-                                        WHERE m.product_id = t.product_id
-                                          AND m.applied_at IS NULL), 0),
+            SELECT t.shard, t.product_id,
+              -- Of several shards only what is applied counts in them.
+              t.moved_units - CASE WHEN %(shards)s > 1 THEN 0 ELSE
+                coalesce((SELECT sum(units) FROM stock_movements m
+                          WHERE m.product_id = t.product_id AND m.applied_at IS NULL), 0) END,
               t.stored_units + t.dead_units + t.abandoned_units,
               t.stored_orders,
-              t.held_units,
-              coalesce(letters, 0)
+              (SELECT held_units FROM product_sums s WHERE s.product_id = t.product_id),
+              CASE WHEN %(shards)s > 1 THEN 0 ELSE coalesce(letters, 0) END
             FROM product_totals t
             LEFT JOIN (SELECT product_id, count(*) AS letters FROM dead_letters
                        WHERE resolution IS DISTINCT FROM 'replayed' GROUP BY 1) d
               USING (product_id)
-            """
+            WHERE t.shard >= 0
+            """,
+            {"shards": len(stock.shards)},
         )
-        return {
-            product_id: {
+        for shard, product_id, moved, out, orders, held_units, letters in cursor:
+            found[shard][product_id] = {
                 "free": int(moved) - out,
                 "moved": int(moved),
                 "accepted": orders + letters,
@@ -384,14 +483,13 @@ def _snapshot(connection: Connection) -> dict[int, dict[str, int]]:
                 "settled": orders + letters,
                 "settled_units": out,
                 "persisted": orders,
-                "held": held,
+                "held": held_units,
             }
-            for product_id, moved, out, orders, held, letters in cursor
-        }
+    return found
 
 
-def _put_movements(connection: Connection) -> None:
-    """Set the bit of each movement that the counters contain."""
+def _movement_bits(connection: Connection) -> bytes:
+    """Return a bit for each movement, set where the counters contain it."""
     bits = bytearray()
     for rows in _pages(connection, "SELECT id FROM stock_movements WHERE applied_at IS NOT NULL"):
         for (movement_id,) in rows:
@@ -399,7 +497,7 @@ def _put_movements(connection: Connection) -> None:
             if position >= len(bits):
                 bits.extend(bytes(position + 1 - len(bits)))
             bits[position] |= 128 >> bit
-    stock.first.put_movements(bytes(bits))
+    return bytes(bits)
 
 
 def _put_bought(connection: Connection) -> None:
@@ -425,13 +523,15 @@ def _put_bought(connection: Connection) -> None:
         ORDER BY 1, 2
     """
     for rows in _pages(connection, query):
-        buckets: dict[tuple[int, str], tuple[list[str], list[int]]] = {}
+        buckets: list[dict[tuple[int, str], tuple[list[str], list[int]]]]
+        buckets = [{} for _ in stock.shards]
         for product_id, number, name, units in rows:
-            _, bucket, field = place(name if number is None else number)
-            fields, bought = buckets.setdefault((product_id, bucket), ([], []))
+            shard, bucket, field = place(name if number is None else number, len(buckets))
+            fields, bought = buckets[shard].setdefault((product_id, bucket), ([], []))
             fields.append(field)
             bought.append(units)
-        stock.first.put_bought((*where, *what) for where, what in buckets.items())
+        for one, of in zip(stock.shards, buckets, strict=True):
+            one.put_bought((*where, *what) for where, what in of.items())
 
 
 def _put_keys(connection: Connection) -> int:
@@ -443,7 +543,7 @@ def _put_keys(connection: Connection) -> int:
     """
     for rows in _pages(connection, letters):
         parsed = [(Entry.parse(payload), *of) for payload, *of in rows]
-        count += stock.first.put_keys(
+        count += stock.put_keys(
             (
                 e.user,
                 e.idempotency_key,
@@ -466,7 +566,7 @@ def _put_keys(connection: Connection) -> int:
     """
     values = {"standing": STANDING, "statuses": list(STANDING_STATUSES)}
     for rows in _pages(connection, orders, values):
-        count += stock.first.put_keys(
+        count += stock.put_keys(
             (name if number is None else number, key, record) for number, name, key, record in rows
         )
     return count
@@ -482,19 +582,7 @@ def _pages(
             yield rows
 
 
-def _on_record() -> tuple[str, int]:
-    """Return the sale's name, and the highest order id that is known to have been issued."""
-    found = db.session.execute(
-        text(
-            "SELECT generation, greatest(last_order_id, (SELECT last_order_id FROM batches"
-            " ORDER BY id DESC LIMIT 1)) FROM sale"
-        )
-    ).one_or_none()
-    db.session.rollback()
-    return (found[0], found[1]) if found else ("", 0)
-
-
-def sale_on_record(app: Flask) -> tuple[str, int] | None:
+def sale_on_record(app: Flask) -> tuple[str, list[int]] | None:
     """Return what a Redis that is fit for claims must hold; None when PostgreSQL can't tell.
 
     Asked for whenever claims connect to Redis, so that one which was exchanged is noticed before
@@ -502,7 +590,7 @@ def sale_on_record(app: Flask) -> tuple[str, int] | None:
     """
     try:
         with app.app_context(), waiting_at_most(RECORD_WAIT_SECONDS):
-            return _on_record()
+            return issued()
     except SQLAlchemyError as error:
         log.warning("Redis was not checked: %s", str(error).partition("\n")[0])
         return None
@@ -513,11 +601,15 @@ def close_when_stale() -> bool:
 
     Reads PostgreSQL first: what it knows was issued before Redis is asked.
     """
-    generation, last_order_id = _on_record()
-    if last_order_id and stock.first.close(generation, issued=last_order_id):
-        log.error(
-            "Redis has forgotten orders up to %s: the sale is closed; run `flask rebuild`",
-            last_order_id,
-        )
-        return True
-    return False
+    generation, last_ids = issued()
+    closed = False
+    for shard, last_id in zip(stock.shards, last_ids, strict=False):
+        with suppress(Unavailable):
+            if last_id and shard.close(generation, issued=last_id):
+                log.error(
+                    "Redis has forgotten orders up to %s%s: run `flask rebuild`",
+                    last_id,
+                    f" of shard {shard.part.shard}" if len(stock.shards) > 1 else "",
+                )
+                closed = True
+    return closed

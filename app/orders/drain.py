@@ -15,8 +15,10 @@ from psycopg2.extensions import cursor as Cursor
 
 from ..database import raw_connection
 from ..extensions import db, stock
-from ..locks import DRAIN_LOCK
+from ..locks import DRAIN_LOCK, SHARD_DRAIN_LOCKS
+from ..problems import Unavailable
 from ..stock.entries import Columns, Entry, split
+from ..stock.shard import Shard
 from . import events
 
 log = logging.getLogger(__name__)
@@ -29,11 +31,12 @@ BATCH_ORDERS = 2000
 BEGIN = f"""
     SET LOCAL idle_in_transaction_session_timeout = '2s';
     SET LOCAL statement_timeout = '10s';
-    SELECT pg_try_advisory_xact_lock({DRAIN_LOCK}), (SELECT generation FROM sale)
+    SELECT pg_try_advisory_xact_lock_shared({DRAIN_LOCK})
+           AND pg_try_advisory_xact_lock({SHARD_DRAIN_LOCKS}, %s), (SELECT generation FROM sale)
 """  # noqa: S608
 INSERT_BATCH = """
-    INSERT INTO batches (job_id, worker, first_order_id, last_order_id, orders, dead_letters)
-    VALUES (%s, %s, %s, %s, %s, 0) RETURNING id
+    INSERT INTO batches (job_id, worker, shard, first_order_id, last_order_id, orders, dead_letters)
+    VALUES (%s, %s, %s, %s, %s, %s, 0) RETURNING id
 """
 INSERT_ORDERS = """
     INSERT INTO orders (id, user_id, user_name, product_id, quantity, unit_price_cents, currency,
@@ -73,6 +76,16 @@ class Drained:
     more: bool = False
     busy: bool = False
 
+    def __add__(self, other: "Drained") -> "Drained":
+        """Return what both did; busy where neither could do anything."""
+        return Drained(
+            self.persisted + other.persisted,
+            self.duplicates + other.duplicates,
+            self.dead_letters + other.dead_letters,
+            self.more or other.more,
+            self.busy and other.busy,
+        )
+
     def __str__(self) -> str:
         if self.busy:
             return "another drain is at work"
@@ -98,32 +111,49 @@ class Row:
 
 
 def drain_batch(job_id: str, worker: str, most: int = BATCH_ORDERS) -> Drained:
-    """Store the oldest waiting orders, `most` of them at a time, and take them out of the outbox.
+    """Store the oldest waiting orders, `most` of each shard, and take them out of the outbox.
 
-    Raises stock.Unavailable and psycopg2.Error when a server fails; then nothing is lost.
+    Raises stock.Unavailable and psycopg2.Error when a server fails; then nothing is lost. A shard
+    that fails keeps no other from being drained.
     """
+    done, failed = Drained(busy=True), None
+    for shard in stock.shards:
+        try:
+            done += drain_shard(shard, job_id, worker, most)
+        except Unavailable as error:
+            failed = error
+    if failed and not done.persisted:
+        raise failed
+    return done
+
+
+def drain_shard(shard: Shard, job_id: str, worker: str, most: int) -> Drained:
+    """Store a shard's oldest waiting orders, in one transaction."""
     with raw_connection(db.engine) as connection:
         with connection.cursor() as cursor:
-            cursor.execute(BEGIN)
+            cursor.execute(BEGIN, (shard.part.shard,))
             ((locked, generation),) = cursor.fetchall()
             if not locked:
                 return Drained(busy=True)
-            if stock.generation() != generation:
+            if shard.generation() != generation:
                 # Another sale's orders, or a rebuild at work, which stores what waits by itself.
                 return Drained()
-            entries = stock.first.read_outbox(most)
+            entries = shard.read_outbox(most)
             if not entries:
                 return Drained()
             rows = [Row(stream_id, fields) for stream_id, fields in entries]
-            dead, drained = store(cursor, rows, job_id, worker)
+            dead, drained = store(cursor, shard, rows, job_id, worker)
         connection.commit()
-    _settle(generation, rows, dead)
+    _settle(shard, generation, rows, dead)
     return replace(drained, more=len(rows) == most)
 
 
-def store(cursor: Cursor, rows: list[Row], job_id: str, worker: str) -> tuple[set[str], Drained]:
+def store(
+    cursor: Cursor, shard: Shard, rows: list[Row], job_id: str, worker: str
+) -> tuple[set[str], Drained]:
     """Store a batch in the current transaction; return the stream ids of its dead letters too."""
-    cursor.execute(INSERT_BATCH, (job_id, worker, rows[0].order_id, rows[-1].order_id, len(rows)))
+    first, last = rows[0].order_id, rows[-1].order_id
+    cursor.execute(INSERT_BATCH, (job_id, worker, shard.part.shard, first, last, len(rows)))
     ((batch_id,),) = cursor.fetchall()
     dead, inserted = _insert_all(cursor, batch_id, rows)
     if inserted != len(rows):
@@ -232,7 +262,7 @@ def _tell_conflicts(cursor: Cursor, rows: list[Row], refused: dict[str, str]) ->
     return dead
 
 
-def _settle(generation: str | None, rows: list[Row], dead: set[str]) -> None:
+def _settle(shard: Shard, generation: str | None, rows: list[Row], dead: set[str]) -> None:
     figures: dict[int, tuple[int, int, int]] = {}
     for row in rows:
         if row.parts:
@@ -240,7 +270,7 @@ def _settle(generation: str | None, rows: list[Row], dead: set[str]) -> None:
             orders, units, persisted = figures.get(product, (0, 0, 0))
             stored = row.stream_id not in dead
             figures[product] = orders + 1, units + quantity, persisted + stored
-    stock.first.settle(
+    shard.settle(
         generation,
         [row.stream_id for row in rows],
         [row.order_id for row in rows],

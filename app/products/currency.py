@@ -216,7 +216,7 @@ def _put_keys(product_id: int) -> None:
         ).all()
         if not page:
             return
-        stock.first.put_keys(
+        stock.put_keys(
             (
                 row.user_name if row.user_id is None else row.user_id,
                 row.idempotency_key,

@@ -21,6 +21,7 @@ from ..models import ENDED_STATUSES, DeadLetter, Order, Product, ProductTotals, 
 from ..problems import Conflict, InvalidRequest, KeyMismatch, UnknownProduct
 from ..reading import MAX_RESTOCK, MAX_STOCK
 from ..stock.entries import Entry, standing
+from ..stock.gateway import Moved
 from ..stock.moves import Ended, Expired, Movement
 from ..times import to_ms
 from .observed import restocked
@@ -142,10 +143,10 @@ def apply_movement(movement: StockMovement) -> int:
     if movement.applied_at is not None:
         db.session.commit()
         return movement.stock_after or 0
-    outcome, free = _move(generation, movement)
+    outcome, free, parts = _move(generation, movement)
     if outcome == "unknown":
         publish(db.session.get_one(Product, movement.product_id))
-        outcome, free = _move(generation, movement)
+        outcome, free, parts = _move(generation, movement)
     finish = FINISH.get(movement.kind)
     if outcome in ("short", "capped"):
         refusal = Conflict(f"Only {free} units are free", "insufficient_stock")
@@ -158,6 +159,7 @@ def apply_movement(movement: StockMovement) -> int:
         raise refusal
     movement.applied_at = datetime.now(UTC)
     movement.stock_after = free
+    movement.parts = parts
     if finish:
         finish.applied(movement)
     if movement.kind in ("restock", "correction") and movement.units > 0:
@@ -166,9 +168,9 @@ def apply_movement(movement: StockMovement) -> int:
     return free
 
 
-def _move(generation: str, movement: StockMovement) -> tuple[str, int]:
+def _move(generation: str, movement: StockMovement) -> Moved:
     if movement.order_ids is not None:
-        orders = _expired(movement.order_ids)
+        orders = expired(movement.order_ids)
         return stock.move_expired(generation, movement.id, movement.product_id, orders)
     return stock.move(generation, *_told(movement, _ended_by(movement)))
 
@@ -185,7 +187,8 @@ FROM orders WHERE id = ANY(:ids) ORDER BY product_id, user_id, user_name
 """)
 
 
-def _expired(order_ids: list[int]) -> list[Expired]:
+def expired(order_ids: list[int]) -> list[Expired]:
+    """Return the orders of a movement as Redis is told of them."""
     rows = db.session.execute(EXPIRED, {"ids": order_ids})
     return [Expired(name if number is None else number, *rest) for number, name, *rest in rows]
 
@@ -202,16 +205,17 @@ def apply_first_stock(created: list[tuple[Product, StockMovement]]) -> None:
     # Nobody else applies them meanwhile; in this order, so that two wait for each other in turn.
     locked = select(StockMovement.id).where(StockMovement.id.in_(ids)).order_by(StockMovement.id)
     db.session.execute(locked.with_for_update())
-    free = stock.put_new(
+    moved = stock.put_new(
         on_record(),
-        (
+        [
             (product.id, product.version, in_force(product), movement.id, movement.units)
             for product, movement in created
-        ),
+        ],
     )
-    for (_, movement), units in zip(created, free, strict=True):
+    for (_, movement), (_, free, parts) in zip(created, moved, strict=True):
         movement.applied_at = datetime.now(UTC)
-        movement.stock_after = units
+        movement.stock_after = free
+        movement.parts = parts
     db.session.commit()
 
 
@@ -240,8 +244,11 @@ def _ended_by(movement: StockMovement, order: Order | None = None) -> Ended | No
 
 PENDING_AT_ONCE = 1000
 APPLIED = text("""
-UPDATE stock_movements m SET applied_at = clock_timestamp(), stock_after = done.free
-FROM unnest(CAST(:ids AS bigint[]), CAST(:free AS bigint[])) AS done (id, free) WHERE m.id = done.id
+UPDATE stock_movements m SET applied_at = clock_timestamp(), stock_after = done.free,
+                            parts = CAST(done.parts AS bigint[])
+FROM unnest(CAST(:ids AS bigint[]), CAST(:free AS bigint[]), CAST(:parts AS text[]))
+     AS done (id, free, parts)
+WHERE m.id = done.id
 """)
 
 
@@ -274,14 +281,14 @@ def apply_together(movement_ids: Sequence[int]) -> set[int]:
         [_told(m, _ended_by(m, by_id.get(m.order_id or 0))) for m in found],
     )
     done = [
-        (movement.id, free)
-        for movement, (outcome, free) in zip(found, moved, strict=True)
+        (movement.id, free, parts and f"{{{','.join(map(str, parts))}}}")
+        for movement, (outcome, free, parts) in zip(found, moved, strict=True)
         if outcome in ("applied", "repeated")
     ]
-    values = {"ids": [m for m, _ in done], "free": [free for _, free in done]}
-    db.session.execute(APPLIED, values)
+    ids, free, parts = map(list, zip(*done, strict=True)) if done else ([], [], [])
+    db.session.execute(APPLIED, {"ids": ids, "free": free, "parts": parts})
     db.session.commit()
-    return set(values["ids"])
+    return {movement_id for movement_id, _, _ in done}
 
 
 def finish_pending() -> int:

@@ -182,13 +182,6 @@ class Noticeboard:
         with asking():
             self.client.set(KEYS.nothing, "1", xx=True)
 
-    def first_waiting(self, wait_ms: int) -> bytes | None:
-        """Return the stream id of the first order in the outbox; wait so long for one."""
-        with asking():
-            streams = self.raw_client.xread({KEYS.outbox: "0"}, count=1, block=wait_ms)
-        found = cast("list[tuple[bytes, list[tuple[bytes, object]]]]", streams)
-        return found[0][1][0][0] if found else None
-
     def take_drain_lease(self, milliseconds: int) -> bool:
         """Return whether no drain is under way; then the caller's is, for so long at most."""
         with asking():

@@ -163,7 +163,8 @@ class ClaimScript:
             for request in requests
             if request.key is not None
         ]
-        args = [str(len(products)), str(len(requests)), str(len(former)), *map(str, products)]
+        counts = len(products), len(requests), len(former)
+        args = [*map(str, counts), self.part.suffix, *map(str, products)]
         for user, product_id, quantity, key, address, expected, reference, found, _ in requests:
             _, bucket, field = place(user, shards)
             keys.append(f"{names.bought_prefix}{product_id}:{bucket}")

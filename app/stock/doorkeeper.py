@@ -14,6 +14,7 @@ from ..problems import Unavailable
 from ..reading import User
 from .claims import LIMITED, Claim, Request, Tell
 from .loop_line import LoopLine
+from .spread import LoopLines
 
 BELIEVED_SECONDS = 1.0
 # Past so many products a second, further ones are counted as unknown.
@@ -24,12 +25,12 @@ NO_PRODUCT = 0
 
 
 class Doorkeeper:
-    """Stands before an event loop's line to Redis."""
+    """Stands before an event loop's lines to Redis."""
 
-    def __init__(self, line: LoopLine, count: Callable[[dict[int, int]], None]) -> None:
+    def __init__(self, line: LoopLine | LoopLines, count: Callable[[dict[int, int]], None]) -> None:
         """`count` is told once a second, in a thread, who was turned away: how many by product."""
         self.line = line
-        line.on_limited = self._note
+        line.tell_limited(self._note)
         self._count = count
         # Until when a user is turned away, and until when the window stays full, monotonic.
         self._limited: dict[User, tuple[float, float]] = {}

@@ -22,6 +22,45 @@ class View:
     overlap: list[Entry]
     products: dict[int, dict[str, int]]
     brakes: Brakes
+    # Shards that could not be asked: what they have is in none of the figures.
+    missing: tuple[int, ...] = ()
+
+
+# Of a product in several shards: what is one for all of them, as it is where it is oldest.
+_SAME = ("version", "opens", "closes", "pause", "cap", "max", "hold")
+
+
+def merged(views: dict[int, View], shards: int) -> View:
+    """Return the sums of the shards' views, given by their numbers, of so many shards.
+
+    Its generation is the sale's that they hold; one that is closed holds none.
+    """
+    names = {view.generation for view in views.values() if view.generation}
+    products: dict[int, dict[str, int]] = {}
+    for view in views.values():
+        for product_id, figures in view.products.items():
+            sums = products.setdefault(product_id, {})
+            older = figures["version"] < sums.get("version", figures["version"] + 1)
+            for name, figure in figures.items():
+                if name not in _SAME:
+                    sums[name] = sums.get(name, 0) + figure
+                elif older:
+                    sums[name] = figure
+    oldest = [view.oldest_claimed_ms for view in views.values() if view.oldest_claimed_ms]
+    return View(
+        generation=" or ".join(sorted(names)),
+        last_order_id=max(view.last_order_id for view in views.values()),
+        waiting=sum(view.waiting for view in views.values()),
+        oldest_claimed_ms=min(oldest, default=None),
+        applied_movements=frozenset(),
+        overlap=[entry for view in views.values() for entry in view.overlap],
+        products=products,
+        brakes=Brakes(
+            any(view.brakes.sale for view in views.values()),
+            frozenset(of for view in views.values() for of in view.brakes.products),
+        ),
+        missing=tuple(number for number in range(shards) if number not in views),
+    )
 
 
 @dataclass(frozen=True)
@@ -41,6 +80,8 @@ class Account:
     overlap_units: int
     waiting: int
     waiting_units: int
+    # From other shards, less what they were lent.
+    received: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,6 +135,8 @@ class Figures(Link):
             if flat:
                 fields = dict(zip(flat[::2], flat[1::2], strict=True))
                 fields.pop("price")
+                # No figure: until when it is refused without asking other shards.
+                fields.pop("sealed", None)
                 products[product_id] = {
                     name: int(value) for name, value in fields.items() if value != ""
                 }
@@ -125,6 +168,8 @@ class Figures(Link):
         """
         keys = [self.keys.generation, self.keys.movements, self.keys.outbox, self.keys.order_ids]
         keys += [self.keys.product(product_id) for product_id in product_ids]
+        if self.part.shards > 1:
+            keys += [self.keys.lent(product_id) for product_id in product_ids]
         generation, last, waiting, counted, applied, accounts = self.run(
             "account",
             keys,
@@ -141,6 +186,13 @@ class Figures(Link):
                 for product_id, account in zip(product_ids, accounts, strict=True)
             },
         )
+
+    def lent(self, product_ids: Sequence[int]) -> list[dict[str, int]]:
+        """Return of each product what was sent.<shard> and recv.<shard>; and unsealed, a moment."""
+        with asking(), self.client.pipeline(transaction=False) as pipe:
+            for product_id in product_ids:
+                pipe.hgetall(self.keys.lent(product_id))
+            return [{name: int(of) for name, of in found.items()} for found in pipe.execute()]
 
     def unapplied_movements(self, movement_ids: list[int]) -> list[int]:
         """Return those of the movements that Redis has not applied."""

@@ -1,51 +1,122 @@
 """The sale in Redis, over all its shards. Whoever is about one shopper or order asks its shard."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 from ..config import Settings
+from ..problems import Unavailable, Unprepared
 from ..reading import User
 from .board import Noticeboard
 from .brakes import BrakeGateway, Brakes
 from .claims import Claim, Request
+from .dealing import ask_once, finish, pull, unseal
 from .doorkeeper import Doorkeeper
 from .entries import Entry
-from .figures import View
+from .figures import View, merged
+from .keys import Keys
+from .link import Link
+from .loop_line import LoopLine
 from .moves import Ended, Expired, Movement, Terms
 from .place import place
+from .pulls import MOST_SECONDS, carry_out, names_of
 from .servers import Server
 from .shard import Shard
 from .shards import Part
+from .spread import LoopLines, SpreadBrakes, ThreadLines
+from .thread_line import ThreadLine
+
+Answer = TypeVar("Answer")
+# The sale's name on record, and of each shard an order id that it has issued.
+OnRecord = Callable[[], tuple[str, list[int]] | None]
+
+
+class Moved(NamedTuple):
+    """What became of a movement, the free stock after it, and what each shard got of its units."""
+
+    outcome: str
+    free: int
+    parts: list[int] | None = None
 
 
 class Stock:
     """One for each app; safe to use from several threads."""
 
-    def init_app(
-        self, settings: Settings, on_record: Callable[[], tuple[str, int] | None] = lambda: None
-    ) -> None:
-        """Prepare the clients; nothing is connected before the first use.
-
-        `on_record` tells the sale's name and an order id that it has issued: see claims.py.
-        """
-        # Whoever builds an app has filled in the URL (run/embedded.py).
-        server = Server(settings.redis_url or "")
-        self.shards = [Shard(Part(), server, settings, on_record)]
-        (self.first,) = self.shards
+    def init_app(self, settings: Settings, on_record: OnRecord = lambda: None) -> None:
+        """Prepare the clients; nothing is connected before the first use."""
+        self._settings, self._on_record = settings, on_record
+        self.shards = self.dealt(settings.shards)
+        self.first = self.shards[0]
         self.client, self.raw_client = self.first.client, self.first.raw_client
         # What is no part of the sale: RQ, limits of other routes, who is signed in. To lose it
         # loses no order, and it may be a server of its own.
-        self.jobs_server, self.jobs_client = server, self.client
+        self.jobs_server, self.jobs_client = self.first.server, self.client
         # RQ wants answers undecoded.
         self.jobs_raw_client = self.raw_client
         if settings.jobs_redis_url:
             self.jobs_server = Server(settings.jobs_redis_url)
             self.jobs_client = self.jobs_server.client(decode=True)
             self.jobs_raw_client = self.jobs_server.client(decode=False)
-        self.board = Noticeboard(self.first)
-        self.brakes = BrakeGateway(self.first)
-        self.thread_line = self.first.thread_line
-        self.loop_line = Doorkeeper(self.first.loop_line, self.turn_away)
+        # What is about the sale as a whole lies with its only shard, or apart from all of them.
+        several = len(self.shards) > 1
+        self.board = Noticeboard(Link(Part(), self.jobs_server, 0) if several else self.first)
+        self.brakes = SpreadBrakes([BrakeGateway(shard) for shard in self.shards])
+        self.thread_line: ThreadLine | ThreadLines = self.first.thread_line
+        loop_line: LoopLine | LoopLines = self.first.loop_line
+        if several:
+            self.thread_line = ThreadLines(self.shards)
+            loop_line = LoopLines(self.shards)
+        self.loop_line = Doorkeeper(loop_line, self.turn_away)
+
+    def dealt(self, shards: int) -> list[Shard]:
+        """Return the shards of the sale as it is, or was, dealt to so many."""
+        # Whoever builds an app has filled in the URL (run/embedded.py).
+        server = Server(self._settings.redis_url or "")
+
+        def of(shard: int) -> tuple[str, int] | None:
+            found = self._on_record()
+            if found is None:
+                return None
+            name, issued = found
+            return name, issued[shard] if shard < len(issued) else 0
+
+        return [
+            Shard(part, server.for_keys(Keys(part).prefix), self._settings, partial(of, number))
+            for number, part in enumerate(Part(number, shards) for number in range(shards))
+        ]
+
+    def shard_of(self, user: User) -> Shard:
+        """Return the shard that a shopper (in canonical form) belongs to."""
+        return self.shards[place(user, len(self.shards)).shard]
+
+    def shard_of_order(self, order_id: int) -> Shard:
+        """Return the shard that has, or had, an order which this sale has issued."""
+        return self.shards[order_id % len(self.shards)]
+
+    def each(self, do: Callable[[Shard], Answer]) -> list[Answer]:
+        """Have it done in every shard. Raises Unavailable where one fails, once all were asked."""
+        answers, failed = self._asked(do)
+        if failed:
+            raise failed[0]
+        return answers
+
+    def reachable(self, do: Callable[[Shard], Answer]) -> list[Answer]:
+        """Have it done in every shard that can be reached. Raises Unavailable where none can."""
+        answers, failed = self._asked(do)
+        if not answers:
+            raise failed[0]
+        return answers
+
+    def _asked(self, do: Callable[[Shard], Answer]) -> tuple[list[Answer], list[Unavailable]]:
+        answers, failed = [], []
+        for shard in self.shards:
+            try:
+                answers.append(do(shard))
+            except Unavailable as error:
+                failed.append(error)
+        return answers, failed
 
     def claim(
         self,
@@ -64,27 +135,34 @@ class Stock:
         request = Request(user, product_id, quantity, key, address, expected_cents, reference)
         return self.thread_line.claim(request)
 
-    def shard_of(self, user: User) -> Shard:
-        """Return the shard that a shopper (in canonical form) belongs to."""
-        return self.shards[place(user, len(self.shards)).shard]
-
-    def shard_of_order(self, order_id: int) -> Shard:
-        """Return the shard that has, or had, an order which this sale has issued."""
-        return self.shards[order_id % len(self.shards)]
-
     def braked(self) -> Brakes:
         """Return (whether the whole sale is braked, ids of products with brakes of their own)."""
         return self.brakes.read()
 
     def put_product(self, product_id: int, version: int, terms: Terms) -> bool:
-        """Publish the terms of sale; False when this or a later version is in force already."""
-        return self.first.put_product(product_id, version, terms)
+        """Publish the terms of sale; False when this or a later version is in force everywhere."""
+        return any(self.each(lambda shard: shard.put_product(product_id, version, terms)))
 
     def put_new(
-        self, generation: str | None, products: Iterable[tuple[int, int, Terms, int, int]]
-    ) -> list[int]:
-        """Publish new products and their first stock; return what is free. See Moves.put_new."""
-        return self.first.put_new(generation, products)
+        self, generation: str | None, products: Sequence[tuple[int, int, Terms, int, int]]
+    ) -> list[Moved]:
+        """Publish new products and their first stock, dealt to all shards. See Moves.put_new."""
+
+        def put(shard: Shard) -> list[tuple[int, int]]:
+            dealt = [
+                (product_id, version, terms, movement_id, shard.part.deals(units, movement_id))
+                for product_id, version, terms, movement_id, units in products
+            ]
+            free = shard.put_new(generation, dealt)
+            return [(of[-1], left) for of, left in zip(dealt, free, strict=True)]
+
+        return [
+            Moved("applied", sum(free for _, free in parts), self._parts(parts))
+            for parts in zip(*self.each(put), strict=True)
+        ]
+
+    def _parts(self, parts: Iterable[tuple[int, int]]) -> list[int] | None:
+        return [units for units, _ in parts] if len(self.shards) > 1 else None
 
     def move(
         self,
@@ -94,36 +172,139 @@ class Stock:
         units: int,
         user: User | None = None,
         ended: Ended | None = None,
-    ) -> tuple[str, int]:
-        """Apply a `Movement` at most once: (what became of it, free stock), see move_all."""
+    ) -> Moved:
+        """Apply a `Movement` at most once, see Moves.move_all."""
         (moved,) = self.move_all(
             generation, [Movement(movement_id, product_id, units, user, ended)]
         )
         return moved
 
-    def move_all(
-        self, generation: str | None, movements: Iterable[Movement]
-    ) -> list[tuple[str, int]]:
-        """Apply stock movements, each at most once. See Moves.move_all."""
-        return self.first.move_all(generation, movements)
+    def move_all(self, generation: str | None, movements: Sequence[Movement]) -> list[Moved]:
+        """Apply stock movements, each at most once. See Moves.move_all.
+
+        A shopper's go to the shopper's shard; others are dealt to all. What is taken from nobody in
+        particular is gathered in one shard, as is what a shopper's shard lacks.
+        """
+        if len(self.shards) == 1:
+            return [Moved(*moved) for moved in self.first.move_all(generation, movements)]
+        moved = self._move_parts(generation, movements)
+        short = [index for index, of in enumerate(moved) if of.outcome == "short"]
+        if short and generation:
+            for index in short:
+                self._gather(generation, movements[index])
+            again = self._move_parts(generation, [movements[index] for index in short])
+            for index, of in zip(short, again, strict=True):
+                moved[index] = of
+        self._unseal({movement.product_id for movement in movements if movement.units > 0})
+        return moved
+
+    def _gather(self, generation: str, movement: Movement) -> None:
+        """Have other shards lend the one that is to take a movement's units what it lacks."""
+        (shard,) = self.parts_of(movement)
+        names = names_of(self.shards, generation)
+        steps = pull(names, shard, movement.product_id, -movement.units, gather=True)
+        pulled = carry_out(self.shards, steps, MOST_SECONDS)
+        if pulled and pulled.rest:
+            carry_out(self.shards, ask_once(pulled.rest))
+
+    def _unseal(self, product_ids: Iterable[int]) -> None:
+        """Have claims in every shard look for units that have just come to some of them."""
+        for product_id in product_ids:
+            carry_out(self.shards, unseal(len(self.shards), product_id))
+
+    def finish_lent(self, generation: str) -> int:
+        """Give what shards lent a while ago, whoever died over it; return how much was done.
+
+        What can't be reached is left for the next time.
+        """
+        if len(self.shards) == 1:
+            return 0
+        names = names_of(self.shards, generation)
+        return sum(
+            carry_out(self.shards, finish(names, source)) for source in range(len(self.shards))
+        )
+
+    def _move_parts(self, generation: str | None, movements: Sequence[Movement]) -> list[Moved]:
+        parts = [self.parts_of(movement) for movement in movements]
+
+        def move(shard: Shard) -> dict[int, tuple[str, int]]:
+            number = shard.part.shard
+            mine = [index for index, part in enumerate(parts) if number in part]
+            told = [movements[index]._replace(units=parts[index][number]) for index in mine]
+            return dict(zip(mine, shard.move_all(generation, told), strict=True)) if told else {}
+
+        moved = self.each(move)
+        free = self._free({movement.product_id for movement in movements})
+        return [
+            self._moved(
+                parts[index], [of[index] for of in moved if index in of], free[movement.product_id]
+            )
+            for index, movement in enumerate(movements)
+        ]
+
+    def parts_of(self, movement: Movement) -> dict[int, int]:
+        """Return what each shard gets of a movement's units, the same whenever it is asked."""
+        if movement.user is not None:
+            return {self.shard_of(movement.user).part.shard: movement.units}
+        if movement.units < 0:
+            return {movement.movement_id % len(self.shards): movement.units}
+        return {
+            number: shard.part.deals(movement.units, movement.movement_id)
+            for number, shard in enumerate(self.shards)
+        }
+
+    def _free(self, product_ids: Iterable[int]) -> dict[int, int]:
+        products = self.view(sorted(product_ids)).products
+        return defaultdict(int, {of: figures["free"] for of, figures in products.items()})
+
+    def _moved(self, parts: dict[int, int], moved: list[tuple[str, int]], free: int) -> Moved:
+        """Return what became of a movement by what became of its parts."""
+        outcomes = {outcome for outcome, _ in moved}
+        for outcome in ("unknown", "short", "capped", "applied"):
+            if outcome in outcomes:
+                break
+        else:
+            outcome = "repeated"
+        return Moved(outcome, free, [parts.get(number, 0) for number in range(len(self.shards))])
 
     def move_expired(
-        self, generation: str | None, movement_id: int, product_id: int, orders: Iterable[Expired]
-    ) -> tuple[str, int]:
+        self, generation: str | None, movement_id: int, product_id: int, orders: Sequence[Expired]
+    ) -> Moved:
         """Apply the movement of orders that expired together, as `move` does of one."""
-        return self.first.move_expired(generation, movement_id, product_id, orders)
+        if len(self.shards) == 1:
+            return Moved(*self.first.move_expired(generation, movement_id, product_id, orders))
+        by_shard = self.of_each_shard(orders)
+
+        def move(shard: Shard) -> tuple[str, int]:
+            mine = by_shard[shard.part.shard]
+            if not mine:
+                return "repeated", 0
+            return shard.move_expired(generation, movement_id, product_id, mine)
+
+        moved = self.each(move)
+        self._unseal([product_id])
+        parts = {number: sum(of.units for of in mine) for number, mine in enumerate(by_shard)}
+        return self._moved(parts, moved, self._free([product_id])[product_id])
+
+    def of_each_shard(self, orders: Iterable[Expired]) -> list[list[Expired]]:
+        """Return the orders by the shards of their shoppers."""
+        by_shard: list[list[Expired]] = [[] for _ in self.shards]
+        for order in orders:
+            by_shard[self.shard_of(order.user).part.shard].append(order)
+        return by_shard
 
     def put_held(self, generation: str, units: dict[int, int]) -> None:
-        """Note how many units of each product are held by stored orders."""
-        self.first.put_held(generation, units)
+        """Note how many units of each product are held by stored orders, in whichever shard."""
+        self.reachable(lambda shard: shard.put_held(generation, units))
 
     def queued_orders(self, user: User, most: int) -> list[tuple[int, Entry]]:
         """Return the user's orders that wait to be persisted, newest first."""
         return self.shard_of(user).queued_orders(user, most)
 
     def newest_waiting(self, most: int, before: int | None = None) -> list[tuple[int, Entry]]:
-        """Return the orders that entered the outbox last (before an id), newest first."""
-        return self.first.newest_waiting(most, before)
+        """Return the waiting orders with the highest ids (below one), the highest first."""
+        found = self.each(lambda shard: shard.newest_waiting(most, before))
+        return sorted((entry for of in found for entry in of), key=lambda of: -of[0])[:most]
 
     def waiting_order(self, order_id: int) -> Entry | None:
         """Return an order that waits in the outbox, None when it does not."""
@@ -137,26 +318,49 @@ class Stock:
         """Issue an order id. Raises Unavailable; Unprepared when the counter can't be trusted."""
         return self.shard_of(user).new_order_id()
 
-    def view(self, product_ids: list[int], movement_ids: Sequence[int] = ()) -> View:
-        """Return what Redis holds, read at one instant. See Figures.view."""
-        return self.first.view(product_ids, movement_ids=movement_ids)
+    def put_keys(self, keys: Iterable[tuple[User, str, str]]) -> int:
+        """Write Idempotency-Keys: (user, key, its record, see entries.key_record) each."""
+        by_shard: dict[int, list[tuple[User, str, str]]] = defaultdict(list)
+        for of in keys:
+            by_shard[self.shard_of(of[0]).part.shard].append(of)
+        return sum(self.shards[shard].put_keys(of) for shard, of in by_shard.items())
+
+    def view(self, product_ids: list[int]) -> View:
+        """Return what the shards that can be reached hold, each read at one instant.
+
+        Raises Unavailable where none can.
+        """
+        if len(self.shards) == 1:
+            return self.first.view(product_ids)
+        views = self.reachable(lambda shard: (shard.part.shard, shard.view(product_ids)))
+        return merged(dict(views), len(self.shards))
 
     def product_ids(self) -> list[int]:
         """Return the ids of the products on sale in Redis, ascending."""
-        return self.first.product_ids()
+        return sorted({of for ids in self.reachable(Shard.product_ids) for of in ids})
 
     def waiting(self) -> int:
         """Return the number of orders claimed and not yet taken out of the outbox."""
-        return self.first.waiting()
+        return sum(self.each(Shard.waiting))
 
     def generation(self) -> str | None:
-        """Return the name of the sale that Redis holds, None when it holds none."""
-        return self.first.generation()
+        """Return the name of the sale that the shards hold, None when they hold none.
+
+        Of those that can be reached: one that is closed has none, and does not keep others from it.
+        """
+        names = {name for name in self.reachable(Shard.generation) if name}
+        return " or ".join(sorted(names)) or None
+
+    def require_all(self, generation: str) -> None:
+        """Raise Unavailable unless every shard holds the sale, so that a change is in force."""
+        for held in self.each(Shard.generation):
+            if held != generation:
+                raise Unprepared("the sale is not in every shard")
+
+    def clock(self) -> datetime:
+        """Return the time by which claims are judged, in whole milliseconds, rounded down."""
+        return self.reachable(Shard.clock)[0]
 
     def turn_away(self, refusals: dict[int, int]) -> None:
         """Count refusals for the user's limit that Redis was not asked about, by product id."""
         self.first.turn_away(refusals)
-
-    def clock(self) -> datetime:
-        """Return the time by which claims are judged, in whole milliseconds, rounded down."""
-        return self.first.clock()

@@ -52,8 +52,7 @@ class LoopLine:
         self._gathered: Batch = []
         # Batches that wait for replicas. Other claims gather meanwhile, and cost less together.
         self._in_flight = 0
-        # Is told of users who are over their limit.
-        self.on_limited: Callable[[Request, Claim], None] = lambda request, claim: None
+        self._on_limited: Callable[[Request, Claim], None] = lambda request, claim: None
         self._on_dry: Callable[[Request, Claim, Tell], None] = lambda _, claim, tell: tell(claim)
         self._channel: Channel | None = None
         self._opening: asyncio.Task[Channel] | None = None
@@ -63,6 +62,10 @@ class LoopLine:
         # Whether PostgreSQL could tell what Redis must hold, and when it was asked last.
         self._verified = False
         self._compared_at = 0.0
+
+    def tell_limited(self, tell: Callable[[Request, Claim], None]) -> None:
+        """Have it told of users who are over their limit."""
+        self._on_limited = tell
 
     def tell_dry(self, go_on: Callable[[Request, Claim, Tell], None]) -> None:
         """Have `go_on` look after claims that are dry, and tell them in the end."""
@@ -199,7 +202,7 @@ class LoopLine:
                         continue
                     result = refused(error)
                 elif result.outcome == LIMITED:
-                    self.on_limited(request, result)
+                    self._on_limited(request, result)
                 elif result.outcome == DRY:
                     self._on_dry(request, result, tell)
                     continue

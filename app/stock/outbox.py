@@ -22,6 +22,13 @@ class Outbox(Link):
         with asking():
             return self.client.xlen(self.keys.outbox)
 
+    def first_waiting(self, wait_ms: int) -> bytes | None:
+        """Return the stream id of the first order; wait so long for one, 0 for not at all."""
+        with asking():
+            streams = self.raw_client.xread({self.keys.outbox: "0"}, count=1, block=wait_ms or None)
+        found = cast("list[tuple[bytes, RawEntries]]", streams)
+        return found[0][1][0][0] if found else None
+
     def read_outbox(self, count: int, after: str | None = None) -> RawEntries:
         """Return the oldest waiting entries, or those after a stream id, as (stream id, fields).
 

@@ -1,8 +1,10 @@
 """A Redis as this process sees it: where it is, how connections behave, how it answers."""
 
-from collections.abc import Callable
+import threading
+import time
+from copy import copy
 from functools import cache
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 import hiredis
@@ -23,7 +25,7 @@ COMMAND_TIMEOUT_SECONDS = 1.0
 # the second.
 ASK_SECONDS = 0.25
 SENTINEL_PORT, REDIS_PORT = 26_379, 6379
-# Of a cluster: all keys of the sale have one tag.
+# Of a cluster: where the keys of a sale of one shard are.
 SLOT = key_slot(KEYS.prefix.encode())
 # How a server says that it can't do a primary's work any more, or not yet: it has become a replica,
 # lost its primary or its replicas, is loading, or another holds these keys. Who is told so leaves.
@@ -60,10 +62,32 @@ class Server:
 
     def __init__(self, url: str) -> None:
         """`url` is a REDIS_URL. Raises ValueError when it can't be one."""
-        self.breaker = Breaker(COMMAND_TIMEOUT_SECONDS)
+        self._breaker = Breaker(COMMAND_TIMEOUT_SECONDS)
         # How often it was told to be unfit; a connection older than the last time is not used.
         self.unfit = 0
         self.options, self._find = read_url(url)
+        # Of a cluster: which keys' node it is, and where that was last.
+        self._slot = SLOT
+        self._at: Address | None = None
+
+    def for_keys(self, prefix: str) -> "Server":
+        """Return the one that has the keys which begin so: of a cluster it may be another node."""
+        if not isinstance(self._find, Cluster):
+            return self
+        other = copy(self)
+        other._breaker, other._slot = Breaker(COMMAND_TIMEOUT_SECONDS), key_slot(prefix.encode())
+        return other
+
+    @property
+    def cluster(self) -> "Cluster | None":
+        return self._find if isinstance(self._find, Cluster) else None
+
+    @property
+    def breaker(self) -> Breaker:
+        """One for each node, however many shards it has, and whichever it is at the moment."""
+        if self._at and isinstance(self._find, Cluster):
+            return self._find.breaker_of(self._at)
+        return self._breaker
 
     @property
     def moves(self) -> bool:
@@ -75,6 +99,9 @@ class Server:
 
         Blocks, for up to a second. Raises redis.ConnectionError when nobody can tell.
         """
+        if isinstance(self._find, Cluster):
+            self._at = self._find.primary_of(self._slot)
+            return self._at
         return self._find() if self._find else None
 
     def leave(self) -> None:
@@ -112,7 +139,7 @@ def connection_options(decode: bool) -> dict[str, Any]:
     }
 
 
-def read_url(url: str) -> tuple[dict[str, Any], Callable[[], Address] | None]:
+def read_url(url: str) -> "tuple[dict[str, Any], _Sentinels | Cluster | None]":
     """Return a connection's options, and who tells its address where the options don't.
 
     `redis+sentinel://user:password@host:port,host:port/name?db=0` asks Sentinels for the primary
@@ -131,7 +158,7 @@ def read_url(url: str) -> tuple[dict[str, Any], Callable[[], Address] | None]:
     for name in ("host", "port"):
         options.pop(name, None)
     if kind == "cluster":
-        return options, _Cluster(hosts, options)
+        return options, Cluster(hosts, options)
     theirs = {
         name: options.pop(f"sentinel_{name}")
         for name in ("username", "password")
@@ -171,26 +198,66 @@ class _Sentinels:
         return cast("Address", found)
 
 
-class _Cluster:
-    """Tells which primary of a cluster has the sale: all its keys lie in one slot."""
+class Slots(NamedTuple):
+    """Slots of a cluster that one primary has, both ends included, and its replicas."""
+
+    first: int
+    last: int
+    primary: Address
+    replicas: list[Address]
+
+
+class Cluster:
+    """Tells which node of a cluster has a slot; one for each process, whatever the shards.
+
+    It is asked anew for every connection that is made: after MOVED, a failover or a lost
+    connection. What is older is never used, so there is nothing to keep up to date.
+    """
 
     def __init__(self, hosts: list[Address], options: dict[str, Any]) -> None:
         self._hosts, self._options = hosts, options
         self._turn = 0
+        self._lock = threading.Lock()
+        self._slots: list[Slots] = []
+        self._read_at = float("-inf")
+        self._breakers: dict[Address, Breaker] = {}
 
-    def __call__(self) -> Address:
+    def breaker_of(self, node: Address) -> Breaker:
+        return self._breakers.setdefault(node, Breaker(COMMAND_TIMEOUT_SECONDS))
+
+    def primary_of(self, slot: int) -> Address:
+        """Return where a slot is now. Raises redis.ConnectionError when nobody can tell."""
+        for slots in self.slots():
+            if slots.first <= slot <= slots.last:
+                return slots.primary
+        raise redis.ConnectionError(f"nobody has slot {slot}")
+
+    def slots(self) -> list[Slots]:
+        """Return who has which slots, as a node tells it now. Raises redis.ConnectionError."""
+        asked_at = time.monotonic()
+        with self._lock:
+            # Shards that connect together ask once: what was read since they came will do.
+            if self._read_at < asked_at:
+                read_at = time.monotonic()
+                self._slots = self._read()
+                self._read_at = read_at
+            return self._slots
+
+    def _read(self) -> list[Slots]:
         errors = []
         # Each time another one comes first: one that is cut off from the others knows old things.
         self._turn += 1
-        for number in range(len(self._hosts)):
-            host, port = self._hosts[(self._turn + number) % len(self._hosts)]
+        known = [slots.primary for slots in self._slots]
+        hosts = list(dict.fromkeys([*self._hosts, *known]))
+        for number in range(len(hosts)):
+            host, port = hosts[(self._turn + number) % len(hosts)]
             try:
                 return self._ask(host, port)
             except redis.RedisError as error:
                 errors.append(f"{host}:{port}: {error}")
-        raise redis.ConnectionError(f"no node of the cluster knows the sale's: {errors}")
+        raise redis.ConnectionError(f"no node of the cluster tells who has the sale: {errors}")
 
-    def _ask(self, host: str, port: int) -> Address:
+    def _ask(self, host: str, port: int) -> list[Slots]:
         options = {
             **connection_options(decode=True),
             "socket_connect_timeout": ASK_SECONDS,
@@ -202,11 +269,13 @@ class _Cluster:
             # As the server sends it; redis-py would make a dict of it.
             client.response_callbacks.pop("CLUSTER SLOTS", None)
             ranges = client.execute_command("CLUSTER SLOTS")
-        for first, last, (found, port_found, *_), *_replicas in ranges:
-            if first <= SLOT <= last:
-                # A node that does not know its own address means: where you have asked.
-                return found or host, port_found
-        raise redis.ConnectionError("nobody has the sale's slot")
+        # A node that does not know its own address means: where you have asked.
+        return [Slots(first, last, *self._nodes(nodes, host)) for first, last, *nodes in ranges]
+
+    @staticmethod
+    def _nodes(nodes: list[list[Any]], asked: str) -> tuple[Address, list[Address]]:
+        primary, *replicas = [(host or asked, port) for host, port, *_ in nodes]
+        return primary, replicas
 
 
 class _Found(AbstractConnection):

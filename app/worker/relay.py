@@ -21,6 +21,7 @@ from ..books import ledger, recovery
 from ..database import waiting_at_most
 from ..extensions import db, stock
 from ..feed import numbering
+from ..generation import on_record
 from ..orders import bulk, intents
 from ..orders.drain import drain_batch
 from ..orders.expiry import Expiry
@@ -38,6 +39,8 @@ log = logging.getLogger(__name__)
 PACE_SECONDS = 0.2
 # How long one look at an empty outbox may last; an order that comes in ends it at once.
 WATCH_MS = 500
+# How often several shards are looked at.
+LOOK_SECONDS = 0.05
 SWEEP_SECONDS = 1.0
 EXPIRE_SECONDS = 0.5
 # How old an event may be before it is told, when nothing else is amiss.
@@ -54,22 +57,25 @@ class Relay:
 
     def __init__(self) -> None:
         self._last = 0.0
-        self._head: bytes | None = None
-        self._head_since = 0.0
+        # Of each shard in which orders wait the first one, and since when it has been that.
+        self._heads: dict[int, tuple[bytes, float]] = {}
         # Whether it drains by itself, and more is waiting.
         self._behind = False
 
     def run_once(self, stopped: threading.Event) -> None:
-        head = stock.board.first_waiting(WATCH_MS)
-        if head is None:
+        heads = self._first_waiting(stopped)
+        now = time.monotonic()
+        self._heads = {
+            shard: (head, self._heads[shard][1] if self._was(shard, head) else now)
+            for shard, head in heads.items()
+        }
+        if not heads:
             self._behind = False
             return
-        if head != self._head:
-            self._head, self._head_since = head, time.monotonic()
-        stuck = time.monotonic() - self._head_since > STUCK_SECONDS
+        stuck = any(now - since > STUCK_SECONDS for _, since in self._heads.values())
         if stuck or self._behind:
             # RQ's own data may be damaged, or its worker hang; the outbox needs neither.
-            self._head_since = time.monotonic()
+            self._heads = {shard: (head, now) for shard, head in heads.items()}
             drained = drain_batch("", "relay")
             self._behind = drained.more
             if stuck:
@@ -79,6 +85,22 @@ class Relay:
         stopped.wait(max(0.0, self._last + PACE_SECONDS - time.monotonic()))
         self._last = time.monotonic()
         jobs.enqueue_drain()
+
+    def _was(self, shard: int, head: bytes) -> bool:
+        return shard in self._heads and self._heads[shard][0] == head
+
+    @staticmethod
+    def _first_waiting(stopped: threading.Event) -> dict[int, bytes]:
+        """Return the first order's stream id of each shard in which one waits; wait for one."""
+        if len(stock.shards) == 1:
+            head = stock.first.first_waiting(WATCH_MS)
+            return {} if head is None else {0: head}
+        found = stock.reachable(lambda shard: (shard.part.shard, shard.first_waiting(0)))
+        heads = {shard: head for shard, head in found if head is not None}
+        if not heads:
+            # A command that waits names keys of one node: they are looked at in turn.
+            stopped.wait(LOOK_SECONDS)
+        return heads
 
 
 class Numberer:
@@ -113,7 +135,8 @@ class Sampler:
             product_id: [figures.get(name, 0) for name in REFUSALS]
             for product_id, figures in view.products.items()
         }
-        stock.first.keep_counts([p for p in counts if counts[p] != self._kept.get(p)])
+        changed = [p for p in counts if counts[p] != self._kept.get(p)]
+        stock.reachable(lambda shard: shard.keep_counts(changed))
         self._kept = counts
 
 
@@ -151,6 +174,7 @@ class Sweeper:
         if sale.is_prepared():
             sale.publish_stale()
             movements.finish_pending()
+            stock.finish_lent(on_record())
             intents.apply_open()
             self._shelf.renew()
             self._observer.run_once()
@@ -158,25 +182,41 @@ class Sweeper:
         stopped.wait(max(0.0, started + SWEEP_SECONDS - time.monotonic()))
 
 
+ISSUED_OF_ALL = text("""
+UPDATE sale SET last_order_id = greatest(last_order_id, :last), sampled_at = now()
+WHERE generation = :generation
+""")
+ISSUED_OF_SHARD = text("""
+UPDATE sale_shards SET last_order_id = greatest(last_order_id, :last), sampled_at = now()
+WHERE shard = :shard AND EXISTS (SELECT FROM sale WHERE generation = :generation)
+""")
+
+
 def record_issued() -> None:
     """Put on record which order ids Redis has surely issued. Raises stock.Unavailable.
 
     Not those that replicas lack: one that is promoted would seem to have forgotten them.
     """
-    try:
-        view = stock.first.view([], surely=True)
-    except Unreplicated as error:
-        log.warning("no order ids are put on record: %s", error)
-        return
-    if view.generation:
-        db.session.execute(
-            text(
-                "UPDATE sale SET last_order_id = greatest(last_order_id, :last),"
-                " sampled_at = now() WHERE generation = :generation"
-            ),
-            {"last": view.last_order_id, "generation": view.generation},
-        )
-        db.session.commit()
+    for shard in stock.shards:
+        try:
+            view = shard.view([], surely=True)
+        except Unreplicated as error:
+            log.warning("no order ids are put on record: %s", error)
+            continue
+        except Unavailable:
+            if len(stock.shards) == 1:
+                raise
+            continue
+        if view.generation:
+            db.session.execute(
+                ISSUED_OF_ALL if len(stock.shards) == 1 else ISSUED_OF_SHARD,
+                {
+                    "last": view.last_order_id,
+                    "generation": view.generation,
+                    "shard": shard.part.shard,
+                },
+            )
+            db.session.commit()
 
 
 def run_forever(

@@ -32,7 +32,7 @@ def thousand(app):
             text(
                 "INSERT INTO product_totals (product_id, moved_units, confirmed_units)"
                 " SELECT id, 10, CASE WHEN id % 10 = 1 THEN 10 ELSE 0 END FROM products"
-                " ON CONFLICT (product_id) DO UPDATE SET moved_units = 10"
+                " ON CONFLICT (product_id, shard) DO UPDATE SET moved_units = 10"
                 " , confirmed_units = EXCLUDED.confirmed_units"
             )
         )

@@ -190,8 +190,8 @@ def test_a_batch_is_its_claims_one_by_one(bench, examples):
 # What a batch may be decided wrongly by, though each claim alone is decided well.
 PLANTED = {
     "one id for a batch": ("'INCRBY', KEYS[7], #accepted", "'INCRBY', KEYS[7], 1"),
-    "INCR": ("try('INCRBY', KEYS[7], #accepted)", "try('INCR', KEYS[7])"),
-    "the same id": ("      id = id + 1\n", ""),
+    "INCR": ("try('INCRBY', KEYS[7], #accepted * SHARDS)", "try('INCR', KEYS[7])"),
+    "the same id": ("      id = id + SHARDS\n", ""),
     "free as at first": ("product.free - quantity, product", "product.free, product"),
     "sold units of the last": ("product.claimed + quantity, true", "quantity, true"),
     "cap as at first": ("= bought + quantity", "= bought"),

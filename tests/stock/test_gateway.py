@@ -62,7 +62,7 @@ ASKED = {
     "count": lambda stock: stock.board.count({"a": 1}),
     "counted": lambda stock: stock.board.counted(1),
     "try_write": lambda stock: stock.board.try_write(),
-    "first_waiting": lambda stock: stock.board.first_waiting(1),
+    "first_waiting": lambda stock: stock.first.first_waiting(1),
     "take_drain_lease": lambda stock: stock.board.take_drain_lease(1),
     "end_drain_lease": lambda stock: stock.board.end_drain_lease(),
     "setting": lambda stock: stock.board.setting("appendonly"),

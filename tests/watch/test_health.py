@@ -12,7 +12,6 @@ from waiting import patience, wait_until
 from wire import serving
 
 from app import database, locks
-from app.books import recovery
 from app.extensions import db, stock
 from app.problems import Unavailable
 from app.stock.claims import Request
@@ -211,7 +210,7 @@ def probing(app, conversation, verified: bool = True):
     async def whole():
         async with serving(app) as process:
             if verified:
-                stock.loop_line.line._on_record = lambda: recovery.sale_on_record(app)
+                stock.loop_line.line._on_record = stock.first.thread_line._on_record
 
             async def probe() -> tuple[int, dict]:
                 wire = await process.connect()
@@ -248,7 +247,7 @@ class TestSaleOnTheEventLoop:
             assert await probe() == UNVERIFIED
             line = stock.loop_line.line
             assert (await line.claim(Request(1, 1, 1, None, "10.0.0.1"))).outcome == b"accepted"
-            line._on_record = lambda: recovery.sale_on_record(app)
+            line._on_record = stock.first.thread_line._on_record
             await until(probe, OK)
 
         probing(app, talk, verified=False)

@@ -6,9 +6,10 @@
 --       units by address; then for each claim: bought (a bucket of users), and only with a key: the
 --       keys of the bucket; then, only where replicas are asked for, the fence; last, for each claim
 --       with a key the name under which 0.1.0 kept it
--- ARGV  1 how many products   2 how many claims   3 how many have a key   then the products' ids; then
---       for each claim: user, field of the user in its buckets, number of its product (from 1),
---       quantity, address, and letters that say what follows: e expected price in cents, f what all
+-- ARGV  1 how many products   2 how many claims   3 how many have a key   4 which shard of how many this
+--       is, as the generation says it: '/6/2'; '' for the only one   then the products' ids; then for
+--       each claim: user, field of the user in its buckets, number of its product (from 1), quantity,
+--       address, and letters that say what follows: e expected price in cents, f what all
 --       shards were found to have, k key, n network, r reference, s score in the queued, where that is
 --       not the user
 -- What is the same for every claim claims.py writes into this script in place of these words:
@@ -63,15 +64,16 @@ local product_count, claim_count, keyed = tonumber(ARGV[1]), tonumber(ARGV[2]), 
 local first_former = #KEYS - keyed + 1
 local known = call('MGET', KEYS[1], KEYS[2], unpack(KEYS, first_former))
 local claims, answers = {}, {}
--- No generation: this Redis has lost the sale (or never had it). Selling from it would oversell.
-if not known[1] then
+-- No generation: this Redis has lost the sale (or never had it). Selling from it would oversell. So
+-- would whoever deals shoppers to another number of shards.
+if not known[1] or (string.match(known[1], '/.*') or '') ~= ARGV[4] then
   for i = 1, claim_count do answers[i] = { 'unprepared', 0, -1, 0, '' } end
   return answers
 end
 
 local products = {}
 for i = 1, product_count do
-  local id, hash = ARGV[3 + i], KEYS[8 + i]
+  local id, hash = ARGV[4 + i], KEYS[8 + i]
   local figures = try('HMGET', hash, 'free', 'opens', 'closes', 'pause', 'cap', 'max', 'price',
     'accepted', 'claimed', 'hold', 'held', SHARDS > 1 and 'sealed' or 'max')
   local wrong = figures.err
@@ -112,7 +114,7 @@ local function ask(field)
   return position
 end
 
-local arg, key, former = 3 + product_count, 8 + (ADDRESS_UNITS > 0 and 2 or 1) * product_count, 2
+local arg, key, former = 4 + product_count, 8 + (ADDRESS_UNITS > 0 and 2 or 1) * product_count, 2
 for i = 1, claim_count do
   local user, address, product = ARGV[arg + 1], ARGV[arg + 5], products[tonumber(ARGV[arg + 3])]
   local units, letters = ARGV[arg + 4], ARGV[arg + 6]
@@ -441,11 +443,12 @@ local function put_products()
   end
 end
 
-local ids = try('INCRBY', KEYS[7], #accepted)
+-- A shard's ids are those that leave its number when divided by how many there are.
+local ids = try('INCRBY', KEYS[7], #accepted * SHARDS)
 if failed(ids) then
   for _, claim in ipairs(accepted) do give_up(claim, ids.err, 0) end
 else
-  local kept, scores, id = {}, {}, ids - #accepted + 1
+  local kept, scores, id = {}, {}, ids - (#accepted - 1) * SHARDS
   for i = 1, #accepted do
     local claim = accepted[i]
     claim.id = id
@@ -461,7 +464,7 @@ else
     else
       local at = #kept
       kept[at + 1], scores[2 * at + 1], scores[2 * at + 2] = claim, claim.s or claim.user, id
-      id = id + 1
+      id = id + SHARDS
     end
   end
   local sold, why = 0, nil
@@ -489,7 +492,7 @@ else
     end
     if sold < #kept then put_products() end
   end
-  if sold < #accepted then call('DECRBY', KEYS[7], #accepted - sold) end
+  if sold < #accepted then call('DECRBY', KEYS[7], (#accepted - sold) * SHARDS) end
 end
 
 -- Who came again under a key of this very batch is told what became of the first.

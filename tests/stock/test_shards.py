@@ -1,0 +1,171 @@
+"""A sale of several shards: the same promises as one of one."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import redis
+from redis.crc import key_slot
+from sqlalchemy import text
+
+from app import create_app
+from app.audit import CLI
+from app.books import ledger, recovery
+from app.config import NO_LIMIT
+from app.extensions import db, stock
+from app.orders import cancelling
+from app.orders.drain import drain_batch
+from app.problems import Unavailable
+from app.products import movements
+from app.stock.shards import COUNTS, Part, first_above, tag_of
+from app.worker import relay
+
+# What each prime number of equal nodes gets of a sale's shards, by which the table was searched.
+NODES = (2, 3, 4, 6, 8, 12)
+
+
+@pytest.mark.parametrize("shards", COUNTS)
+def test_tags_are_spread_evenly_over_equal_nodes(shards):
+    tags = [tag_of(shard, shards) for shard in range(shards)]
+    assert len(set(tags)) == shards
+    assert tags[0] == "0"
+    for nodes in NODES:
+        if shards % nodes == 0:
+            on = Counter(key_slot(f"{{{tag}}}".encode()) * nodes // 16_384 for tag in tags)
+            assert set(on.values()) == {shards // nodes}, (shards, nodes)
+
+
+def test_the_first_tags_of_the_table_would_not_do():
+    on = Counter(key_slot(f"{{{tag_of(n, 24)}}}".encode()) * 3 // 16_384 for n in range(6))
+    assert sorted(on.values()) != [2, 2, 2]
+
+
+@pytest.mark.parametrize("units", [0, 1, 5, 6, 7, 100, -3])
+def test_dealt_units_add_up_and_differ_by_one_at_most(units):
+    parts = [Part(shard, 6).deals(units, 4) for shard in range(6)]
+    assert sum(parts) == units
+    assert max(parts) - min(parts) <= 1
+
+
+def test_the_rest_goes_from_the_movement_s_own_shard_on():
+    assert [Part(shard, 6).deals(2, 11) for shard in range(6)] == [1, 0, 0, 0, 0, 1]
+
+
+def test_names():
+    assert Part().generation("abc") == "abc"
+    assert Part(2, 6).generation("abc") == "abc/6/2"
+    assert Part(2, 6).sale_of("abc/6/2") == "abc"
+    for foreign in ("abc", "abc/6/3", "abc/3/2"):
+        assert Part(2, 6).sale_of(foreign) != "abc"
+    assert Part().sale_of("abc/6/0") != "abc"
+    assert (first_above(0, 1), first_above(7, 1)) == (1, 8)
+    assert (first_above(0, 6), first_above(6, 6), first_above(7, 6)) == (6, 12, 12)
+
+
+@pytest.fixture(params=[1, 6])
+def shop(request, make_app):
+    """An app whose sale has so many shards, all in one Redis."""
+    app = make_app(shards=request.param, purchase_user_limit=NO_LIMIT)
+    with app.app_context():
+        yield app
+
+
+@pytest.fixture
+def six(make_app):
+    app = make_app(shards=6, purchase_user_limit=NO_LIMIT)
+    with app.app_context():
+        yield app
+
+
+def buy_all(users, quantity=1, key=None):
+    """Return the outcomes of the users' purchases."""
+    return Counter(
+        stock.claim(user, 1, quantity, key and f"{key}{user}", "a").outcome.decode()
+        for user in users
+    )
+
+
+def drained():
+    while stock.waiting():
+        drain_batch("test", "test")
+
+
+def is_even():
+    check = ledger.check(rows=True)
+    assert check.ok, (check.problems, [of.problems for of in check.products.values()])
+    return check.products[1]
+
+
+def test_a_purchase_its_order_and_the_ledger(shop):
+    users = [*range(1, 41), *(f"user-{n}" for n in range(40))]
+    outcomes = buy_all(users, key="k")
+    sold = outcomes["accepted"]
+    assert set(outcomes) <= {"accepted", "sold_out", "dry"}
+    assert sold > 60
+    for user in users:
+        claim = stock.claim(user, 1, 1, f"k{user}", "a")
+        assert claim.outcome in (b"replayed", b"sold_out", b"dry")
+        if claim.outcome == b"replayed":
+            # A shard is read from the id.
+            assert claim.detail % len(stock.shards) == stock.shard_of(user).part.shard % len(
+                stock.shards
+            )
+            ((found, _),) = stock.queued_orders(user, 9)
+            assert found == claim.detail
+            assert stock.waiting_order(found).user == user
+    assert is_even().queued == sold
+    drained()
+    product = is_even()
+    assert (product.stored, product.free) == (sold, 100 - sold)
+    ids = db.session.scalars(text("SELECT id FROM orders ORDER BY id")).all()
+    assert len(ids) == sold
+    assert stock.view([1]).products[1]["free"] == 100 - sold
+    assert not ledger.differences(1)
+    relay.record_issued()
+    recovery.close_when_stale()
+    assert not stock.view([1]).missing
+    assert buy_all(users, key="k")["accepted"] == 0
+
+
+def test_restocks_returns_and_corrections(shop):
+    assert movements.restock(1, 7, None, CLI).free == 107
+    buy_all(range(1, 21), quantity=2)
+    drained()
+    is_even()
+    for order_id in db.session.scalars(text("SELECT id FROM orders ORDER BY id LIMIT 5")).all():
+        cancelling.cancel(order_id, "changed their mind", CLI)
+    product = is_even()
+    assert product.free == 107 - 40 + 10
+    assert movements.correct(1, -3, "miscounted", CLI) == 74
+    assert movements.correct(1, 3, "miscounted", CLI) == 77
+    is_even()
+    # What a shopper gave back the same one may buy again.
+    assert sum(db.session.scalars(text("SELECT moved_units FROM product_sums")).all()) == 117
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 6), (6, 1), (6, 6), (6, 12)])
+def test_a_rebuild_deals_the_sale_anew(make_app, before, after):
+    app = make_app(shards=before, purchase_user_limit=NO_LIMIT)
+    with app.app_context():
+        sold = buy_all(range(1, 31), key="k")["accepted"]
+        drained()
+        sold += buy_all(range(31, 41), key="k")["accepted"]
+        settings = app.config["SETTINGS"]
+    app = create_app(replace(settings, shards=after))
+    with app.app_context():
+        if before != after:
+            with pytest.raises(Unavailable):
+                stock.claim(1000, 1, 1, None, "a")
+        report = recovery.rebuild(CLI)
+        assert report.loss.intact
+        assert report.free_units == 100 - sold
+        product = is_even()
+        assert (product.free, product.stored) == (100 - sold, sold)
+        assert set(buy_all(range(1, 41), key="k")) <= {"replayed", "sold_out", "accepted", "dry"}
+        assert buy_all(range(1, 41), key="k")["replayed"] >= sold
+        buy_all(range(100, 130))
+        drained()
+        is_even()
+        assert not ledger.differences(1)
+        keys = redis.Redis.from_url(settings.redis_url).keys("sale:*:outbox")
+        assert len(keys) <= after

@@ -1,0 +1,89 @@
+"""A sale of six shards on a cluster of three primaries: each shopper is sold to by one node."""
+
+from dataclasses import replace
+
+import pytest
+from nodes import Cluster
+from test_shards import buy_all, drained, is_even
+from waiting import wait_until
+
+from app import create_app
+from app.audit import CLI
+from app.books import recovery
+from app.config import NO_LIMIT
+from app.extensions import db, stock
+from app.problems import Unavailable
+from app.products import movements
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    cluster = Cluster("valkey", tmp_path_factory.mktemp("cluster"))
+    yield cluster
+    cluster.stop()
+
+
+@pytest.fixture
+def shop(cluster, make_app, settings):
+    # Whatever stands in PostgreSQL is another sale's.
+    make_app()
+    app = create_app(
+        replace(
+            settings,
+            shards=6,
+            redis_url=cluster.url,
+            jobs_redis_url=settings.redis_url,
+            purchase_user_limit=NO_LIMIT,
+        )
+    )
+    with app.app_context():
+        recovery.reset(CLI)
+        yield app
+        db.session.remove()
+
+
+def test_it_sells_stores_proves_and_rebuilds(cluster, shop):
+    nodes = {shard.server.address() for shard in stock.shards}
+    assert len(nodes) == 3
+    outcomes = buy_all([*range(1, 31), *(f"user-{n}" for n in range(30))], key="k")
+    sold = outcomes["accepted"]
+    assert sold > 50
+    assert movements.restock(1, 9, None, CLI).free == 109 - sold
+    assert is_even().queued == sold
+    drained()
+    assert is_even().stored == sold
+    assert recovery.rebuild(CLI).free_units == 109 - sold
+    assert buy_all(range(1, 31), key="k")["replayed"] > 0
+    is_even()
+
+
+def test_a_node_s_death_refuses_its_own_shoppers_alone(cluster, shop):
+    """And its shards' orders are drained, and its units sold, when it is back."""
+    buy_all(range(1, 31))
+    dead = {
+        shard.part.shard for shard in stock.shards if shard.server.address()[1] == cluster.x.port
+    }
+    assert len(dead) == 2
+    of = {user: stock.shard_of(user).part.shard for user in range(100, 160)}
+    cluster.x.kill()
+    try:
+        told: dict[int, set[str]] = {}
+        for user, shard in of.items():
+            try:
+                told.setdefault(shard, set()).add(stock.claim(user, 1, 1, None, "a").outcome)
+            except Unavailable as error:
+                told.setdefault(shard, set()).add(error.executed)
+        for shard, answers in told.items():
+            if shard in dead:
+                # Only the claim that was on its way is in doubt.
+                assert answers <= {False, None}, shard
+            else:
+                assert answers <= {b"accepted", b"sold_out", b"dry"}, shard
+        view = stock.view([1])
+        assert set(view.missing) == dead
+        assert view.products[1]["free"] >= 0
+    finally:
+        cluster.x.start()
+    wait_until(lambda: not stock.view([1]).missing, 30, "the node to be back")
+    drained()
+    is_even()
