@@ -245,7 +245,8 @@ def show_plan() -> None:
         replicas = ", ".join(f"{host}:{port}" for host, port in place.replicas) or "none"
         host, port = place.primary
         click.echo(
-            f"shard {place.shard:2}  slot {place.slot:5}  primary {host}:{port}  replicas {replicas}"
+            f"shard {place.shard:2}  slot {place.slot:5}  primary {host}:{port}"
+            f"  replicas {replicas}"
         )
     problems = plan.warnings(found, stock.first.replicas.count)
     for problem in problems:
