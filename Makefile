@@ -6,10 +6,14 @@ PIP = $(VENV)/pip install --quiet --disable-pip-version-check --require-hashes -
 JOBS = 2
 PYTEST = $(VENV)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
-.PHONY: run test drills attacks coverage lint format types lock stress screenshots bench chaos fuzz
+.PHONY: run cluster test drills attacks coverage lint format types lock stress screenshots bench chaos fuzz
 
 run: .venv/installed
 	@exec $(VENV)/python -m app.run.supervisor
+
+# The same on a Valkey Cluster of three primaries and three replicas, with files of its own
+cluster: .venv/installed
+	@exec $(VENV)/python -m app.run.cluster
 
 # make test args="-k restock"
 test: .venv/installed-dev

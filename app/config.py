@@ -38,6 +38,9 @@ class RateLimit:
 
 NO_LIMIT = RateLimit(0, 0)
 
+# With so many, a sale's shards lie evenly on any number of nodes that divides them.
+SHARD_COUNTS = (1, 2, 3, 4, 6, 8, 12, 24)
+
 # The exact sliding window stores one timestamp per attempt; past this it would be slow and large.
 MAX_USER_LIMIT = 1000
 # The claim that names a token's subject (RFC 7519, 4.1.2), and those that name none.
@@ -65,6 +68,12 @@ def _integer(low: int, high: int) -> Callable[[str], int]:
         return int(value)
 
     return parse
+
+
+def _shards(value: str) -> int:
+    if value not in map(str, SHARD_COUNTS):
+        raise ValueError(f"must be one of {', '.join(map(str, SHARD_COUNTS))}")
+    return int(value)
 
 
 def _choice(*allowed: str) -> Callable[[str], str]:
@@ -208,6 +217,13 @@ class Settings:
         "replicas of Redis that must have an order before it is answered 200; with fewer, nothing "
         "is sold",
     )
+    shards: int = setting(
+        "SHARDS",
+        1,
+        _shards,
+        "shards that a sale is dealt to, so that nodes of a cluster share it: 1, 2, 3, 4, 6, 8, 12 "
+        "or 24; to change it takes `flask rebuild`",
+    )
     database_url: str | None = setting(
         "DATABASE_URL", None, _database_url, "a real PostgreSQL; embedded when not set"
     )
@@ -335,8 +351,6 @@ class Settings:
         "threads of each web process for everything but purchases, which need none",
     )
 
-    # Not among the settings that a run reads, yet.
-    shards: int = 1
     outbox_limit: int = setting(
         "OUTBOX_LIMIT",
         5_000_000,

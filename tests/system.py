@@ -123,14 +123,17 @@ class Server:
         return sign_in(self.url, self.admin_password)
 
 
-def start_system(data_dir: Path, **environ: str) -> Server:
-    """Start the whole system on a free port and wait until it says that it is ready."""
+def start_system(data_dir: Path, program: str = "supervisor", **environ: str) -> Server:
+    """Start the whole system on a free port and wait until it says that it is ready.
+
+    `program` is supervisor, or cluster, which keeps its files in a directory below.
+    """
     clean = {name: value for name, value in os.environ.items() if name not in OF_A_RUN}
     port = free_port()
     log = data_dir / "supervisor.log"
     with log.open("w") as output:
         process = spawn(
-            [sys.executable, "-m", "app.run.supervisor"],
+            [sys.executable, "-m", f"app.run.{program}"],
             env=clean | {"DATA_DIR": str(data_dir), "PORT": str(port), **environ},
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -146,11 +149,12 @@ def start_system(data_dir: Path, **environ: str) -> Server:
     except BaseException:
         end(process, data_dir)
         raise
+    files = data_dir if program == "supervisor" else data_dir / program
     return Server(
         url=f"http://127.0.0.1:{port}",
-        api_token=(data_dir / "admin_api_token").read_text().strip(),
-        admin_password=(data_dir / "admin_password").read_text().strip(),
-        data_dir=data_dir,
+        api_token=(files / "admin_api_token").read_text().strip(),
+        admin_password=(files / "admin_password").read_text().strip(),
+        data_dir=files,
         process=process,
     )
 

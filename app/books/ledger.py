@@ -9,6 +9,7 @@ check never locks a busy sale, and never cries wolf.
 
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field, replace
+from itertools import permutations
 from typing import Any, NamedTuple
 
 from psycopg2.errorcodes import LOCK_NOT_AVAILABLE
@@ -105,6 +106,8 @@ class ProductCheck:
     # What a repair would add to each counter of Redis, where it is a shard's.
     amounts: dict[str, int] = field(default_factory=dict)
     shard: int = 0
+    # Lent by a shard, and not yet given to the other one.
+    in_transit: int = 0
 
     @property
     def difference(self) -> int:
@@ -220,6 +223,8 @@ def check(count_up_to: int = COUNTED_ORDERS_BY_HAND, rows: bool = False) -> Chec
     Raises stock.Unavailable, stock.Unprepared when Redis holds no sale or another one, and Unquiet.
     """
     result = _compare(_consistent_views(count_up_to))
+    if len(stock.shards) > 1:
+        _count_in_transit(result)
     if rows:
         _compare_rows(result)
     return result
@@ -347,6 +352,27 @@ def _sum_up(result: Check, before: dict[int, tuple[int, int, int]]) -> None:
         )
 
 
+def _count_in_transit(result: Check) -> None:
+    """Note what was lent and is not given yet; a shard that got more than that has too much.
+
+    What was received is read before what was sent, so that what is given meanwhile does not seem to
+    come from nowhere.
+    """
+    ids = sorted(result.products)
+    received, sent = (stock.each(lambda shard: shard.lent(ids)) for _ in range(2))
+    for index, product_id in enumerate(ids):
+        product, in_transit = result.products[product_id], 0
+        for source, target in permutations(range(len(stock.shards)), 2):
+            lent = sent[source][index].get(f"sent.{target}", 0)
+            given = received[target][index].get(f"recv.{source}", 0)
+            in_transit += lent - given
+            if given > lent:
+                product.problems.append(
+                    f"shard {source} lent shard {target} {lent} units, and that one got {given}"
+                )
+        result.products[product_id] = replace(product, in_transit=in_transit)
+
+
 def _compare_product(
     part: Part,
     product_id: int,
@@ -367,7 +393,7 @@ def _compare_product(
         stored=out,
         queued=queued,
         free=account.free,
-        expected_free=moved - out - queued,
+        expected_free=moved - out - queued + account.received,
         pending=pending,
         shard=part.shard,
     )
@@ -392,11 +418,12 @@ def _compare_product(
             f" the counters say {account.accepted - account.settled}"
         )
         result.amounts["accepted"] = account.waiting - (account.accepted - account.settled)
-    if account.free != account.moved - account.claimed:
+    left = account.moved + account.received - account.claimed
+    if account.free != left:
+        lent = f", {account.received} from other shards" if account.received else ""
         result.problems.append(
             f"{account.free} units are free,"
-            f" {account.moved} put on sale and {account.claimed} claimed leave"
-            f" {account.moved - account.claimed}"
+            f" {account.moved} put on sale{lent} and {account.claimed} claimed leave {left}"
         )
     if result.difference:
         result.problems.append(

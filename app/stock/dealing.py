@@ -215,6 +215,11 @@ def unseal(shards: int, product_id: int) -> Steps:
     yield [Ask(shard, "unseal", product_id, ()) for shard in range(shards)]
 
 
+def ask_once(asks: Sequence[Ask]) -> Steps:
+    """Ask, whatever the answers."""
+    yield list(asks)
+
+
 def _in_transit(received: list[Reading | None], sent: list[Reading | None]) -> bool:
     """Tell whether units are on their way between shards that were read both times.
 

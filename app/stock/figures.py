@@ -80,6 +80,8 @@ class Account:
     overlap_units: int
     waiting: int
     waiting_units: int
+    # From other shards, less what they were lent.
+    received: int = 0
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,8 @@ class Figures(Link):
             if flat:
                 fields = dict(zip(flat[::2], flat[1::2], strict=True))
                 fields.pop("price")
+                # No figure: until when it is refused without asking other shards.
+                fields.pop("sealed", None)
                 products[product_id] = {
                     name: int(value) for name, value in fields.items() if value != ""
                 }
@@ -164,6 +168,8 @@ class Figures(Link):
         """
         keys = [self.keys.generation, self.keys.movements, self.keys.outbox, self.keys.order_ids]
         keys += [self.keys.product(product_id) for product_id in product_ids]
+        if self.part.shards > 1:
+            keys += [self.keys.lent(product_id) for product_id in product_ids]
         generation, last, waiting, counted, applied, accounts = self.run(
             "account",
             keys,
@@ -180,6 +186,13 @@ class Figures(Link):
                 for product_id, account in zip(product_ids, accounts, strict=True)
             },
         )
+
+    def lent(self, product_ids: Sequence[int]) -> list[dict[str, int]]:
+        """Return of each product what was sent.<shard> and recv.<shard>; and unsealed, a moment."""
+        with asking(), self.client.pipeline(transaction=False) as pipe:
+            for product_id in product_ids:
+                pipe.hgetall(self.keys.lent(product_id))
+            return [{name: int(of) for name, of in found.items()} for found in pipe.execute()]
 
     def unapplied_movements(self, movement_ids: list[int]) -> list[int]:
         """Return those of the movements that Redis has not applied."""

@@ -12,6 +12,7 @@ from ..reading import User
 from .board import Noticeboard
 from .brakes import BrakeGateway, Brakes
 from .claims import Claim, Request
+from .dealing import ask_once, finish, pull, unseal
 from .doorkeeper import Doorkeeper
 from .entries import Entry
 from .figures import View, merged
@@ -20,6 +21,7 @@ from .link import Link
 from .loop_line import LoopLine
 from .moves import Ended, Expired, Movement, Terms
 from .place import place
+from .pulls import MOST_SECONDS, carry_out, names_of
 from .servers import Server
 from .shard import Shard
 from .shards import Part
@@ -64,8 +66,8 @@ class Stock:
         self.thread_line: ThreadLine | ThreadLines = self.first.thread_line
         loop_line: LoopLine | LoopLines = self.first.loop_line
         if several:
-            self.thread_line = ThreadLines([shard.thread_line for shard in self.shards])
-            loop_line = LoopLines([shard.loop_line for shard in self.shards])
+            self.thread_line = ThreadLines(self.shards)
+            loop_line = LoopLines(self.shards)
         self.loop_line = Doorkeeper(loop_line, self.turn_away)
 
     def dealt(self, shards: int) -> list[Shard]:
@@ -180,10 +182,49 @@ class Stock:
     def move_all(self, generation: str | None, movements: Sequence[Movement]) -> list[Moved]:
         """Apply stock movements, each at most once. See Moves.move_all.
 
-        A shopper's go to the shopper's shard; others are dealt to all.
+        A shopper's go to the shopper's shard; others are dealt to all. What is taken from nobody in
+        particular is gathered in one shard, as is what a shopper's shard lacks.
         """
         if len(self.shards) == 1:
             return [Moved(*moved) for moved in self.first.move_all(generation, movements)]
+        moved = self._move_parts(generation, movements)
+        short = [index for index, of in enumerate(moved) if of.outcome == "short"]
+        if short and generation:
+            for index in short:
+                self._gather(generation, movements[index])
+            again = self._move_parts(generation, [movements[index] for index in short])
+            for index, of in zip(short, again, strict=True):
+                moved[index] = of
+        self._unseal({movement.product_id for movement in movements if movement.units > 0})
+        return moved
+
+    def _gather(self, generation: str, movement: Movement) -> None:
+        """Have other shards lend the one that is to take a movement's units what it lacks."""
+        (shard,) = self.parts_of(movement)
+        names = names_of(self.shards, generation)
+        steps = pull(names, shard, movement.product_id, -movement.units, gather=True)
+        pulled = carry_out(self.shards, steps, MOST_SECONDS)
+        if pulled and pulled.rest:
+            carry_out(self.shards, ask_once(pulled.rest))
+
+    def _unseal(self, product_ids: Iterable[int]) -> None:
+        """Have claims in every shard look for units that have just come to some of them."""
+        for product_id in product_ids:
+            carry_out(self.shards, unseal(len(self.shards), product_id))
+
+    def finish_lent(self, generation: str) -> int:
+        """Give what shards lent a while ago, whoever died over it; return how much was done.
+
+        What can't be reached is left for the next time.
+        """
+        if len(self.shards) == 1:
+            return 0
+        names = names_of(self.shards, generation)
+        return sum(
+            carry_out(self.shards, finish(names, source)) for source in range(len(self.shards))
+        )
+
+    def _move_parts(self, generation: str | None, movements: Sequence[Movement]) -> list[Moved]:
         parts = [self.parts_of(movement) for movement in movements]
 
         def move(shard: Shard) -> dict[int, tuple[str, int]]:
@@ -202,23 +243,15 @@ class Stock:
         ]
 
     def parts_of(self, movement: Movement) -> dict[int, int]:
-        """Return what each shard gets of a movement's units, the same whenever it is asked.
-
-        But what is taken from nobody in particular comes from one shard: the richest, unless it was
-        taken already. Raises Unavailable where that can't be told.
-        """
+        """Return what each shard gets of a movement's units, the same whenever it is asked."""
         if movement.user is not None:
             return {self.shard_of(movement.user).part.shard: movement.units}
-        if movement.units >= 0:
-            return {
-                number: shard.part.deals(movement.units, movement.movement_id)
-                for number, shard in enumerate(self.shards)
-            }
-        ids, products = [movement.movement_id], [movement.product_id]
-        views = self.each(lambda shard: shard.view(products, movement_ids=ids))
-        taken = [number for number, view in enumerate(views) if view.applied_movements]
-        free = [view.products.get(movement.product_id, {}).get("free", 0) for view in views]
-        return {taken[0] if taken else free.index(max(free)): movement.units}
+        if movement.units < 0:
+            return {movement.movement_id % len(self.shards): movement.units}
+        return {
+            number: shard.part.deals(movement.units, movement.movement_id)
+            for number, shard in enumerate(self.shards)
+        }
 
     def _free(self, product_ids: Iterable[int]) -> dict[int, int]:
         products = self.view(sorted(product_ids)).products
@@ -249,6 +282,7 @@ class Stock:
             return shard.move_expired(generation, movement_id, product_id, mine)
 
         moved = self.each(move)
+        self._unseal([product_id])
         parts = {number: sum(of.units for of in mine) for number, mine in enumerate(by_shard)}
         return self._moved(parts, moved, self._free([product_id])[product_id])
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from ..problems import Unavailable
 from .claims import DRY, Batch, Claim, Request, Tell, tell_one
-from .dealing import AWAY, Answers, Ask, Pulled, Steps, pull
+from .dealing import AWAY, Answers, Ask, Pulled, Steps, ask_once, pull
 from .keys import Keys
 from .link import scripts
 from .servers import pack
@@ -112,8 +112,8 @@ class ThreadPulls:
                 raise Unavailable(NOTHING_CAME, executed=False)
             request = asked_again(request, pulled, since)
             dry = shard.thread_line.claim(request)
-            for ask in pulled.rest:
-                _answer(self._shards[ask.shard], ask)
+            if pulled.rest:
+                carry_out(self._shards, ask_once(pulled.rest))
         return dry
 
 

@@ -6,34 +6,37 @@ from collections.abc import Callable, Sequence
 from ..problems import Unavailable
 from .brakes import Act, BrakeGateway, Brakes
 from .claims import Claim, Request, Tell
-from .loop_line import LoopLine
 from .place import place
-from .thread_line import ThreadLine
+from .pulls import LoopPulls, ThreadPulls
+from .shard import Shard
 
 
 class ThreadLines:
     """Threads' line to each shard; a claim goes by its shopper's."""
 
-    def __init__(self, lines: Sequence[ThreadLine]) -> None:
-        self._lines = lines
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self._shards = shards
+        self._pulls = ThreadPulls(shards)
 
     def claim(self, request: Request) -> Claim:
         """Decide one purchase. Raises Unavailable when Redis gave no answer."""
-        return self._lines[place(request.user, len(self._lines)).shard].claim(request)
+        shard = self._shards[place(request.user, len(self._shards)).shard]
+        return self._pulls.claim_again(shard, request, shard.thread_line.claim(request))
 
     def check(self) -> bool:
         """Return whether the sale was compared with PostgreSQL, by what can be reached of it.
 
         Raises Unavailable when a claim would find no shard able to decide it.
         """
-        return _some([_tried(line.check) for line in self._lines])
+        return _some([_tried(shard.thread_line.check) for shard in self._shards])
 
 
 class LoopLines:
     """An event loop's line to each shard; a claim goes by its shopper's."""
 
-    def __init__(self, lines: Sequence[LoopLine]) -> None:
-        self.lines = lines
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self.lines = [shard.loop_line for shard in shards]
+        self.pulls = LoopPulls(shards)
 
     def tell_limited(self, tell: Callable[[Request, Claim], None]) -> None:
         """Have it told of users who are over their limit."""

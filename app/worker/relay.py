@@ -21,6 +21,7 @@ from ..books import ledger, recovery
 from ..database import waiting_at_most
 from ..extensions import db, stock
 from ..feed import numbering
+from ..generation import on_record
 from ..orders import bulk, intents
 from ..orders.drain import drain_batch
 from ..orders.expiry import Expiry
@@ -173,6 +174,7 @@ class Sweeper:
         if sale.is_prepared():
             sale.publish_stale()
             movements.finish_pending()
+            stock.finish_lent(on_record())
             intents.apply_open()
             self._shelf.renew()
             self._observer.run_once()

@@ -366,7 +366,7 @@ class World:
             began = self.step_number
             pulled = yield from self.decide.pull(names, shard, PRODUCT, units, gather)
             if pulled.rest:
-                self.start(ask_once(list(pulled.rest)))
+                self.start(dealing.ask_once(pulled.rest))
             found, gather = pulled.found, False
             if found == 0 and pulled.final and self.calamity_at < began > self.empty_at:
                 raise Broken("'sold out', and at no moment of the scan was nothing in reach")
@@ -499,11 +499,6 @@ class World:
         sold = sum(sum(shard.log.orders.values()) for shard in self.shards)
         if sold != units:
             raise Broken(f"{sold} of {units} were sold to shoppers who asked for one")
-
-
-def ask_once(asks: list[Ask]) -> Iterator:
-    """Ask, whatever the answers."""
-    yield asks
 
 
 def dealt(units: int, first: int, shards: int) -> list[int]:

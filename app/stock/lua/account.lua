@@ -1,12 +1,14 @@
 -- The Redis half of the ledger, at one instant: counters, and what the outbox really holds.
 --
--- KEYS  1 generation   2 movements   3 outbox   4 order ids   5.. product hashes
+-- KEYS  1 generation   2 movements   3 outbox   4 order ids   5.. product hashes; then, where there
+--       are several shards, the hashes of what was lent of each product
 -- ARGV  1 the last order id known to be stored (0 for none)   2 count the outbox if it holds no more
 --       than so many orders   3 number of product ids, then these ids, in the order of their hashes;
 --       then the ids of movements asked about
 -- Returns {generation, order id counter, waiting orders, 1 when they were counted, movement ids
 --          applied, {per product: 1 when on sale, free, moved, accepted, claimed, settled,
---          settled_units, persisted, stored but waiting: orders, units, waiting: orders, units}}.
+--          settled_units, persisted, stored but waiting: orders, units, waiting: orders, units,
+--          received from other shards less what was sent to them}}.
 
 local through, count = tonumber(ARGV[1]), tonumber(ARGV[3])
 local sums, accounts = {}, {}
@@ -15,7 +17,13 @@ for i = 1, count do
     'free', 'moved', 'accepted', 'claimed', 'settled', 'settled_units', 'persisted')
   local account = { fields[1] and 1 or 0 }
   for j = 1, 7 do account[j + 1] = tonumber(fields[j] or 0) end
-  for j = 9, 12 do account[j] = 0 end
+  for j = 9, 13 do account[j] = 0 end
+  local lent = KEYS[4 + count + i] and redis.call('HGETALL', KEYS[4 + count + i]) or {}
+  for j = 1, #lent, 2 do
+    local way = string.match(lent[j], '^%a+')
+    if way == 'recv' then account[13] = account[13] + lent[j + 1]
+    elseif way == 'sent' then account[13] = account[13] - lent[j + 1] end
+  end
   accounts[i], sums[ARGV[3 + i]] = account, account
 end
 

@@ -130,6 +130,11 @@ SCHEMAS = {
                 "description": "with `sold_out` and `insufficient_stock`: orders are held, whose "
                 "units may come back; up to 2 s old",
             },
+            "final": {
+                "type": "boolean",
+                "description": "with `sold_out` and `insufficient_stock`: false while a part of "
+                "the sale is out of reach, whose units come back with it",
+            },
             "reason": {
                 "enum": ["purchase_limit"],
                 "description": "with `hold_expired`: the user has bought too many since",

@@ -1,0 +1,95 @@
+"""Shoppers who buy from every shard without a pause while things break, and what became of it."""
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Iterator
+from itertools import count, pairwise
+
+import psycopg2
+from checker import OK, REFUSED, UNKNOWN, Attempt, History, Movement, Order, Stored
+from system import Server
+from waiting import patience
+
+from app.run.embedded import PostgresServer
+from app.stock.place import place
+
+
+class ShardedRush:
+    """Each shard has shoppers of its own; who does not know what became of it asks once more."""
+
+    def __init__(self, server: Server, shards: int, each: int = 2) -> None:
+        self.server, self.shards, self.history = server, shards, History()
+        self.ended = threading.Event()
+        # When purchases were answered 200, monotonic, by shard.
+        self.sold: list[list[float]] = [[] for _ in range(shards)]
+        self.threads = []
+        for shard in range(shards):
+            users = self._users(shard)
+            lock = threading.Lock()
+            for _ in range(each):
+                self.threads.append(threading.Thread(target=self._buy, args=(shard, users, lock)))
+        for thread in self.threads:
+            thread.start()
+
+    def _users(self, shard: int) -> Iterator[int]:
+        return (user for user in count(1) if place(user, self.shards).shard == shard)
+
+    def _buy(self, shard: int, users: Iterator[int], lock: threading.Lock) -> None:
+        while not self.ended.is_set():
+            with lock:
+                user = next(users)
+            # Until it is known, however long that takes: what was promised must be kept.
+            while self._attempt(shard, user) == UNKNOWN and not self.ended.is_set():
+                time.sleep(0.1)
+            time.sleep(0.02)
+
+    def _attempt(self, shard: int, user: int) -> str:
+        body = {"userId": user, "productId": 1}
+        try:
+            status, _, content, _ = self.server.call(
+                "POST", "/purchase", body, **{"Idempotency-Key": "k"}
+            )
+            answer = json.loads(content)
+        except OSError:
+            status, answer = 0, {}
+        outcome = OK if status == 200 else REFUSED if 400 <= status < 500 else UNKNOWN
+        if outcome == OK:
+            self.sold[shard].append(time.monotonic())
+        self.history.attempts.append(
+            Attempt(user, 1, 1, "k", outcome, status, answer.get("orderId"))
+        )
+        return outcome
+
+    def sells(self, since: float) -> bool:
+        """Tell whether every shard has sold since a moment."""
+        return all(of and of[-1] > since for of in self.sold)
+
+    def gap(self, shard: int, since: float) -> float:
+        """Return the longest time since then, in seconds, for which a shard has sold nothing."""
+        times = [since, *(at for at in list(self.sold[shard]) if at > since), time.monotonic()]
+        return max(after - before for before, after in pairwise(times))
+
+    def end(self) -> None:
+        self.ended.set()
+        for thread in self.threads:
+            thread.join(patience(60))
+
+
+def stored_by(server: Server, free: int, waiting: int, ledger: list[str]) -> Stored:
+    """Return what the system's PostgreSQL holds, beside what its Redis does of product 1."""
+    url = PostgresServer(server.data_dir).url.replace("+psycopg2", "")
+    with contextlib.closing(psycopg2.connect(url)) as connection, connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT id, user_id, product_id, quantity, idempotency_key, status FROM orders"
+        )
+        orders = [Order(*row) for row in cursor]
+        cursor.execute(
+            "SELECT id, product_id, kind, units, order_id, idempotency_key, applied_at IS NOT NULL"
+            " FROM stock_movements"
+        )
+        movements = [Movement(*row) for row in cursor]
+        cursor.execute("SELECT order_id, user_id, product_id, quantity, '', '' FROM dead_letters")
+        letters = [Order(*row) for row in cursor]
+    return Stored(orders, letters, movements, {1: free}, waiting, ledger)

@@ -1,0 +1,340 @@
+"""A sale of six shards on a cluster of six nodes, sold from without a pause while nodes fail.
+
+Nothing that was answered is lost or doubled, nothing is oversold, the books balance, and nobody has
+to rebuild. Told is for how long a node's shards sold nothing, and the others.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import redis
+from checker import OK, UNKNOWN, Restock, check
+from drills import often
+from redis.crc import key_slot
+from rush import ShardedRush, stored_by
+from system import processes, run_program, start_system, stop_system
+from waiting import wait_until
+
+from app.run.cluster import Cluster, Node, free_ports
+from app.run.embedded import RedisServer
+from app.stock.keys import Keys
+from app.stock.shards import Part
+
+pytestmark = pytest.mark.drill
+
+SHARDS = 6
+UNITS = 500_000
+NODE_TIMEOUT_SECONDS = 5
+# What the others may take for an election, a replica to be in step, a process to notice.
+WITHIN_SECONDS = NODE_TIMEOUT_SECONDS + 3
+
+
+class Drill:
+    """A cluster, a system on it, and shoppers."""
+
+    def __init__(self, tmp_path) -> None:
+        self.folder = tmp_path
+        self.cluster = Cluster(tmp_path)
+        self.jobs = RedisServer(tmp_path / "jobs")
+        self.nodes: list[Node] = list(self.cluster.nodes)
+        for server in (*self.nodes, self.jobs):
+            server.start()
+        self.cluster.form()
+        self.environ = {
+            "REDIS_URL": self.cluster.url,
+            "JOBS_REDIS_URL": self.jobs.url,
+            "SHARDS": str(SHARDS),
+            "REDIS_REPLICAS": "1",
+            "PURCHASE_ADDRESS_LIMIT": "off",
+            "WEB_WORKERS": "2",
+        }
+        (tmp_path / "data").mkdir()
+        self.server = start_system(tmp_path / "data", **self.environ)
+        token = {"Authorization": f"Bearer {self.server.api_token}", "Idempotency-Key": "more"}
+        restock = {"productId": 1, "amount": UNITS}
+        assert self.server.call("POST", "/products/restock", restock, **token)[0] == 200
+        self.rush = ShardedRush(self.server, SHARDS)
+        self.rush.history.restocks.append(Restock("more", 1, UNITS, OK))
+        self.sells_everywhere(time.monotonic())
+
+    def find(self, shard: int) -> Node:
+        """Return the node that is a shard's primary; of two that say so, the later one."""
+        slot, found = slot_of(shard), {}
+        for node in self.nodes:
+            if node.is_running():
+                _, _, _, _, _, _, epoch, _, *ranges = _line(node).split()
+                for first, _, last in (each.partition("-") for each in ranges if each[0] != "["):
+                    if int(first) <= slot <= int(last or first):
+                        found[int(epoch)] = node
+        return found[max(found)]
+
+    def shards_of(self, node: Node) -> list[int]:
+        return [shard for shard in range(SHARDS) if self.find(shard) is node]
+
+    def replica_of(self, node: Node) -> Node:
+        mine = node.ask("CLUSTER MYID")
+        return next(each for each in self.nodes if f"slave {mine}" in _line(each))
+
+    def sells_everywhere(self, since: float) -> None:
+        wait_until(lambda: self.rush.sells(since), 60, "a sale in every shard")
+
+    def is_well(self) -> bool:
+        return all(
+            "cluster_state:ok" in node.ask("CLUSTER INFO")
+            and "master_link_status:down" not in node.ask("INFO REPLICATION")
+            for node in self.nodes
+        )
+
+    def watch(self, name: str, shards: list[int], act) -> None:
+        """Do something to the node of these shards; print for how long who sold nothing."""
+        wait_until(self.is_well, 60, "all nodes to be well")
+        began = time.monotonic()
+        self.sells_everywhere(began)
+        act()
+        self.sells_everywhere(time.monotonic())
+        gaps = [self.rush.gap(shard, began) for shard in range(SHARDS)]
+        theirs = max((gaps[shard] for shard in shards), default=0.0)
+        others = max((gap for shard, gap in enumerate(gaps) if shard not in shards), default=0.0)
+        print(f"{name}: {theirs:.1f} s without a sale, the other nodes {others:.1f} s")
+
+    def judge(self) -> None:
+        """End the rush, and check what became of it."""
+        self.rush.end()
+        wait_until(self.is_well, 60, "all nodes to be well")
+        wait_until(lambda: not self.count("XLEN", "outbox"), 60, "all orders to be stored")
+        proof = self.flask("ledger", "check")
+        problems = [] if proof.returncode == 0 else [proof.stdout + proof.stderr]
+        stored = stored_by(self.server, self.count("HGET", "product:1", "free"), 0, problems)
+        attempts = self.rush.history.attempts
+        sold = sum(attempt.outcome == OK for attempt in attempts)
+        unknown = sum(attempt.outcome == UNKNOWN for attempt in attempts)
+        print(f"{sold} answered 200, {unknown} answers unknown, {len(stored.orders)} stored")
+        assert check(self.rush.history, stored) == []
+
+    def flask(self, *words: str) -> subprocess.CompletedProcess:
+        """Run one of the system's commands beside it."""
+        argv = [sys.executable, "-m", "flask", "--app", "wsgi", *words]
+        return run_program(argv, 60, DATA_DIR=str(self.server.data_dir), **self.environ)
+
+    def count(self, command: str, key: str, *words: str) -> int:
+        """Return the sum of a figure over all shards."""
+        return sum(
+            int(self.find(shard).ask(command, Keys(Part(shard, SHARDS)).prefix + key, *words))
+            for shard in range(SHARDS)
+        )
+
+    def stop(self) -> None:
+        self.rush.end()
+        try:
+            stop_system(self.server)
+        finally:
+            for server in (*self.nodes, self.jobs):
+                server.kill()
+
+
+def _line(node: Node) -> str:
+    """Return the line in which a node says what it is, with its primary's id."""
+    lines = node.ask("CLUSTER NODES").splitlines()
+    return next(line for line in lines if "myself" in line)
+
+
+@pytest.fixture
+def drill(tmp_path):
+    one = Drill(tmp_path)
+    yield one
+    one.stop()
+
+
+def promoted(replica: Node) -> bool:
+    return "role:master" in replica.ask("INFO REPLICATION")
+
+
+def kill_a_primary(drill: Drill, shard: int) -> None:
+    primary = drill.find(shard)
+    replica = drill.replica_of(primary)
+
+    def act() -> None:
+        primary.kill()
+        wait_until(lambda: promoted(replica), 60, "the replica to be promoted")
+        # As a supervisor does it; its replica's acknowledgement is asked for.
+        primary.start()
+
+    drill.watch("primary killed", drill.shards_of(primary), act)
+
+
+def stop_a_primary(drill: Drill, shard: int) -> None:
+    primary = drill.find(shard)
+    replica = drill.replica_of(primary)
+
+    def act() -> None:
+        os.kill(primary.process.pid, signal.SIGSTOP)
+        try:
+            wait_until(lambda: promoted(replica), 60, "the replica to be promoted")
+        finally:
+            os.kill(primary.process.pid, signal.SIGCONT)
+
+    drill.watch("primary stopped, and continued", drill.shards_of(primary), act)
+
+
+def hand_over(drill: Drill, shard: int, how: str) -> None:
+    primary = drill.find(shard)
+    replica = drill.replica_of(primary)
+
+    def act() -> None:
+        replica.ask("CLUSTER FAILOVER", *([how] if how else []))
+        wait_until(lambda: promoted(replica), 60, "the replica to be promoted")
+
+    drill.watch(f"FAILOVER {how}".strip(), drill.shards_of(primary), act)
+
+
+def kill_a_pair(drill: Drill, shard: int) -> None:
+    """The replica dies, so that nothing can be promised; then the primary, which comes back."""
+    primary = drill.find(shard)
+    replica = drill.replica_of(primary)
+
+    def act() -> None:
+        replica.kill()
+        primary.kill()
+        primary.start()
+        replica.start()
+
+    drill.watch("replica and primary killed", drill.shards_of(primary), act)
+
+
+def flush_scripts(drill: Drill, _: int) -> None:
+    def act() -> None:
+        for node in drill.nodes:
+            node.ask("SCRIPT FLUSH")
+
+    drill.watch("SCRIPT FLUSH everywhere", [], act)
+
+
+def lose_the_jobs_redis(drill: Drill, _: int) -> None:
+    def act() -> None:
+        drill.jobs.kill()
+        drill.sells_everywhere(time.monotonic())
+        drill.jobs.start()
+
+    drill.watch("jobs' Redis killed", [], act)
+
+
+def slot_of(shard: int) -> int:
+    return key_slot(Keys(Part(shard, SHARDS)).prefix.encode())
+
+
+def another_primary(drill: Drill, node: Node) -> Node:
+    return next(each for each in drill.nodes if each is not node and promoted(each))
+
+
+def move_a_shard(drill: Drill, shard: int, to: Node | None = None) -> None:
+    """Move a shard's slot at once, as Valkey 9 does it."""
+    source = drill.find(shard)
+    target = to or another_primary(drill, source)
+
+    def act() -> None:
+        slot, identity = slot_of(shard), target.ask("CLUSTER MYID")
+        source.ask("CLUSTER MIGRATESLOTS", "SLOTSRANGE", slot, slot, "NODE", identity)
+        wait_until(lambda: drill.find(shard) is target, 60, "the slot to move")
+
+    drill.watch("MIGRATESLOTS" if to is None else "moved to a new node", [shard], act)
+
+
+def move_a_shard_by_hand(drill: Drill, shard: int) -> None:
+    """Move a shard's slot key by key, as every version does it."""
+    source = drill.find(shard)
+    target = another_primary(drill, source)
+
+    def act() -> None:
+        slot, ids = slot_of(shard), [each.ask("CLUSTER MYID") for each in (source, target)]
+        target.ask("CLUSTER SETSLOT", slot, "IMPORTING", ids[0])
+        source.ask("CLUSTER SETSLOT", slot, "MIGRATING", ids[1])
+        with redis.Redis(port=source.port) as client:
+            while keys := client.execute_command("CLUSTER GETKEYSINSLOT", slot, 100):
+                words = ("MIGRATE", "127.0.0.1", target.port, "", 0, 5000, "KEYS", *keys)
+                client.execute_command(*words)
+        for node in (target, source):
+            node.ask("CLUSTER SETSLOT", slot, "NODE", ids[1])
+        wait_until(lambda: drill.find(shard) is target, 60, "the slot to move")
+
+    drill.watch("SETSLOT", [shard], act)
+
+
+def add_nodes(drill: Drill, shard: int) -> None:
+    """A primary and its replica come to the cluster, and a shard moves there."""
+    if len(drill.nodes) > len(drill.cluster.nodes):
+        return
+    primary, replica = (Node(drill.folder, port) for port in free_ports(2))
+    for node in (primary, replica):
+        drill.nodes.append(node)
+        node.start()
+        node.ask("CLUSTER MEET", "127.0.0.1", drill.nodes[0].port)
+    identity = primary.ask("CLUSTER MYID")
+    replica.await_answer(identity, "CLUSTER NODES")
+    replica.ask("CLUSTER REPLICATE", identity)
+    replica.await_answer("master_link_status:up", "INFO REPLICATION")
+    for node in drill.nodes:
+        node.await_answer(identity, "CLUSTER NODES")
+    move_a_shard(drill, shard, to=primary)
+
+
+def rebuild(drill: Drill, _: int) -> None:
+    def act() -> None:
+        done = drill.flask("rebuild", "--yes")
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    drill.watch("the sale rebuilt", list(range(SHARDS)), act)
+
+
+EVENTS = [
+    kill_a_primary,
+    stop_a_primary,
+    lambda drill, shard: hand_over(drill, shard, ""),
+    lambda drill, shard: hand_over(drill, shard, "FORCE"),
+    lambda drill, shard: hand_over(drill, shard, "TAKEOVER"),
+    kill_a_pair,
+    flush_scripts,
+    lose_the_jobs_redis,
+    move_a_shard,
+    move_a_shard_by_hand,
+    add_nodes,
+    rebuild,
+    kill_a_primary,
+    kill_a_primary,
+]
+
+
+def test_nodes_fail_one_after_the_other(drill):
+    for turn in range(often(1, 60)):
+        for number, event in enumerate(EVENTS):
+            event(drill, (turn + number) % SHARDS)
+    drill.judge()
+
+
+def test_make_cluster_sells_starts_dead_nodes_again_and_finds_its_data(tmp_path):
+    def buy(user: int) -> int:
+        return server.call("POST", "/purchase", {"userId": user, "productId": 1})[0]
+
+    def left() -> int:
+        return json.loads(server.call("GET", "/purchase/metrics")[2])["stock_remaining"]
+
+    server = start_system(tmp_path, "cluster", WEB_WORKERS="1")
+    try:
+        assert [buy(user) for user in range(1, 21)] == [200] * 20
+        for node in processes(server.data_dir, "valkey-server", "cluster"):
+            os.kill(node, signal.SIGKILL)
+        wait_until(lambda: buy(1000 + int(10 * time.monotonic())) == 200, 60, "a sale")
+    finally:
+        stop_system(server)
+    server = start_system(tmp_path, "cluster", WEB_WORKERS="1")
+    try:
+        before = left()
+        assert before < 80
+        assert buy(21) == 200
+        assert left() == before - 1
+    finally:
+        stop_system(server)
