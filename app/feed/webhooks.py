@@ -337,17 +337,6 @@ def deliveries_of(numbers: list[int]) -> list[tuple[WebhookEndpoint, WebhookDeli
     ]
 
 
-def switched_off() -> list[WebhookEndpoint]:
-    """Return the endpoints that were switched off because they failed: people are told of them."""
-    return list(
-        db.session.scalars(
-            select(WebhookEndpoint)
-            .where(WebhookEndpoint.off_reason.is_not(None))
-            .order_by(WebhookEndpoint.id)
-        )
-    )
-
-
 def begin_anew(epoch: str) -> None:
     """Let every endpoint follow another sale from its beginning, in the current transaction."""
     db.session.execute(
