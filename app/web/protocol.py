@@ -15,6 +15,7 @@ overtakes the answer to what came before. llhttp (in httptools) finds where ever
 import asyncio
 import logging
 import math
+import re
 from collections import deque
 from enum import Enum
 
@@ -91,6 +92,9 @@ HEAD_TOO_LARGE = refusal(
 LATE_BODY = refusal("408 Request Timeout", "The body did not come in time", "request_timeout")
 MALFORMED = refusal(BAD_REQUEST, "Not an HTTP request", "invalid_request")
 NO_HOST = refusal(BAD_REQUEST, "HTTP/1.1 needs one Host header", "invalid_request")
+BAD_HOST = refusal(BAD_REQUEST, "Host is no host with an optional port", "invalid_request")
+# RFC 9110, 7.2 and RFC 3986, 3.2.2: an empty one is valid.
+HOST = re.compile(r"(?:\[[\w.:~!$&'()*+,;=-]+\]|[\w.~!$&'()*+,;=%-]*)(?::[0-9]*)?", re.ASCII)
 TWO_HOSTS = refusal(BAD_REQUEST, "There is more than one Host header", "invalid_request")
 TWO_KEYS = refusal(
     BAD_REQUEST,
@@ -657,6 +661,8 @@ def _check_framing(method: str, version: str, environ: dict[str, str]) -> int:
     if version == "1.1":
         if "HTTP_HOST" not in environ:
             raise Stop(NO_HOST)
+        if not HOST.fullmatch(environ["HTTP_HOST"]):
+            raise Stop(BAD_HOST)
     elif version != "1.0":
         raise Stop(OTHER_VERSION)
     if method == "CONNECT":

@@ -186,6 +186,24 @@ REFUSED_AFTER = {
 }
 
 
+@pytest.mark.parametrize(
+    "host", ["", "shop.example", "a:", "a:8000", "[::1]:80", "127.0.0.1", "a_b"]
+)
+def test_each_host_that_is_one_is_taken(app, host):
+    head = f"GET /healthz HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()
+    assert replies_to(app, head, 1)[0].status == 200
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["a b", "a/b", "user@a", "a?b", "a#b", "http://a", "[::1", "a:80:1", "a:b", "ä", "<a>"],
+)
+def test_a_host_that_is_none_is_refused(app, host):
+    head = f"GET /healthz HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()
+    refused = replies_to(app, head, 1, closed=True)[0]
+    assert (refused.status, refused.json["code"]) == (400, "invalid_request")
+
+
 @pytest.mark.parametrize("name", REFUSED_AFTER)
 def test_what_comes_later_never_changes_an_earlier_answer(app, name):
     later, status = REFUSED_AFTER[name]
