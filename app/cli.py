@@ -20,7 +20,7 @@ from .audit import CLI, Actor
 from .books import ledger, recovery
 from .config import Settings, was_generated
 from .database import is_unavailable
-from .extensions import db
+from .extensions import db, stock
 from .locks import PREPARE_LOCK
 from .money import decimal
 from .orders import bulk, deadletters
@@ -30,11 +30,13 @@ from .products import currency as currencies
 from .products import importing, movements, terms
 from .reading import MAX_ID, MAX_REASON, USER_WORDS, User, canonical, read_text
 from .staff import people, tokens
+from .stock import plan
 
 # Two starts at once must not migrate at once.
 PREPARE_SECONDS = 0.2
 
 ledger_commands = AppGroup("ledger", help="The proof that stock and orders agree to the unit.")
+cluster_commands = AppGroup("cluster", help="The nodes that share the sale.")
 orders = AppGroup("orders", help="Orders that were sold.")
 dead_letters = AppGroup("dead-letters", help="Orders that could not be stored.")
 products_commands = AppGroup("products", help="What is sold.")
@@ -46,7 +48,7 @@ token = AppGroup("token", help="Bearer tokens of the admin API.")
 def init_app(app: Flask) -> None:
     for command in (
         prepare, seed, rebuild, brake, ledger_commands, orders, dead_letters, products_commands,
-        stock_commands, staff, token,
+        stock_commands, cluster_commands, staff, token,
     ):  # fmt: skip
         app.cli.add_command(_told_in_words(command))
 
@@ -226,6 +228,30 @@ def show_differences(product_id: int) -> None:
     ):
         for found_id in ids:
             click.echo(f"  {name} {found_id}")
+
+
+@cluster_commands.command("plan")
+@with_appcontext
+def show_plan() -> None:
+    """Tell which node has which shard, and what is unwise; exits with 1 when something is."""
+    try:
+        found = plan.placed(stock.shards)
+    except Unavailable as error:
+        raise click.ClickException(str(error)) from None
+    if found is None:
+        click.echo(f"There is no cluster: one server has the sale, {len(stock.shards)} shards.")
+        return
+    for place in found:
+        replicas = ", ".join(f"{host}:{port}" for host, port in place.replicas) or "none"
+        host, port = place.primary
+        click.echo(
+            f"shard {place.shard:2}  slot {place.slot:5}  primary {host}:{port}"
+            f"  replicas {replicas}"
+        )
+    problems = plan.warnings(found, stock.first.replicas.count)
+    for problem in problems:
+        click.echo(f"warning: {problem}")
+    raise SystemExit(1 if problems else 0)
 
 
 @ledger_commands.command("repair")

@@ -1,12 +1,16 @@
 """Orders that could not be stored: what a decision would do is shown before it is made."""
 
+from collections.abc import Iterable
+from contextlib import suppress
+
 from flask import Blueprint, flash, redirect, render_template, request, url_for
 from flask.typing import ResponseReturnValue
 from werkzeug.datastructures import MultiDict
 
 from .. import auth
 from ..extensions import limiter
-from ..orders import deadletters
+from ..models import DeadLetter
+from ..orders import deadletters, search
 from ..problems import InvalidRequest
 from ..products import catalogue
 from ..reading import MAX_ID, canonical
@@ -21,6 +25,20 @@ PAGE_LETTERS = 50
 MOST_AT_ONCE = 200
 STATES = ("open", "replayed", "abandoned")
 DECISIONS = {"replay": deadletters.replay, "abandon": deadletters.abandon}
+
+
+def called(letters: Iterable[DeadLetter]) -> dict[int, str | None]:
+    """Return, by the letters' ids, what their products were called when they were sold."""
+    names = catalogue.names()
+    found: dict[int, str | None] = {}
+    for letter in letters:
+        # What can't be read as an order tells no moment.
+        found[letter.id] = names.get(letter.product_id or 0)
+        if letter.order_id is not None:
+            with suppress(ValueError):
+                order = search.from_letter(letter)
+                found[letter.id] = names.sold(order.product_id, order.claimed_at)
+    return found
 
 
 def identity(text: str) -> int | None:
@@ -51,11 +69,11 @@ def index() -> ResponseReturnValue:
         if request.headers.get("HX-Target") == "results"
         else "admin/dead_letters.html",
         letters=letters[:PAGE_LETTERS],
+        called=called(letters[:PAGE_LETTERS]),
         older=letters[PAGE_LETTERS - 1].id if len(letters) > PAGE_LETTERS else None,
         before=before,
         state=state,
         states=STATES,
-        names=catalogue.names(),
         query={name: value for name, value in request.args.items() if value and name != "before"},
     )
 
@@ -88,6 +106,7 @@ def show_review(
         effects=effects,
         returned=returned,
         replayable=sum(effect.obstacle is None for effect in effects),
+        called=called(effect.letter for effect in effects),
         names=catalogue.names(),
         errors=errors or {},
     ), status

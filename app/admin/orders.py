@@ -118,7 +118,7 @@ def export() -> ResponseReturnValue:
     names = catalogue.names()
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     return Response(
-        stream_with_context(sheet.chunks(search.export(wanted), names)),
+        stream_with_context(sheet.chunks(search.Export(wanted), names)),
         mimetype="text/csv",
         headers={"Content-Disposition": f'attachment; filename="orders-{stamp}.csv"'},
     )
@@ -144,11 +144,16 @@ def show_story(
     story = search.story(order_id)
     held_until = story.order.held_until
     events = reading.of_order(order_id)
+    shown = [_shown(event) for event in events]
+    # When it was stored an order that is held was told as that.
+    paid_at = (event["at"] for event in shown if event["type"] == "order.confirmed")
     return render_template(
         template,
-        events=[_shown(event) for event in events],
+        events=shown,
+        confirmed_at=next(paid_at, None),
         deliveries=webhooks.deliveries_of([event.number for event in events]),
         state_of=webhooks.state_of,
+        without_query=webhooks.without_query,
         story=story,
         product=catalogue.names().sold(story.order.product_id, story.order.claimed_at),
         cancelling=(intents.units_given_back(order_id) if story.order.status == "QUEUED" else 0),

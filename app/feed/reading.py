@@ -5,17 +5,17 @@ it, so that nobody goes on by mistake in a feed that has begun anew.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import replace
+from datetime import datetime
 from typing import Any, NamedTuple
 
 import msgspec
-from sqlalchemy import select, text
+from sqlalchemy import text
 
 from ..extensions import db
-from ..models import Order
 from ..orders import search
-from ..orders.search import describe
+from ..orders.search import described
 from ..problems import Conflict, CursorExpired, InvalidRequest
 from ..times import utc_text
 
@@ -41,6 +41,17 @@ STORED_AT = text("""
     FROM orders o JOIN batches b ON b.id = o.batch_id
     WHERE o.id = :order AND b.event_number > :floor
 """)
+# The orders of parts of batches, in the parts' order: one statement, however small the batches.
+SELECT_STORED = text(f"""
+    SELECT part.place - 1 AS part, {", ".join(f"stored.{column.key}" for column in search.COLUMNS)}
+    FROM unnest(CAST(:batches AS bigint[]), CAST(:firsts AS bigint[]), CAST(:lasts AS bigint[]),
+                CAST(:skipped AS bigint[]), CAST(:most AS bigint[]))
+         WITH ORDINALITY AS part (batch, first, last, skipped, most, place),
+      LATERAL (SELECT * FROM orders
+               WHERE id BETWEEN part.first AND part.last AND batch_id = part.batch
+               ORDER BY id OFFSET part.skipped LIMIT part.most) AS stored
+    ORDER BY part.place, stored.id
+""")  # noqa: S608
 STORED = "order.stored"
 encode = msgspec.json.encode
 
@@ -107,9 +118,8 @@ def read(after: int, limit: int, of: Ends) -> Page:
     """Return up to `limit` events after a number that `number_of` gave. Raises CursorExpired."""
     events: list[Event] = []
     if after < of.head:
-        for row in db.session.execute(SELECT_EVENTS, {"after": after, "upto": after + limit}):
-            if len(events) < limit:
-                events += _told(row, of, after, limit - len(events))
+        rows = db.session.execute(SELECT_EVENTS, {"after": after, "upto": after + limit}).all()
+        events = _told(rows, of, after, limit)
         if (now := ends()).epoch != of.epoch or now.floor > after:
             raise CursorExpired("The events after this cursor are no longer kept")
     return Page(events, events[-1].number if events else after, of)
@@ -121,43 +131,71 @@ def of_order(order_id: int, limit: int = 100) -> list[Event]:
     stored = db.session.execute(STORED_AT, {"order": order_id, "floor": of.floor}).one_or_none()
     events = []
     if stored:
-        (order,) = _stored_orders(stored.batch_id, order_id, order_id)
-        events.append(_of_stored(stored.number, stored.persisted_at, order, of))
+        part = _Part(stored.batch_id, order_id, order_id, 0, 1, stored.number, stored.persisted_at)
+        (events,) = _of_batches([part], of)
     rows = db.session.execute(SELECT_OF_ORDER, {"order": order_id, "most": limit})
-    return events + [event for row in rows for event in _told(row, of, 0, 1)]
+    return events + [_of_step(row, of) for row in rows]
 
 
-def _told(row: Any, of: Ends, after: int, most: int) -> list[Event]:
-    """Return a row's events after a number: one, or those of a batch."""
-    if row.type != STORED:
-        members = {"id": of.cursor(row.number), "type": row.type, "at": utc_text(row.at)}
-        if row.sequence is not None:
-            members["sequence"] = row.sequence
-        # The body goes on as it was written: `{"id":…` and `"order":…}`.
-        told = encode(members)[:-1] + b"," + row.body.encode()[1:]
-        return [Event(row.number, row.type, told)]
-    before = row.number - row.count
-    skipped = max(0, after - before)
-    orders = _stored_orders(row.batch_id, row.first_order_id, row.last_order_id, skipped, most)
-    return [
-        _of_stored(number, row.at, order, of)
-        for number, order in enumerate(orders, before + skipped + 1)
-    ]
+class _Part(NamedTuple):
+    """Some of a batch's orders, of which each is an event: the first one has the number `begin`."""
+
+    batch: int
+    first: int
+    last: int
+    skipped: int
+    most: int
+    begin: int
+    at: datetime
 
 
-def _stored_orders(
-    batch_id: int, first: int, last: int, skipped: int = 0, most: int | None = None
-) -> Iterator[search.Found]:
-    """Yield a batch's orders as they were stored, whatever has become of them since."""
-    rows = db.session.execute(
-        select(*search.COLUMNS)
-        .where(Order.id.between(first, last), Order.batch_id == batch_id)
-        .order_by(Order.id)
-        .offset(skipped)
-        .limit(most)
-    )
+def _told(rows: Sequence[Any], of: Ends, after: int, limit: int) -> list[Event]:
+    """Return the rows' events after a number, `limit` at most: of each one, or a batch's."""
+    parts: list[_Part] = []
+    found: list[Event | None] = []  # None where a batch's stand
+    left = limit
     for row in rows:
-        yield as_stored(search.from_row(row))
+        if left <= 0:
+            break
+        if row.type != STORED:
+            found.append(_of_step(row, of))
+            left -= 1
+            continue
+        before = row.number - row.count
+        skipped = max(0, after - before)
+        most = min(left, row.count - skipped)
+        orders = row.batch_id, row.first_order_id, row.last_order_id
+        parts.append(_Part(*orders, skipped, most, before + skipped + 1, row.at))
+        found.append(None)
+        left -= most
+    of_batches = iter(_of_batches(parts, of))
+    return [event for one in found for event in (next(of_batches) if one is None else (one,))]
+
+
+def _of_step(row: Any, of: Ends) -> Event:
+    """Return the event of a row that is one by itself."""
+    members = {"id": of.cursor(row.number), "type": row.type, "at": utc_text(row.at)}
+    if row.sequence is not None:
+        members["sequence"] = row.sequence
+    # The body goes on as it was written: `{"id":…` and `"order":…}`.
+    told = encode(members)[:-1] + b"," + row.body.encode()[1:]
+    return Event(row.number, row.type, told)
+
+
+def _of_batches(parts: Sequence[_Part], of: Ends) -> list[list[Event]]:
+    """Return each part's events: its orders as they were stored, whatever has become of them."""
+    if not parts:
+        return []
+    names = ("batches", "firsts", "lasts", "skipped", "most")
+    columns = zip(*(part[: len(names)] for part in parts), strict=True)
+    given = {name: list(values) for name, values in zip(names, columns, strict=True)}
+    rows = db.session.execute(SELECT_STORED, given).all()
+    orders = [as_stored(search.from_row(row[1:])) for row in rows]
+    events: list[list[Event]] = [[] for _ in parts]
+    for row, order in zip(rows, described(orders), strict=True):
+        part, told = parts[row[0]], events[row[0]]
+        told.append(_of_stored(part.begin + len(told), part.at, order, of))
+    return events
 
 
 def as_stored(found: search.Found) -> search.Found:
@@ -176,13 +214,13 @@ def as_stored(found: search.Found) -> search.Found:
     )
 
 
-def _of_stored(number: int, at: Any, order: search.Found, of: Ends) -> Event:
-    kind = "order.held" if order.status == "HELD" else "order.confirmed"
+def _of_stored(number: int, at: datetime, order: dict[str, Any], of: Ends) -> Event:
+    kind = "order.held" if order["status"] == "HELD" else "order.confirmed"
     members = {
         "id": of.cursor(number),
         "type": kind,
         "at": utc_text(at),
         "sequence": 0,
-        "order": describe(order),
+        "order": order,
     }
     return Event(number, kind, encode(members))

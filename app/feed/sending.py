@@ -19,7 +19,6 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import httpcore
-from httpcore._backends.sync import SyncStream
 
 # All of an attempt: name, connection, TLS, sending, and the answer's head.
 SECONDS = 5.0
@@ -106,6 +105,7 @@ class Network(httpcore.NetworkBackend):
 
     def __init__(self, allow_private: bool) -> None:
         self._allow_private = allow_private
+        self._backend = httpcore.SyncBackend()
         self.until = 0.0
 
     def left(self, late: type[Exception]) -> float:
@@ -124,26 +124,20 @@ class Network(httpcore.NetworkBackend):
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.NetworkStream:
         found = self._resolve(host, port)
-        allowed = [at for at in found if self._allow_private or is_public(str(at[1][0]))]
+        allowed = [address for address in found if self._allow_private or is_public(address)]
         if not allowed:
             raise Refused("the name leads to a private address")
-        error: OSError | None = None
-        for family, address in allowed:
-            connection = socket.socket(family, socket.SOCK_STREAM)
+        error: Exception = httpcore.ConnectError("the name leads nowhere")
+        for address in allowed:
+            left = self.left(httpcore.ConnectTimeout)
             try:
-                connection.settimeout(self.left(httpcore.ConnectTimeout))
-                connection.connect(address)
-                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                return _Stream(SyncStream(connection), self)
-            except OSError as failed:
-                connection.close()
+                return _Stream(self._backend.connect_tcp(address, port, left), self)
+            except (httpcore.ConnectError, httpcore.ConnectTimeout) as failed:
                 error = failed
-            except BaseException:
-                connection.close()
-                raise
-        raise httpcore.ConnectError(error)
+        raise error
 
-    def _resolve(self, host: str, port: int) -> list[tuple[int, Any]]:
+    def _resolve(self, host: str, port: int) -> list[str]:
+        """Return the numeric addresses of a host, which nobody has to look up again."""
         looking = _resolvers().submit(socket.getaddrinfo, host, port, 0, socket.SOCK_STREAM)
         try:
             found = looking.result(self.left(httpcore.ConnectTimeout))
@@ -151,7 +145,8 @@ class Network(httpcore.NetworkBackend):
             raise httpcore.ConnectTimeout("the name was not resolved in time") from None
         except (OSError, UnicodeError) as error:
             raise httpcore.ConnectError("the name can't be resolved") from error
-        return [(int(family), address) for family, _, _, _, address in found]
+        numeric = socket.NI_NUMERICHOST | socket.NI_NUMERICSERV
+        return [socket.getnameinfo(address, numeric)[0] for *_, address in found]
 
 
 @cache

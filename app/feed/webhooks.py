@@ -147,13 +147,16 @@ def change(endpoint_id: int, values: Mapping[str, Any], actor: Actor) -> Webhook
     Raises UnknownEndpoint.
     """
     endpoint = get(endpoint_id, lock=True)
-    before = _audited(endpoint)
+    former, before = endpoint.url, _audited(endpoint)
     for name, value in values.items():
         setattr(endpoint, name, value)
     if "url" in values:
         # Another address may well answer at once.
         endpoint.next_at = datetime.now(UTC)
-    if (now := _audited(endpoint)) != before:
+    now = _audited(endpoint)
+    if endpoint.url != former and now["url"] == before["url"]:
+        now["url"] += " (another query)"
+    if now != before:
         _note(actor, "webhook.change", endpoint, before=before, after=now)
     db.session.commit()
     return endpoint
@@ -334,17 +337,6 @@ def deliveries_of(numbers: list[int]) -> list[tuple[WebhookEndpoint, WebhookDeli
     ]
 
 
-def switched_off() -> list[WebhookEndpoint]:
-    """Return the endpoints that were switched off because they failed: people are told of them."""
-    return list(
-        db.session.scalars(
-            select(WebhookEndpoint)
-            .where(WebhookEndpoint.off_reason.is_not(None))
-            .order_by(WebhookEndpoint.id)
-        )
-    )
-
-
 def begin_anew(epoch: str) -> None:
     """Let every endpoint follow another sale from its beginning, in the current transaction."""
     db.session.execute(
@@ -401,8 +393,15 @@ def state_of(delivery: WebhookDelivery) -> str:
     return "waiting" if delivery.pending or delivery.wanted_at else "failed"
 
 
+def without_query(url: str) -> str:
+    """Return the address as it may be shown and kept: a query often holds the consumer's secret."""
+    address, mark, _ = url.partition("?")
+    return address + (mark and "?…")
+
+
 def _audited(endpoint: WebhookEndpoint) -> dict[str, Any]:
-    return {name: getattr(endpoint, name) for name in MEMBERS}
+    members = {name: getattr(endpoint, name) for name in MEMBERS}
+    return members | {"url": without_query(endpoint.url)}
 
 
 def _note(actor: Actor, action: str, endpoint: WebhookEndpoint, **more: Any) -> None:

@@ -17,7 +17,7 @@ from ..models import DeadLetter, Order, StockMovement
 from ..problems import Conflict, Unavailable, UnknownOrder
 from ..products.movements import apply_movement
 from . import intents, states
-from .search import describe, from_entry, story
+from .search import described, from_entry, story
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ CANCEL = "POST /orders/cancel"
 
 @dataclass(frozen=True)
 class Cancelled:
-    """What was given back of an order, and the order as it was right after it (see describe).
+    """What was given back of an order, and the order as it was right after it (search.describe).
 
     `waits`: it is done as soon as the order is stored. `free`: Redis has the units.
     """
@@ -90,15 +90,16 @@ def _cancel(order_id: int, reason: str | None, actor: Actor, units: int | None) 
             act = "cancel" if entry.held_until_ms is None else "release"
             _whole(act == "cancel", units, entry.quantity)
             given = intents.accept_return(order_id, act, units, entry.quantity, reason, actor)
-            found = from_entry(order_id, entry)
-            waiting = describe(found) | {"cancelling": intents.units_given_back(order_id)}
+            (found,) = described([from_entry(order_id, entry)])
+            waiting = found | {"cancelling": intents.units_given_back(order_id)}
             return Cancelled(waiting, given, waits=True)
     intents.carry_out(order)
     held = order.status == "HELD"
     _whole(not held, units, order.quantity)
     status = "RELEASED" if held else "CANCELLED"
     returned = states.give_back(order, units, status, reason, actor)
-    return Cancelled(describe(story(order_id).order), returned.units)
+    (now,) = described([story(order_id).order])
+    return Cancelled(now, returned.units)
 
 
 def _whole(divisible: bool, units: int | None, quantity: int) -> None:

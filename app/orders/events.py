@@ -15,12 +15,12 @@ from ..extensions import db
 from ..models import DeadLetter, Order
 from ..stock.entries import Entry
 from . import search
-from .search import describe
 
 
 def described(order: Order) -> dict[str, Any]:
     """Return a stored order in the API's form."""
-    return describe(search.from_row([getattr(order, column.key) for column in search.COLUMNS]))
+    row = [getattr(order, column.key) for column in search.COLUMNS]
+    return next(search.described([search.from_row(row)]))
 
 
 def body(order: dict[str, Any]) -> str:
@@ -41,10 +41,11 @@ def record_ids(kind: str, ids: Sequence[int], **more: Any) -> None:
     db.session.flush()
     rows = db.session.execute(
         select(*search.COLUMNS, Order.acts).where(Order.id.in_(ids)).order_by(Order.id)
-    )
+    ).all()
+    orders = search.described([search.from_row(row[:-1]) for row in rows])
     add(
-        Happened(kind, {"order": describe(search.from_row(found))} | more, found[0], acts)
-        for *found, acts in rows
+        Happened(kind, {"order": order} | more, row.id, row.acts)
+        for row, order in zip(rows, orders, strict=True)
     )
 
 
@@ -52,15 +53,20 @@ def record_letter(kind: str, letter: DeadLetter, **more: Any) -> None:
     """Tell of a step of a dead letter, if it can be read as an order."""
     if letter.order_id is not None:
         with suppress(ValueError):
-            order = describe(search.from_letter(letter))
+            (order,) = search.described([search.from_letter(letter)])
             add([Happened(kind, {"order": order} | more, letter.order_id)])
 
 
-# As search.describe has it.
+# As search.describe has it, of a row of orders that is called `sold`.
 MOMENT = "to_char({0} AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.MS\"Z\"')"
+NAME = """coalesce(
+  (SELECT name FROM product_names n WHERE n.product_id = sold.product_id
+   AND n.until > sold.claimed_at ORDER BY n.until LIMIT 1),
+  (SELECT name FROM products p WHERE p.id = sold.product_id))"""
 DESCRIBED = f"""json_build_object(
   'id', id, 'status', status, 'userId', coalesce(user_id::text, user_name),
-  'productId', product_id, 'quantity', quantity, 'cancelledQuantity', returned_units,
+  'productId', product_id, 'productName', {NAME}, 'quantity', quantity,
+  'cancelledQuantity', returned_units,
   'unitPriceCents', unit_price_cents, 'currency', currency, 'reference', reference,
   'createdAt', {MOMENT.format("claimed_at")}, 'storedAt', {MOMENT.format("persisted_at")},
   'endedAt', {MOMENT.format("cancelled_at")}, 'endReason', cancel_reason,
@@ -83,4 +89,5 @@ def failed(cursor: Cursor, stream_ids: Collection[str]) -> None:
         # Only what can be read as an order can be told as one.
         with suppress(ValueError):
             found = replace(search.from_entry(order_id, Entry.parse(payload)), status="FAILED")
-            cursor.execute(INSERT_FAILED, (order_id, json.dumps({"order": describe(found)})))
+            (order,) = search.described([found])
+            cursor.execute(INSERT_FAILED, (order_id, json.dumps({"order": order})))

@@ -16,9 +16,10 @@ from ..extensions import db, stock
 from ..models import Order, RequestKey, StockMovement
 from ..problems import Conflict, KeyMismatch, Unavailable, UnknownOrder
 from ..products.movements import apply_movement
+from ..products.names import Names
 from ..stock.entries import Entry
 from . import cancelling, intents, search, states
-from .search import describe
+from .search import describe, described
 from .states import HoldExpired
 
 CONFIRM = "POST /orders/confirm"
@@ -106,6 +107,7 @@ def _confirm_together(turn: dict[int, Confirm]) -> dict[int, Done | Exception]:
         orders[columns[0]] = search.from_row(columns)
         if waits:
             asked.add(columns[0])
+    names = Names.read({order.product_id for order in orders.values()})
     # A stored order that is held was confirmed under no key yet.
     known = idempotency.find_all(
         CONFIRM,
@@ -142,7 +144,7 @@ def _confirm_together(turn: dict[int, Confirm]) -> dict[int, Done | Exception]:
                     raise KeyMismatch
                 outcomes[number] = _replayed(taken.answer or {})
                 continue
-            told = describe(found)
+            told = describe(found, names)
             if found.status == "HELD":
                 told = states.confirmed(told, wish.payment)
                 held.append(told)
@@ -179,14 +181,15 @@ def _accept_early(wishes: Sequence[Confirm]) -> dict[int, dict[str, Any]]:
     """
     if not wishes or not intents.epoch():
         return {}
-    waiting: dict[int, dict[str, Any]] = {}
+    held: list[search.Found] = []
     try:
         for wish in wishes:
             entry = stock.waiting_order(wish.order_id)
             if entry and entry.held_until_ms is not None:
-                waiting[wish.order_id] = _waiting(wish.order_id, entry) | {"confirming": True}
+                held.append(search.from_entry(wish.order_id, entry))
     except Unavailable:
         return {}
+    waiting = {order["id"]: order | {"confirming": True} for order in described(held)}
     accepted = intents.accept_confirms(
         {w.order_id: (w.payment, w.actor) for w in wishes if w.order_id in waiting}
     )
@@ -407,10 +410,10 @@ def _check_held(entry: Entry) -> None:
 
 
 def _waiting(order_id: int, entry: Entry) -> dict[str, Any]:
-    return describe(search.from_entry(order_id, entry))
+    return next(described([search.from_entry(order_id, entry)]))
 
 
 def _described(order: Order) -> dict[str, Any]:
     db.session.flush()
     row = db.session.execute(select(*search.COLUMNS).where(Order.id == order.id)).one()
-    return describe(search.from_row(row))
+    return next(described([search.from_row(row)]))

@@ -18,7 +18,6 @@ from ..models import Order, OrderIntent, Sale, StockMovement
 from ..problems import Conflict, Unavailable, UnknownOrder
 from ..products.movements import apply_movement
 from . import search, states
-from .search import describe
 
 log = logging.getLogger(__name__)
 
@@ -182,10 +181,9 @@ def apply_open() -> int:
 
 def _confirm_together(order_ids: list[int]) -> set[int]:
     """Confirm those of these orders of which nothing else was asked, in one transaction."""
-    orders = [
-        states.confirmed(describe(search.from_row(columns)), payment)
-        for *columns, payment in db.session.execute(PAID, {"ids": order_ids})
-    ]
+    rows = db.session.execute(PAID, {"ids": order_ids}).all()
+    told = search.described([search.from_row(row[:-1]) for row in rows])
+    orders = [states.confirmed(order, row[-1]) for row, order in zip(rows, told, strict=True)]
     paid = [order["id"] for order in orders]
     if orders:
         db.session.execute(APPLIED, {"ids": paid})

@@ -5,7 +5,7 @@ from typing import Any
 
 from ..problems import Unavailable
 from . import intents, search
-from .search import Filter, describe
+from .search import Filter, described
 
 PAGE_ORDERS = 50
 MOST_ORDERS = 500
@@ -16,7 +16,7 @@ def one(order_id: int) -> dict[str, Any]:
 
     Raises UnknownOrder, and Unavailable where Redis might know it and can't be asked.
     """
-    found = describe(search.story(order_id).order)
+    (found,) = described([search.story(order_id).order])
     if found["status"] == "QUEUED" and (units := intents.units_given_back(order_id)):
         found["cancelling"] = units
     return found
@@ -36,4 +36,4 @@ def listed(wanted: Filter, before: int | None, limit: int) -> Listed:
     if page.incomplete:
         raise Unavailable("orders that wait in Redis can't be listed")
     cursor = None if page.before is None else str(page.before)
-    return Listed([describe(order) for order in page.orders], cursor)
+    return Listed(list(described(page.orders)), cursor)

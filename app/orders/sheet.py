@@ -1,12 +1,12 @@
 """A list of orders as a file for spreadsheets."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from .. import sheet
 from ..money import decimal
 from ..products.names import Names
 from ..times import utc_text
-from .search import Found
+from .search import Export, Found
 
 HEADER = (
     "order", "status", "user", "product", "product name", "quantity", "unit price", "currency",
@@ -15,9 +15,22 @@ HEADER = (
 )  # fmt: skip
 
 
-def chunks(found: Iterable[Found], names: Names) -> Iterator[str]:
+# The last row of a file that is not whole.
+MISSING = (
+    "Not complete: orders that are still queued are missing. Export again once they are stored."
+)
+
+
+def chunks(found: Export, names: Names) -> Iterator[str]:
     """Yield the file's text, some rows at a time; products are called as they were when sold."""
-    return sheet.chunks(HEADER, (row_of(order, names) for order in found))
+
+    def rows() -> Iterator[tuple[object, ...]]:
+        for order in found:
+            yield row_of(order, names)
+        if found.incomplete:
+            yield (MISSING,)
+
+    return sheet.chunks(HEADER, rows())
 
 
 def row_of(order: Found, names: Names) -> tuple[object, ...]:

@@ -90,7 +90,8 @@ WITH due AS (
   RETURNING o.*
 ), told AS (
   INSERT INTO new_events (type, order_id, sequence, body)
-  SELECT 'order.expired', id, acts, json_build_object('order', {events.DESCRIBED}) FROM expired
+  SELECT 'order.expired', id, acts, json_build_object('order', {events.DESCRIBED})
+  FROM expired AS sold
 )
 INSERT INTO stock_movements (product_id, kind, units, reason, actor, order_ids)
 SELECT product_id, 'return', sum(quantity), :reason, :actor, array_agg(id ORDER BY id)

@@ -1,13 +1,15 @@
 """What products are called, now and when they were sold: an order keeps its product's name."""
 
 from bisect import bisect_right
+from collections.abc import Collection
 from datetime import datetime
 from typing import Self
 
-from sqlalchemy import select
+from sqlalchemy import null, select
 
 from ..extensions import db
 from ..models import Product, ProductName
+from ..reading import MAX_ID
 
 
 class Names(dict[int, str]):
@@ -19,18 +21,27 @@ class Names(dict[int, str]):
         self._former = former
 
     @classmethod
-    def read(cls) -> Self:
-        """Return those of all products. Two statements, however many orders there are."""
-        current = db.session.execute(select(Product.id, Product.name).order_by(Product.id))
+    def read(cls, ids: Collection[int] | None = None) -> Self:
+        """Return those of all products, or of some. One statement, however many orders there are.
+
+        An id that no product can have is passed over.
+        """
+        now = select(Product.id, null().label("until"), Product.name)
+        before = select(ProductName.product_id, ProductName.until, ProductName.name)
+        if ids is not None:
+            possible = [product_id for product_id in ids if 0 < product_id <= MAX_ID]
+            now = now.where(Product.id.in_(possible))
+            before = before.where(ProductName.product_id.in_(possible))
+        current: dict[int, str] = {}
         former: dict[int, list[tuple[datetime, str]]] = {}
-        rows = db.session.execute(
-            select(ProductName.product_id, ProductName.until, ProductName.name).order_by(
-                ProductName.product_id, ProductName.until
-            )
-        )
-        for product_id, until, name in rows:
-            former.setdefault(product_id, []).append((until, name))
-        return cls(dict(current.all()), former)
+        for product_id, until, name in db.session.execute(
+            now.union_all(before).order_by("id", "until")
+        ):
+            if until is None:
+                current[product_id] = name
+            else:
+                former.setdefault(product_id, []).append((until, name))
+        return cls(current, former)
 
     def sold(self, product_id: int, at: datetime) -> str | None:
         """Return what the product was called at a moment, None for one that nobody knows."""

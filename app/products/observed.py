@@ -36,6 +36,9 @@ class Observer:
         Raises stock.Unavailable.
         """
         view = stock.view(stock.product_ids())
+        if view.missing:
+            # There may be units of it where nobody can look.
+            return []
         seen = {
             product_id: figures["free"] == 0
             for product_id, figures in view.products.items()

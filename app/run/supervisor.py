@@ -56,7 +56,7 @@ class Supervisor:
         self.kept: list[Kept[Program]] = []
         self.web: Program | None = None
         self.worker: Worker | None = None
-        self.webhooks: Program | None = None
+        self.webhooks: Worker | None = None
         self.started_at = time.monotonic()
         self.ready = self.warned = False
 
@@ -100,7 +100,7 @@ class Supervisor:
         telling.tell("Starting the web server, a worker and who sends webhooks")
         self.web = Command("web", [sys.executable, "-m", "app.run.serve"], environ, self.tree)
         self.worker = Worker("worker", [sys.executable, "worker.py"], environ, self.tree)
-        self.webhooks = Command("webhooks", [sys.executable, "webhooks.py"], environ, self.tree)
+        self.webhooks = Worker("webhooks", [sys.executable, "webhooks.py"], environ, self.tree)
         for program in (self.worker, self.webhooks, self.web):
             self._keep(program)
             program.launch()
@@ -116,10 +116,11 @@ class Supervisor:
         if signal.SIGHUP in came and self.web and self.worker and self.web.is_alive():
             log.info("web and worker: new processes take over")
             self.web.send_signal(signal.SIGHUP)
-            self.worker.terminate()  # ends its batch first, and is started again as if it had died
-            self.worker.replaces = ""
-            if self.webhooks:
-                self.webhooks.terminate()
+            # These end what they are at first, and are started again as if they had died.
+            for worker in (self.worker, self.webhooks):
+                if worker:
+                    worker.terminate()
+                    worker.replaces = ""
         for kept in self.kept:
             kept.check(time.monotonic())
             if isinstance(kept.program, Watched) and kept.restart_at is None:

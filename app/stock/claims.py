@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -124,9 +125,10 @@ class ClaimScript:
             "REPLICAS": self.replicas.count,
             "SHARDS": part.shards,
         }
-        names, values = ", ".join(constants), ", ".join(map(str, constants.values()))
         # As a part of the script they cost nothing; as arguments 5 % of what a claim costs Redis.
-        script = f"local {names} = {values}\n{script}"
+        # As variables each function that uses them would be given them anew at each run.
+        words = re.compile(rf"\b({'|'.join(constants)})\b")
+        script = words.sub(lambda word: str(constants[word[0]]), script)
         self._sha = hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest()
         self.load = pack("SCRIPT", "LOAD", script)
         # The first keys of claim.lua, whatever is claimed.
@@ -156,7 +158,13 @@ class ClaimScript:
         keys = [*self._shared_keys, *map(names.product, products)]
         if self._address_units:
             keys += map(names.address_units, products)
-        args = [str(len(products)), str(len(requests)), self.part.suffix, *map(str, products)]
+        former = [
+            names.former_idempotency(request.user, request.key)
+            for request in requests
+            if request.key is not None
+        ]
+        counts = len(products), len(requests), len(former)
+        args = [*map(str, counts), self.part.suffix, *map(str, products)]
         for user, product_id, quantity, key, address, expected, reference, found, _ in requests:
             _, bucket, field = place(user, shards)
             keys.append(f"{names.bought_prefix}{product_id}:{bucket}")
@@ -166,10 +174,7 @@ class ClaimScript:
             if key is not None:
                 letters += "k"
                 more.append(key)
-                keys += (
-                    f"{names.idempotency_prefix}{bucket}",
-                    names.former_idempotency(user, key),
-                )
+                keys.append(f"{names.idempotency_prefix}{bucket}")
             if found is not None:
                 letters += "f"
                 more.append(found)
@@ -185,6 +190,7 @@ class ClaimScript:
             args += (str(user), field, numbers[product_id], str(quantity), address, letters, *more)
         if self.replicas.count:
             keys.append(names.fence)
+        keys += former
         return pack("EVALSHA", self._sha, str(len(keys)), *keys, *args)
 
     def check_sale(

@@ -21,6 +21,7 @@ from ..locks import DRAIN_LOCK
 from ..problems import Unavailable, Unprepared
 from ..stock.board import News
 from ..stock.figures import View
+from ..stock.shard import Shard
 
 # With a worker at work an order waits for a second, after an outage for a few.
 QUEUE_SECONDS = 10
@@ -102,8 +103,11 @@ def check(app: Flask) -> dict[str, dict[str, Any]]:
     try:
         redis_says = stock.view([]), stock.board.news(0)
         stock.board.try_write()
-        stock.first.check_replicas()
-        parts["redis"] = _part(True, "reachable")
+        stock.each(Shard.check_replicas)
+        # What is closed or out of reach sells nothing, however well the others do.
+        away = len(redis_says[0].missing)
+        state = f"{away} of {len(stock.shards)} shards unreachable" if away else "reachable"
+        parts["redis"] = _part(not away, state)
     except Unavailable as error:
         parts["redis"] = _part(False, in_words(error))
     if stock.jobs_server is not stock.first.server:

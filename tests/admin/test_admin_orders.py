@@ -11,7 +11,10 @@ from sqlalchemy import text
 
 from app import sheet
 from app.extensions import db, stock
+from app.feed import numbering
 from app.orders import expiry, intents, search
+from app.orders.sheet import MISSING
+from app.problems import Unavailable
 
 RESULTS = BROWSER | {"HX-Target": "results"}
 
@@ -192,6 +195,40 @@ def test_a_queued_order_is_cancelled_when_it_is_stored(client, app, support, buy
     assert client.get("/products/1").json["stockRemaining"] == 100
 
 
+def test_the_story_of_a_hold_tells_its_payment(app, client, admin_headers, support, buy, drain):
+    def told():
+        page = support.get("/admin/orders/1").text
+        story = page.partition('id="story-title"')[2].partition('id="facts-title"')[0]
+        return page, re.findall(r"<h3>(.*?)</h3>", story)
+
+    terms = {"holdSeconds": 300}
+    assert client.patch("/products/1", json=terms, headers=admin_headers).status_code == 200
+    buy(1, quantity=3)
+    drain()
+    assert told()[1] == ["Claimed and queued", "Persisted", "Held until"]
+    paid = {"payment": "pi_4711"}
+    assert client.post("/orders/1/confirm", json=paid, headers=admin_headers).status_code == 200
+    page, steps = told()
+    assert steps[2:] == ["Held until", "Confirmed"]
+    assert 'Paid by <code class="break">pi_4711</code>' in page
+    assert "Total as sold" not in page
+    # Its moment is known from the feed.
+    moments = page.count("<time")
+    with app.app_context():
+        numbering.keep_partitions()
+        numbering.number_events()
+    page, _ = told()
+    assert page.count("<time") > moments
+    part = {"quantity": 1, "reason": "asked for"}
+    assert client.post("/orders/1/cancel", json=part, headers=admin_headers).status_code == 200
+    page, steps = told()
+    assert steps[3:5] == ["Confirmed", "1 unit cancelled by token ADMIN_API_TOKEN"]
+    for name, amount in (
+        ("Total as sold", "USD 2,999.97"), ("Given back", "USD 999.99"), ("Left", "USD 1,999.98")
+    ):  # fmt: skip
+        assert re.search(rf"<dt>{name}</dt><dd[^>]*>{re.escape(amount)}<", page), name
+
+
 def export(browser, **query) -> list[dict]:
     answer = browser.get("/admin/orders/orders.csv", query_string=query)
     assert answer.mimetype == "text/csv"
@@ -216,7 +253,28 @@ def test_export_is_the_filter(support, many, buy):
 def test_export_goes_on_past_a_step(app, many, monkeypatch):
     monkeypatch.setattr(search, "EXPORT_ORDERS", 300)
     with app.app_context():
-        assert len(list(search.export(search.Filter()))) == 1000
+        assert len(list(search.Export(search.Filter()))) == 1000
+
+
+def test_an_export_that_is_not_whole_says_so(app, support, buy, drain, monkeypatch):
+    for user in (1, 2, 3):
+        buy(user)
+    rows = export(support, product=1)
+    assert [row["order"] for row in rows] == ["3", "2", "1"]
+    monkeypatch.setattr(search, "WAITING_ORDERS", 1)
+    monkeypatch.setattr(search, "MOST_WAITING", 1)
+    assert export(support, product=2)[-1]["order"] == MISSING
+    drain()
+    assert export(support, product=2) == []
+    monkeypatch.setattr("app.orders.search.stock", Away())
+    assert [row["order"] for row in export(support)] == ["3", "2", "1", MISSING]
+
+
+class Away:
+    """Redis, when nobody can reach it."""
+
+    def __getattr__(self, name):
+        raise Unavailable("away")
 
 
 FORMULAS = (

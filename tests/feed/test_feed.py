@@ -89,6 +89,47 @@ def test_an_event_tells_the_order_as_it_was_then(app, buy, drain, number, feed):
     assert cancelled["reason"] == "asked for"
 
 
+def test_a_product_is_called_as_it_was_when_it_was_sold(
+    app, client, admin_headers, buy, drain, number, feed
+):
+    buy(1)
+    drain()
+    body = {"name": "Renamed"}
+    assert client.patch("/products/1", json=body, headers=admin_headers).status_code == 200
+    buy(2)
+    waiting = client.get("/orders/2", headers=admin_headers).json
+    drain()
+    with app.app_context():
+        cancelling.cancel(1, "asked for", CLI)
+    number()
+    told = [(event["type"], event["order"]["productName"]) for event in follow(feed)]
+    former, now = "Flash-sale item", "Renamed"
+    assert told == [
+        ("order.confirmed", former), ("order.confirmed", now), ("order.cancelled", former)
+    ]  # fmt: skip
+    listed = client.get("/orders", headers=admin_headers).json["orders"]
+    assert [order["productName"] for order in listed] == [now, former]
+    assert waiting["productName"] == now
+
+
+def test_small_batches_come_in_their_order(app, buy, drain, number, feed):
+    for user in range(1, 7):
+        buy(user)
+        if user % 2:
+            drain()
+        if user == 3:
+            number()
+            with app.app_context():
+                cancelling.cancel(1, "asked for", CLI)
+    drain()
+    number()
+    whole = follow(feed)
+    stored = [e["order"]["id"] for e in whole if e["type"] == "order.confirmed"]
+    assert stored == [1, 2, 3, 4, 5, 6]
+    for limit in (1, 2, 3, 5):
+        assert follow(feed, limit) == whole
+
+
 def test_nothing_that_commits_late_is_jumped_over(app, buy, drain, number, feed):
     """The transaction that took the lower id commits last; a reader who is ahead still sees it."""
     with app.app_context(), db.engine.connect() as late:

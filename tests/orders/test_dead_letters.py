@@ -95,7 +95,7 @@ def test_an_order_given_up_stays_listed_as_cancelled(letter, client, admin):
         assert "Cancelled</span>" in admin.get(f"/admin/orders/?{query}").text
     for status in ("FAILED", "CONFIRMED", "QUEUED"):
         assert "No orders found" in admin.get(f"/admin/orders/?q=2&status={status}").text
-    (row,) = search.export(search.Filter(user=2))
+    (row,) = search.Export(search.Filter(user=2))
     assert (row.status, row.cancelled_by, row.cancel_reason) == (
         "CANCELLED", "command line", "no answer",
     )  # fmt: skip

@@ -75,7 +75,7 @@ def end(orders):
 
 @pytest.mark.parametrize(
     ("act", "stored", "most"),
-    [(confirm_stored, True, 3), (confirm_early, False, 6), (end, True, 8)],
+    [(confirm_stored, True, 4), (confirm_early, False, 8), (end, True, 8)],
 )
 def test_fifty_cost_as_many_statements_as_two(app, held, act, stored, most):
     with app.app_context():

@@ -78,6 +78,28 @@ HEALTHY = {
     "flashsale_redis_durable": "1x200",
     "flashsale_dead_letters": "0x200",
     'flashsale_web_restarts_total{cause="event_loop"}': "0x200",
+    'flashsale_worker_restarts_total{cause="standstill"}': "0x200",
+    "flashsale_hold_end_age_seconds": "0x200",
+    "flashsale_holds_lost_total": "0x200",
+    "flashsale_clock_difference_seconds": "0x200",
+    "flashsale_feed_unnumbered_age_seconds": "0x200",
+    'flashsale_webhook_endpoints{state="on"}': "2x200",
+    'flashsale_webhook_endpoints{state="failed"}': "0x200",
+    "flashsale_webhook_failing_seconds": "0x200",
+    'flashsale_processes{role="webhooks"}': "1x200",
+}
+# Seconds after the break at which an alert fires for sure, where 25 are too few.
+FIRST = dict.fromkeys(
+    ("FlashSaleNotScraped", "FlashSaleHoldsDoNotEnd", "FlashSaleClocksDiffer",
+     "FlashSaleFeedStuck", "FlashSaleWebhooksNotSent"),
+    65,
+)  # fmt: skip
+# What the words tell of the values below, by how they ask for them.
+TOLD = {
+    "FlashSaleHoldsLost": {"{{ $value | printf `%.0f` }}": "2"},
+    "FlashSaleFeedStuck": {"{{ $value | humanizeDuration }}": "2m 0s"},
+    "FlashSaleWebhookOff": {"{{ $value }}": "3"},
+    "FlashSaleWebhookFailing": {"{{ $value | humanizeDuration }}": "1h 0m 0s"},
 }
 BREAKS_AT_SECONDS = 60
 ENDED = {name: values.split("x")[0] + "x11 stale" for name, values in HEALTHY.items()}
@@ -112,6 +134,18 @@ STANDSTILL = {
             "FlashSaleWebReplaced",
             {"cause": "event_loop"},
         ),
+        (
+            {'flashsale_worker_restarts_total{cause="standstill"}': "0x11 1x180"},
+            "FlashSaleWorkerReplaced",
+            {"cause": "standstill"},
+        ),
+        ({"flashsale_hold_end_age_seconds": "0x11 100x180"}, "FlashSaleHoldsDoNotEnd", {}),
+        ({"flashsale_holds_lost_total": "0x11 2x180"}, "FlashSaleHoldsLost", {}),
+        ({"flashsale_clock_difference_seconds": "0x11 1.5x180"}, "FlashSaleClocksDiffer", {}),
+        ({"flashsale_feed_unnumbered_age_seconds": "0x11 120x180"}, "FlashSaleFeedStuck", {}),
+        ({'flashsale_webhook_endpoints{state="failed"}': "0x11 3x180"}, "FlashSaleWebhookOff", {}),
+        ({"flashsale_webhook_failing_seconds": "0x11 3600x180"}, "FlashSaleWebhookFailing", {}),
+        ({'flashsale_processes{role="webhooks"}': "1x11 0x180"}, "FlashSaleWebhooksNotSent", {}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -124,13 +158,15 @@ def test_the_alert_that_fires_is_the_cause_and_the_only_one(tmp_path, changed, a
         words = dict(rules[alert]["annotations"])
         for name, value in labels.items():
             words = {k: v.replace(f"{{{{ $labels.{name} }}}}", value) for k, v in words.items()}
+        for asked, value in TOLD.get(alert, {}).items():
+            words = {k: v.replace(asked, value) for k, v in words.items()}
         severity = rules[alert]["labels"]["severity"]
         expected[alert] = [
             {"exp_labels": {"severity": severity, **labels}, "exp_annotations": words}
         ]
     series = [{"series": k, "values": v} for k, v in (HEALTHY | changed).items()]
     # Nothing fires before it, and nothing beside it later on.
-    first = {"FlashSaleNotScraped": 65}.get(alert, 25)
+    first = FIRST.get(alert, 25)
     moments = [(-5, {name: [] for name in rules}), (first, expected), (300, expected)]
     tests = [
         {"eval_time": f"{BREAKS_AT_SECONDS + after}s", "alertname": name, "exp_alerts": alerts}

@@ -25,24 +25,27 @@ from app.run.processes import Kept, Program
 
 # Of the watchdog, whose limit of a minute is more than a test should wait.
 LIMIT = 6
-# The real programs, with a sweeper that hangs when the file HANG names appears.
+# The real programs, of which threads hang when the files appear that HANG names.
 WSGI = f"""{(ROOT / "wsgi.py").read_text()}
 
 import os, threading
-from app.worker import alive, relay
+from app.worker import alive, caller, relay
 
 alive.MOST_BEATS_STUCK = {LIMIT}
-sweep = relay.Sweeper.run_once
 
 
-def run_once(self, stopped):
-    if os.path.exists(os.environ["HANG"]):
-        os.remove(os.environ["HANG"])
-        threading.Event().wait()
-    sweep(self, stopped)
+def hanging(step, file):
+    def run_once(self, stopped):
+        if os.path.exists(file):
+            os.remove(file)
+            threading.Event().wait()
+        step(self, stopped)
+
+    return run_once
 
 
-relay.Sweeper.run_once = run_once
+relay.Sweeper.run_once = hanging(relay.Sweeper.run_once, os.environ["HANG"] + "worker")
+caller.Caller.run_once = hanging(caller.Caller.run_once, os.environ["HANG"] + "webhooks")
 """
 MAIN = f"""
 import pathlib, sys
@@ -210,22 +213,23 @@ def test_a_failed_preparation_ends_the_start(run):
 
 
 @pytest.mark.drill
+@pytest.mark.parametrize("program", ["worker", "webhooks"])
 @pytest.mark.parametrize(
     ("cause", "words"),
     [("standstill", "it stands still"), ("thread", "one of its threads stands still")],
 )
-def test_a_worker_that_lives_and_no_longer_works_is_replaced(run, cause, words):
+def test_a_worker_that_lives_and_no_longer_works_is_replaced(run, program, cause, words):
     it = run()
     it.says("Ready")
     url = f"http://127.0.0.1:{it.port}"
-    (worker,) = it.processes("worker.py")
+    (worker,) = it.processes(f"{program}.py")
     if cause == "standstill":
         os.kill(worker, signal.SIGSTOP)
     else:
-        it.hang.touch()
-    it.says(f"worker {worker}: {words}; it is killed")
-    it.says("worker was killed by SIGKILL; starting it again in 0.2 s")
-    wait_until(lambda: set(it.processes("worker.py")) - {worker}, what="the next worker")
+        it.hang.with_name(f"{it.hang.name}{program}").touch()
+    it.says(f"{program} {worker}: {words}; it is killed")
+    it.says(f"{program} was killed by SIGKILL; starting it again in 0.2 s")
+    wait_until(lambda: set(it.processes(f"{program}.py")) - {worker}, what="the next worker")
     wait_until(lambda: call(f"{url}/readyz").status == 200, what="readiness")
     token = (it.data_dir / "admin_api_token").read_text().strip()
 

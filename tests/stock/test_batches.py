@@ -190,15 +190,15 @@ def test_a_batch_is_its_claims_one_by_one(bench, examples):
 # What a batch may be decided wrongly by, though each claim alone is decided well.
 PLANTED = {
     "one id for a batch": ("'INCRBY', KEYS[7], #accepted", "'INCRBY', KEYS[7], 1"),
-    "INCR": ("redis.pcall('INCRBY', KEYS[7], #accepted)", "redis.pcall('INCR', KEYS[7])"),
-    "the same id": ("      id = id + 1\n      kept", "      kept"),
+    "INCR": ("try('INCRBY', KEYS[7], #accepted * SHARDS)", "try('INCR', KEYS[7])"),
+    "the same id": ("      id = id + SHARDS\n", ""),
     "free as at first": ("product.free - quantity, product", "product.free, product"),
     "sold units of the last": ("product.claimed + quantity, true", "quantity, true"),
-    "cap as at first": ("unit_counts[cap_name] + quantity", "unit_counts[cap_name]"),
-    "rate as at first": ("attempts[user_field], noted[user_field] = user_record, true",
-                         "noted[user_field] = true"),
+    "cap as at first": ("= bought + quantity", "= bought"),
+    "rate as at first": ("attempts[by_user], noted[by_user] = user_record, true",
+                         "noted[by_user] = true"),
     "keys as at first": ("records[record_name] = {", "records[''] = {"),
-    "refused once": ("(of[outcome] or 0) + 1", "1"),
+    "refused once": ("(outcomes[outcome] or 0) + 1", "1"),
 }  # fmt: skip
 
 

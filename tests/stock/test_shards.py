@@ -17,6 +17,7 @@ from app.orders import cancelling
 from app.orders.drain import drain_batch
 from app.problems import Unavailable
 from app.products import movements
+from app.stock.plan import Placed, warnings
 from app.stock.shards import COUNTS, Part, first_above, tag_of
 from app.worker import relay
 
@@ -169,3 +170,14 @@ def test_a_rebuild_deals_the_sale_anew(make_app, before, after):
         assert not ledger.differences(1)
         keys = redis.Redis.from_url(settings.redis_url).keys("sale:*:outbox")
         assert len(keys) <= after
+
+
+def test_the_plan_warns_of_what_is_unwise():
+    a, b = ("a", 1), ("b", 1)
+    even = [Placed(0, 1, a, [b]), Placed(1, 9, b, [a])]
+    assert warnings(even, 1) == []
+    assert "different numbers" in warnings([*even, Placed(2, 5, a, [b])], 1)[0]
+    assert "asks for 2" in warnings(even, 2)[0]
+    assert "loses answered orders" in warnings([even[0], Placed(1, 9, b, [a, ("c", 1)])], 1)[0]
+    assert "no replica" in warnings([even[0], Placed(1, 9, b, [])], 0)[0]
+    assert "one node" in warnings([even[0], Placed(1, 9, a, [b])], 1)[0]

@@ -14,6 +14,7 @@ from app.config import NO_LIMIT
 from app.extensions import db, stock
 from app.problems import Unavailable
 from app.products import movements
+from app.watch import health
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +58,19 @@ def test_it_sells_stores_proves_and_rebuilds(cluster, shop):
     is_even()
 
 
+def test_the_plan_tells_where_each_shard_is(cluster, shop):
+    plan = shop.test_cli_runner().invoke(args=["cluster", "plan"])
+    lines = plan.output.splitlines()
+    shards = [line for line in lines if line.startswith("shard ")]
+    assert len(shards) == 6
+    for node in (cluster.x, cluster.y, cluster.a):
+        assert sum(f"primary 127.0.0.1:{node.port} " in line for line in shards) == 2
+    assert sum(f"replicas 127.0.0.1:{cluster.b.port}" in line for line in shards) == 2
+    # Two of the three have none.
+    assert sum(line.startswith("warning: ") for line in lines) == 2
+    assert plan.exit_code == 1
+
+
 def test_a_node_s_death_refuses_its_own_shoppers_alone(cluster, shop):
     """And its shards' orders are drained, and its units sold, when it is back."""
     buy_all(range(1, 31))
@@ -81,6 +95,7 @@ def test_a_node_s_death_refuses_its_own_shoppers_alone(cluster, shop):
                 assert answers <= {b"accepted", b"sold_out", b"dry"}, shard
         view = stock.view([1])
         assert set(view.missing) == dead
+        assert health.check(shop)["redis"]["state"] == "2 of 6 shards unreachable"
         assert view.products[1]["free"] >= 0
     finally:
         cluster.x.start()

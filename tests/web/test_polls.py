@@ -12,6 +12,7 @@ from wire import serving
 
 from app.extensions import db, login
 from app.models import Staff
+from app.orders import search
 from app.watch import monitor
 from app.web import polls
 
@@ -204,15 +205,16 @@ def test_a_header_with_an_underscore_is_not_the_one_with_a_dash(make_app):
 def test_an_export_ends_when_its_reader_is_gone(app, admin, monkeypatch):
     ended, rows = threading.Event(), itertools.count()
 
-    def endless(_):
-        try:
-            while True:
-                next(rows)
-                yield order
-        finally:
-            ended.set()
+    class Endless(search.Export):
+        def __iter__(self):
+            try:
+                while True:
+                    next(rows)
+                    yield order
+            finally:
+                ended.set()
 
-    monkeypatch.setattr("app.admin.orders.search.export", endless)
+    monkeypatch.setattr(search, "Export", Endless)
     monkeypatch.setattr("app.orders.sheet.row_of", lambda order, names: (order,) * 14)
     order = "x" * 100
     session = session_of(admin)

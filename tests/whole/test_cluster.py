@@ -20,6 +20,7 @@ from rush import ShardedRush, stored_by
 from system import processes, run_program, start_system, stop_system
 from waiting import wait_until
 
+from app.config import ROOT
 from app.run.cluster import Cluster, Node, free_ports
 from app.run.embedded import RedisServer
 from app.stock.keys import Keys
@@ -336,5 +337,17 @@ def test_make_cluster_sells_starts_dead_nodes_again_and_finds_its_data(tmp_path)
         assert before < 80
         assert buy(21) == 200
         assert left() == before - 1
+    finally:
+        stop_system(server)
+
+
+def test_a_rush_on_24_shards_of_a_cluster_sells_exactly_the_stock(tmp_path):
+    """200 shoppers, 100 units: the seed's own test, as `make stress` runs it."""
+    server = start_system(tmp_path, "cluster", SHARDS="24", WEB_WORKERS="2")
+    try:
+        for _ in range(often(3, 50)):
+            argv = [sys.executable, ROOT / "stress" / "stress_test.py", "--url", server.url]
+            rush = run_program([*argv, "--token", server.api_token], 60)
+            assert rush.returncode == 0, rush.stdout + rush.stderr
     finally:
         stop_system(server)

@@ -4,15 +4,15 @@
 -- KEYS  1 generation   2 brakes   3 and 4 attempts, by turns   5 outbox   6 queued   7 order ids
 --       8 refused   then the products; then, only where units by address are limited, each product's
 --       units by address; then for each claim: bought (a bucket of users), and only with a key: the
---       keys of the bucket, and the name under which 0.1.0 kept this key; last, only where replicas
---       are asked for, the fence
--- ARGV  1 how many products   2 how many claims   3 which shard of how many this is, as the generation
---       says it: '/6/2'; '' for the only one   then the products' ids; then for each claim: user,
---       field of the user in its buckets, number of its product (from 1), quantity, address, and
---       letters that say what follows: e expected price in cents, f what all shards were found to have,
---       k key, n network, r reference,
---       s score in the queued, where that is not the user
--- What is the same for every claim stands in a line that claims.py puts before this script:
+--       keys of the bucket; then, only where replicas are asked for, the fence; last, for each claim
+--       with a key the name under which 0.1.0 kept it
+-- ARGV  1 how many products   2 how many claims   3 how many have a key   4 which shard of how many this
+--       is, as the generation says it: '/6/2'; '' for the only one   then the products' ids; then for
+--       each claim: user, field of the user in its buckets, number of its product (from 1), quantity,
+--       address, and letters that say what follows: e expected price in cents, f what all
+--       shards were found to have, k key, n network, r reference, s score in the queued, where that is
+--       not the user
+-- What is the same for every claim claims.py writes into this script in place of these words:
 --       USER_, EARLY_, ADDRESS_, NETWORK_: LIMIT (attempts, 0 for no limit) and WINDOW (ms),
 --       ADDRESS_UNITS (0 for no limit), TURN (ms, see below), MOST_BYTES of attempts,
 --       MOST_WAITING orders in the outbox, REPLICAS that must have an order, SHARDS of the sale
@@ -23,6 +23,10 @@
 --       away, where a shard that can't be reached may have some.
 --       dry: others may have what this shard lacks, the text says of which sale; nothing is counted.
 --       undone: this claim met what can't be, the text says what; nothing is left of it.
+--
+-- Redis runs all of this for each batch, of one claim too, and what Lua does then costs as much as the
+-- commands: a table is made with all of its fields at once (a later one makes it grow), a function
+-- that is made uses few variables of others, and globals are looked up once.
 --
 -- A script that fails midway is not rolled back, so everything is decided first, in tables, and
 -- written last. What is wrong in storage is an error inside decide(), which harms one claim alone.
@@ -38,9 +42,9 @@
 -- was claimed. 0.1.0 wrote <order id> <product> <quantity>.
 
 redis.set_repl(redis.REPL_NONE)
+local call, try, KEYS, ARGV = redis.call, redis.pcall, KEYS, ARGV
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local LIMITED = USER_LIMIT > 0 or ADDRESS_LIMIT > 0 or NETWORK_LIMIT > 0
 
 local function failed(reply) return type(reply) == 'table' and reply.err end
 
@@ -50,114 +54,109 @@ local function read(...)
   return reply
 end
 
+local function undo(answer, why)
+  answer[1], answer[2], answer[3], answer[4], answer[5] = 'undone', 0, -1, 0, why
+end
+
 -- 1. Read what the claims are, and what they need.
 
-local product_count, claims, products = tonumber(ARGV[1]), {}, {}
-for i = 1, product_count do
-  products[i] = { id = ARGV[3 + i], hash = KEYS[8 + i], by_address = KEYS[8 + product_count + i] }
+local product_count, claim_count, keyed = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
+local first_former = #KEYS - keyed + 1
+local known = call('MGET', KEYS[1], KEYS[2], unpack(KEYS, first_former))
+local claims, answers = {}, {}
+-- No generation: this Redis has lost the sale (or never had it). Selling from it would oversell. So
+-- would whoever deals shoppers to another number of shards.
+if not known[1] or (string.match(known[1], '/.*') or '') ~= ARGV[4] then
+  for i = 1, claim_count do answers[i] = { 'unprepared', 0, -1, 0, '' } end
+  return answers
 end
-local known_keys = { KEYS[1], KEYS[2] }
-local arg, key = 3 + product_count, 8 + (ADDRESS_UNITS > 0 and 2 or 1) * product_count
-for i = 1, tonumber(ARGV[2]) do
+
+local products = {}
+for i = 1, product_count do
+  local id, hash = ARGV[4 + i], KEYS[8 + i]
+  local figures = try('HMGET', hash, 'free', 'opens', 'closes', 'pause', 'cap', 'max', 'price',
+    'accepted', 'claimed', 'hold', 'held', SHARDS > 1 and 'sealed' or 'max')
+  local wrong = figures.err
+  -- A product that can't be sold at all, a draft or an archived one, is published with a maximum of
+  -- none: to shoppers it is not there.
+  if wrong or not figures[1] or figures[6] == '0' then
+    products[i] = { id = id, wrong = wrong, counts = KEYS[8], outcomes = false }
+  else
+    local opens, price, brakes = tonumber(figures[2]), figures[7], known[2]
+    local paused = figures[4] == '1' or brakes and (string.find(brakes, ' * ', 1, true)
+      or string.find(brakes, ' ' .. id .. ' ', 1, true))
+    local product = {
+      id = id, hash = hash, counts = hash, outcomes = false, price = price, paused = paused,
+      free = tonumber(figures[1]), max = tonumber(figures[6]), cap = tonumber(figures[5]),
+      accepted = tonumber(figures[8]), claimed = tonumber(figures[9]), changed = false,
+      opens = opens, closes = tonumber(figures[3]), early = paused or opens and opens > now,
+      hold = tonumber(figures[10]), held = tonumber(figures[11]) or 0, sealed = SHARDS > 1 and figures[12],
+      cents = price and string.match(price, '^(%d+) %u+$'),
+      -- Units that were counted of users and of addresses, with what claims of this batch add.
+      bought = {}, by_address = ADDRESS_UNITS > 0 and {}, address_units = KEYS[8 + product_count + i],
+    }
+    if not (product.free and product.max and product.accepted and product.claimed and product.cents) then
+      product.wrong = 'malformed product'
+    end
+    products[i] = product
+  end
+end
+
+-- The attempts: the fields that are asked for, each once, their positions, and their newest records.
+-- The field '' says which turn a hash is of, when its size was looked at last, and if it may grow.
+local fields, positions, attempts, added, noted = { '' }, {}, nil, {}, {}
+local function ask(field)
+  local position = positions[field]
+  if not position then
+    position = #fields + 1
+    fields[position], positions[field] = field, position
+  end
+  return position
+end
+
+local arg, key, former = 4 + product_count, 8 + (ADDRESS_UNITS > 0 and 2 or 1) * product_count, 2
+for i = 1, claim_count do
+  local user, address, product = ARGV[arg + 1], ARGV[arg + 5], products[tonumber(ARGV[arg + 3])]
+  local units, letters = ARGV[arg + 4], ARGV[arg + 6]
   local claim = {
-    user = ARGV[arg + 1], field = ARGV[arg + 2], product = products[tonumber(ARGV[arg + 3])],
-    units = ARGV[arg + 4], address = ARGV[arg + 5], bucket = KEYS[key + 1],
+    user = user, field = ARGV[arg + 2], product = product, bucket = KEYS[key + 1], address = address,
+    units = units, quantity = tonumber(units), request = product.id .. ' ' .. units, answer = false,
+    id = false, by_user = USER_LIMIT > 0 and ask('u' .. user),
+    by_early = USER_LIMIT > 0 and product.early and ask('e' .. user),
+    by_address = ADDRESS_LIMIT > 0 and ask('a' .. address),
   }
-  local letters = ARGV[arg + 6]
   arg, key = arg + 6, key + 1
   for j = 1, #letters do
     arg = arg + 1
     claim[string.sub(letters, j, j)] = ARGV[arg]
   end
+  if claim.r then claim.request = claim.request .. ' ' .. claim.r end
+  if NETWORK_LIMIT > 0 then claim.by_network = ask('n' .. (claim.n or '')) end
   if claim.k then
-    claim.keys, claim.key_field = KEYS[key + 1], claim.field .. ' ' .. claim.k
-    known_keys[#known_keys + 1] = KEYS[key + 2]
-    claim.former, key = #known_keys, key + 2
+    key, former = key + 1, former + 1
+    claim.keys, claim.key_field, claim.former = KEYS[key], claim.field .. ' ' .. claim.k, known[former]
   end
   claims[i] = claim
 end
 
-local known = redis.call('MGET', unpack(known_keys))
--- No generation: this Redis has lost the sale (or never had it). Selling from it would oversell. So
--- would whoever deals shoppers to another number of shards.
-local dealt = known[1] and string.match(known[1], '/.*') or ''
-if not known[1] or dealt ~= ARGV[3] then
-  for i = 1, #claims do claims[i] = { 'unprepared', 0, -1, 0, '' } end
-  return claims
-end
-
-local FIGURES = { 'free', 'opens', 'closes', 'pause', 'cap', 'max', 'price', 'accepted', 'claimed', 'hold', 'held' }
-if SHARDS > 1 then FIGURES[12] = 'sealed' end
-for _, product in ipairs(products) do
-  local figures = redis.pcall('HMGET', product.hash, unpack(FIGURES))
-  product.wrong, product.counts = failed(figures), KEYS[8]
-  -- A product that can't be sold at all, a draft or an archived one, is published with a maximum of
-  -- none: to shoppers it is not there.
-  if not product.wrong and figures[1] and figures[6] ~= '0' then
-    product.free, product.max = tonumber(figures[1]), tonumber(figures[6])
-    product.opens, product.closes = tonumber(figures[2]), tonumber(figures[3])
-    product.cap, product.price = tonumber(figures[5]), figures[7]
-    product.accepted, product.claimed = tonumber(figures[8]), tonumber(figures[9])
-    product.hold, product.held = tonumber(figures[10]), tonumber(figures[11]) or 0
-    product.sealed = figures[12]
-    product.cents = product.price and string.match(product.price, '^(%d+) %u+$')
-    product.paused = figures[4] == '1' or known[2] and (string.find(known[2], ' * ', 1, true)
-      or string.find(known[2], ' ' .. product.id .. ' ', 1, true))
-    product.early = product.paused or product.opens and product.opens > now
-    product.counts = product.hash
-    if not (product.free and product.max and product.accepted and product.claimed and product.cents) then
-      product.wrong = 'malformed product'
-    end
-  end
-end
-
--- The attempts: by field, the newest record, and whether it stands in this turn's hash.
 local turn = math.floor(now / TURN)
 local here, before = KEYS[3 + turn % 2], KEYS[4 - turn % 2]
--- The field '' says which turn a hash is of, when its size was looked at last, and if it may grow.
-local attempts, stored, noted, stale, checked, growing = {}, {}, {}, false, 0, 0
-if LIMITED then
-  local fields, asked = { '' }, {}
-  local function ask(field)
-    if not asked[field] then
-      asked[field] = true
-      fields[#fields + 1] = field
-    end
+local stale, checked, growing = false, 0, 0
+if #fields > 1 then
+  attempts = call('HMGET', here, unpack(fields))
+  if attempts[1] then
+    local of, when, may = struct.unpack('>ddd', attempts[1])
+    if of == turn then checked, growing = when, may else stale, attempts = true, {} end
   end
-  for _, claim in ipairs(claims) do
-    if USER_LIMIT > 0 then
-      claim.user_field = 'u' .. claim.user
-      ask(claim.user_field)
-      if claim.product.early then
-        claim.early_field = 'e' .. claim.user
-        ask(claim.early_field)
-      end
-    end
-    if ADDRESS_LIMIT > 0 then
-      claim.address_field = 'a' .. claim.address
-      ask(claim.address_field)
-    end
-    if NETWORK_LIMIT > 0 then
-      claim.network_field = 'n' .. (claim.n or '')
-      ask(claim.network_field)
-    end
-  end
-  local mine = redis.call('HMGET', here, unpack(fields))
-  if mine[1] and struct.unpack('>d', mine[1]) ~= turn then
-    stale, mine = true, {}
-  elseif mine[1] then
-    checked, growing = select(2, struct.unpack('>ddd', mine[1]))
-  end
-  local missing = {}
+  local missing, at = {}, {}
   for i = 2, #fields do
-    local field = fields[i]
-    if mine[i] then
-      attempts[field], stored[field] = mine[i], true
-    else missing[#missing + 1] = field end
+    if not attempts[i] then
+      missing[#missing + 1], at[#missing + 1], added[i] = fields[i], i, true
+    end
   end
   if #missing > 0 then
-    local earlier = redis.call('HMGET', before, unpack(missing))
-    for i = 1, #missing do attempts[missing[i]] = earlier[i] or nil end
+    local earlier = call('HMGET', before, unpack(missing))
+    for i = 1, #missing do attempts[at[i]] = earlier[i] end
   end
 end
 
@@ -180,22 +179,14 @@ local function slide(record, limit, window)
   return nil, math.max(wait, 1)
 end
 
-local counts = {}
-local function count(claim, outcome)
-  local of = counts[claim.product.counts]
-  if not of then
-    of = {}
-    counts[claim.product.counts] = of
-  end
-  of[outcome] = (of[outcome] or 0) + 1
+local function count(product, outcome)
+  local outcomes = product.outcomes
+  if outcomes then outcomes[outcome] = (outcomes[outcome] or 0) + 1
+  else product.outcomes = { [outcome] = 1 } end
 end
 
 -- What was said under a key: {order id or the claim that gets one, request, price, status}, or false.
-local records = {}
-local function record_of(claim)
-  local name = claim.keys .. ' ' .. claim.key_field
-  local record = records[name]
-  if record ~= nil then return record, name end
+local function recorded(claim)
   local text, id, price, status, request = read('HGET', claim.keys, claim.key_field), nil, '', '+', nil
   if text then
     id, price, status, request = string.match(text, '^(%d+) (%S+ %S+) (%S+) (.+)$')
@@ -204,73 +195,71 @@ local function record_of(claim)
     if #status > 1 and string.sub(status, 1, 1) == '+' then
       price, status = price .. ' ' .. string.sub(status, 2), '+'
     end
-  elseif known[claim.former] then
-    id, request = string.match(known[claim.former], '^(%d+) (.+)$')
+  elseif claim.former then
+    id, request = string.match(claim.former, '^(%d+) (.+)$')
     if not id then error('malformed key', 0) end
   end
-  record = id and { id = tonumber(id), request = request, price = price, status = status } or false
-  records[name] = record
-  return record, name
+  return id and { id = tonumber(id), request = request, price = price, status = status } or false
 end
 
--- Units that were counted under a field, together with what claims of this batch add.
-local unit_counts = {}
-local function units_of(hash, field)
-  local name = hash .. ' ' .. field
-  if not unit_counts[name] then
-    unit_counts[name] = tonumber(read('HGET', hash, field) or 0) or error('malformed units', 0)
-  end
-  return unit_counts[name], name
+local function counted(hash, field)
+  return tonumber(read('HGET', hash, field) or 0) or error('malformed units', 0)
 end
 
-local waiting
-local accepted, replayed = {}, false
+local records, accepted, waiting, replayed = {}, {}, nil, false
 
 local function decide(claim)
-  local product, quantity = claim.product, tonumber(claim.units)
+  local product, quantity, record, record_name = claim.product, claim.quantity, nil, nil
   if product.wrong then error(product.wrong, 0) end
-  local request = product.id .. ' ' .. claim.units
-  if claim.r then request = request .. ' ' .. claim.r end
-  local record, record_name
-  if claim.k then record, record_name = record_of(claim) end
+  if claim.k then
+    record_name = claim.user .. ' ' .. claim.k
+    record = records[record_name]
+    if record == nil then
+      record = recorded(claim)
+      records[record_name] = record
+    end
+  end
 
   -- The rate. A replay counts for its address alone.
   local left, reset, wait = -1, 0, nil
-  local user_field, user_record, address_record, network_record = claim.user_field, nil, nil, nil
-  if USER_LIMIT > 0 and not record then
+  local by_user, user_record, address_record, network_record = claim.by_user, nil, nil, nil
+  if by_user and not record then
     -- The user's attempts of the last window, oldest first, 8 bytes each: exact, at any moment.
-    local stamps = attempts[user_field] or ''
+    local stamps = attempts[by_user] or ''
+    left, reset = USER_LIMIT, USER_WINDOW
     -- A stamp from the future means that the clock was set back: forget the attempts, don't lock out.
     if #stamps > 0 and struct.unpack('>d', stamps, #stamps - 7) > now then stamps = '' end
-    local first = 1
-    while first < #stamps and struct.unpack('>d', stamps, first) <= now - USER_WINDOW do first = first + 8 end
-    if first > 1 then stamps = string.sub(stamps, first) end
-    left = USER_LIMIT - #stamps / 8
-    reset = #stamps > 0 and struct.unpack('>d', stamps) + USER_WINDOW - now or USER_WINDOW
+    if #stamps > 0 then
+      local first = 1
+      while first < #stamps and struct.unpack('>d', stamps, first) <= now - USER_WINDOW do first = first + 8 end
+      if first > 1 then stamps = string.sub(stamps, first) end
+      left = USER_LIMIT - #stamps / 8
+      if #stamps > 0 then reset = struct.unpack('>d', stamps) + USER_WINDOW - now end
+    end
     if left <= 0 then
-      count(claim, 'limited')
+      count(product, 'limited')
       return { 'limited', 0, 0, reset, '' }
     end
     user_record = stamps .. struct.pack('>d', now)
   end
-  if ADDRESS_LIMIT > 0 then
-    address_record, wait = slide(attempts[claim.address_field], ADDRESS_LIMIT, ADDRESS_WINDOW)
+  if claim.by_address then
+    address_record, wait = slide(attempts[claim.by_address], ADDRESS_LIMIT, ADDRESS_WINDOW)
     if wait then
-      count(claim, 'limited_address')
+      count(product, 'limited_address')
       return { 'limited_address', 0, 0, wait, '' }
     end
   end
-  if NETWORK_LIMIT > 0 then
-    network_record, wait = slide(attempts[claim.network_field], NETWORK_LIMIT, NETWORK_WINDOW)
+  if claim.by_network then
+    network_record, wait = slide(attempts[claim.by_network], NETWORK_LIMIT, NETWORK_WINDOW)
     if wait then
-      count(claim, 'limited_network')
+      count(product, 'limited_network')
       return { 'limited_network', 0, 0, wait, '' }
     end
   end
 
-  local outcome, detail, text, cap_name, address_name = nil, 0, '', nil, nil
+  local outcome, detail, text, bought, by_address = nil, 0, '', nil, nil
   if record then
-    outcome = record.request ~= request and 'mismatched' or record.status == '+' and 'replayed' or 'order_ended'
+    outcome = record.request ~= claim.request and 'mismatched' or record.status == '+' and 'replayed' or 'order_ended'
     if outcome ~= 'mismatched' then
       detail, text = record.id or 0, outcome == 'replayed' and record.price or record.status
       replayed = replayed or outcome == 'replayed'
@@ -284,10 +273,19 @@ local function decide(claim)
   elseif product.early then outcome, detail = 'not_open', product.opens
   elseif claim.e and claim.e ~= product.cents then outcome, text = 'price_changed', product.price
   else
-    local bought, by_address
-    if product.cap then bought, cap_name = units_of(claim.bucket, claim.field) end
+    if product.cap then
+      bought = product.bought[claim.user]
+      if not bought then
+        bought = counted(claim.bucket, claim.field)
+        product.bought[claim.user] = bought
+      end
+    end
     if ADDRESS_UNITS > 0 and not (bought and bought + quantity > product.cap) then
-      by_address, address_name = units_of(product.by_address, claim.address)
+      by_address = product.by_address[claim.address]
+      if not by_address then
+        by_address = counted(product.address_units, claim.address)
+        product.by_address[claim.address] = by_address
+      end
     end
     if bought and bought + quantity > product.cap then outcome = 'capped'
     elseif by_address and by_address + quantity > ADDRESS_UNITS then outcome = 'capped_address'
@@ -311,7 +309,7 @@ local function decide(claim)
       waiting = waiting or read('XLEN', KEYS[5])
       -- Back-pressure: better a clear refusal than a Redis out of memory. Costs the shopper no attempt.
       if waiting >= MOST_WAITING then
-        count(claim, 'overloaded')
+        count(product, 'overloaded')
         return { 'overloaded', 0, -1, 0, '' }
       end
     end
@@ -319,24 +317,20 @@ local function decide(claim)
 
   -- Who comes too early keeps the user's attempts for the opening, and has others for this.
   if user_record and (outcome == 'paused' or outcome == 'not_open') then
-    user_field = claim.early_field
-    user_record, wait = slide(attempts[user_field], EARLY_LIMIT, EARLY_WINDOW)
+    by_user = claim.by_early
+    user_record, wait = slide(attempts[by_user], EARLY_LIMIT, EARLY_WINDOW)
     if wait then
-      count(claim, 'limited_early')
+      count(product, 'limited_early')
       return { 'limited_early', 0, 0, wait, '' }
     end
   elseif user_record then left = left - 1 end
 
   -- Nothing below can fail.
-  if user_record then attempts[user_field], noted[user_field] = user_record, true end
-  if address_record then
-    attempts[claim.address_field], noted[claim.address_field] = address_record, true
-  end
-  if network_record then
-    attempts[claim.network_field], noted[claim.network_field] = network_record, true
-  end
+  if user_record then attempts[by_user], noted[by_user] = user_record, true end
+  if address_record then attempts[claim.by_address], noted[claim.by_address] = address_record, true end
+  if network_record then attempts[claim.by_network], noted[claim.by_network] = network_record, true end
   if outcome then
-    count(claim, outcome)
+    count(product, outcome)
     return { outcome, detail, left, reset, text }
   end
   product.free, product.accepted = product.free - quantity, product.accepted + 1
@@ -346,68 +340,66 @@ local function decide(claim)
     product.held, claim.held = product.held + quantity, string.format('%d', now + product.hold * 1000)
     price = price .. ' ' .. claim.held
   end
-  if cap_name then unit_counts[cap_name] = unit_counts[cap_name] + quantity end
-  if address_name then unit_counts[address_name] = unit_counts[address_name] + quantity end
+  if bought then product.bought[claim.user] = bought + quantity end
+  if by_address then product.by_address[claim.address] = by_address + quantity end
   if record_name then
-    records[record_name] = { claim = claim, request = request, price = price, status = '+' }
+    records[record_name] = { claim = claim, request = claim.request, price = price, status = '+' }
   end
-  waiting, claim.request = waiting + 1, request
+  waiting = waiting + 1
   accepted[#accepted + 1] = claim
   return { 'accepted', 0, left, reset, price }
 end
 
-local answers = {}
-for i, claim in ipairs(claims) do
+for i = 1, claim_count do
+  local claim = claims[i]
   local decided, answer = pcall(decide, claim)
-  claim.answer = decided and answer or { 'undone', 0, -1, 0, tostring(answer) }
-  answers[i] = claim.answer
+  if not decided then answer = { 'undone', 0, -1, 0, tostring(answer) } end
+  claim.answer, answers[i] = answer, answer
 end
 
 -- 3. Note attempts and refusals. What refused shoppers cost is bounded: a hash that takes more memory
 -- than it leaves free gets no new fields, and who is new is not limited. By pcall: refusals are given,
 -- and replays answered, where Redis has no memory left.
 
-if stale then redis.call('UNLINK', here) end
-if next(noted) then
-  local pairs_known, pairs_new = {}, {}
-  for field in pairs(noted) do
-    local to = stored[field] and pairs_known or pairs_new
-    to[#to + 1] = field
-    to[#to + 1] = attempts[field]
-  end
-  if #pairs_new > 0 then
-    if now < checked or now > checked + 50 then
-      local info = redis.pcall('INFO', 'memory')
+if stale then call('UNLINK', here) end
+local pairs_noted = {}
+for i = 2, #fields do
+  if noted[i] then
+    if added[i] and (now < checked or now > checked + 50) then
+      local info = try('INFO', 'memory')
       local function figure(name)
         return type(info) == 'string' and tonumber(string.match(info, '\n' .. name .. ':(%d+)')) or 0
       end
       local most, used = figure('maxmemory'), figure('used_memory') - figure('mem_not_counted_for_evict')
-      local own = (redis.call('MEMORY', 'USAGE', here) or 0) + (redis.call('MEMORY', 'USAGE', before) or 0)
-      growing = own < MOST_BYTES and (most == 0 or own < most - used) and 1 or 0
+      local own = (call('MEMORY', 'USAGE', here) or 0) + (call('MEMORY', 'USAGE', before) or 0)
+      checked, growing = now, own < MOST_BYTES and (most == 0 or own < most - used) and 1 or 0
       -- The long value makes it a hash in which Redis finds fields at once, however few there are.
-      redis.pcall('HSET', here, '', struct.pack('>ddd', turn, now, growing), '-', string.rep('-', 128))
+      try('HSET', here, '', struct.pack('>ddd', turn, now, growing), '-', string.rep('-', 128))
     end
-    if growing == 1 then
-      for i = 1, #pairs_new do pairs_known[#pairs_known + 1] = pairs_new[i] end
+    if not added[i] or growing == 1 then
+      local at = #pairs_noted
+      pairs_noted[at + 1], pairs_noted[at + 2] = fields[i], attempts[i]
     end
   end
-  if #pairs_known > 0 then redis.pcall('HSET', here, unpack(pairs_known)) end
 end
-for hash, of in pairs(counts) do
-  for outcome, times in pairs(of) do redis.pcall('HINCRBY', hash, outcome, times) end
+if #pairs_noted > 0 then try('HSET', here, unpack(pairs_noted)) end
+for i = 1, product_count do
+  local product = products[i]
+  if product.outcomes then
+    for outcome, times in pairs(product.outcomes) do try('HINCRBY', product.counts, outcome, times) end
+  end
 end
 
 -- An order that is told once more may be on no replica yet, and WAIT waits for this connection's
 -- writes alone: see replicas.py. PEXPIRE is allowed where memory is short.
 if REPLICAS > 0 and replayed then
+  local fence = KEYS[first_former - 1]
   redis.set_repl(redis.REPL_ALL)
-  local done = redis.pcall('PEXPIRE', KEYS[#KEYS], '1000000000000')
-  if done == 0 then done = redis.pcall('SET', KEYS[#KEYS], '1') end
+  local done = try('PEXPIRE', fence, '1000000000000')
+  if done == 0 then done = try('SET', fence, '1') end
   if failed(done) then
     for _, answer in ipairs(answers) do
-      if answer[1] == 'replayed' then
-        for i, word in ipairs({ 'undone', 0, -1, 0, done.err }) do answer[i] = word end
-      end
+      if answer[1] == 'replayed' then undo(answer, done.err) end
     end
   end
 end
@@ -419,111 +411,95 @@ if #accepted == 0 then return answers end
 
 redis.set_repl(redis.REPL_ALL)
 
-local function give_up(claim, why)
-  local product = claim.product
-  product.free, product.accepted = product.free + claim.units, product.accepted - 1
-  product.claimed = product.claimed - claim.units
-  if claim.held then product.held = product.held - claim.units end
-  claim.id = nil
-  for i, word in ipairs({ 'undone', 0, -1, 0, why }) do claim.answer[i] = word end
-end
-
 local function uncount(hash, field, units)
   if redis.call('HINCRBY', hash, field, -units) <= 0 then redis.call('HDEL', hash, field) end
 end
 
-local function take_back(claim, steps)
+local function give_up(claim, why, steps)
+  local product = claim.product
   if steps > 2 and claim.k then redis.call('HDEL', claim.keys, claim.key_field) end
-  if steps > 1 and ADDRESS_UNITS > 0 then uncount(claim.product.by_address, claim.address, claim.units) end
+  if steps > 1 and ADDRESS_UNITS > 0 then uncount(product.address_units, claim.address, claim.units) end
   if steps > 0 then uncount(claim.bucket, claim.field, claim.units) end
-end
-
-local function keep(claim)
-  local done = redis.pcall('HINCRBY', claim.bucket, claim.field, claim.units)
-  if failed(done) then return done.err end
-  if ADDRESS_UNITS > 0 then
-    done = redis.pcall('HINCRBY', claim.product.by_address, claim.address, claim.units)
-    if failed(done) then
-      take_back(claim, 1)
-      return done.err
-    end
-  end
-  if claim.k then
-    local record = string.format(
-      '%d %s +%s %s', claim.id, claim.product.price, claim.held or '', claim.request)
-    done = redis.pcall('HSET', claim.keys, claim.key_field, record)
-    if failed(done) then
-      take_back(claim, 2)
-      return done.err
-    end
-  end
+  product.free, product.accepted = product.free + claim.units, product.accepted - 1
+  product.claimed = product.claimed - claim.units
+  if claim.held then product.held = product.held - claim.units end
+  claim.id = false
+  undo(claim.answer, why)
 end
 
 local function put_products()
-  for _, product in ipairs(products) do
+  for i = 1, product_count do
+    local product, done = products[i], nil
     if product.changed then
-      local held = product.hold and { 'held', product.held } or {}
-      local done = redis.pcall('HSET', product.hash,
-        'free', product.free, 'accepted', product.accepted, 'claimed', product.claimed, unpack(held))
+      if product.hold then
+        done = redis.pcall('HSET', product.hash, 'free', product.free, 'accepted', product.accepted,
+          'claimed', product.claimed, 'held', product.held)
+      else
+        done = redis.pcall('HSET', product.hash, 'free', product.free, 'accepted', product.accepted,
+          'claimed', product.claimed)
+      end
       if failed(done) then return done.err end
     end
   end
 end
 
 -- A shard's ids are those that leave its number when divided by how many there are.
-local stride = tonumber(string.match(dealt, '%d+') or 1)
-local ids = redis.pcall('INCRBY', KEYS[7], #accepted * stride)
+local ids = try('INCRBY', KEYS[7], #accepted * SHARDS)
 if failed(ids) then
-  for _, claim in ipairs(accepted) do give_up(claim, ids.err) end
+  for _, claim in ipairs(accepted) do give_up(claim, ids.err, 0) end
 else
-  local kept, scores, id = {}, {}, ids - #accepted * stride
-  for _, claim in ipairs(accepted) do
-    claim.id = id + stride
-    local why = keep(claim)
-    if why then give_up(claim, why)
+  local kept, scores, id = {}, {}, ids - (#accepted - 1) * SHARDS
+  for i = 1, #accepted do
+    local claim = accepted[i]
+    claim.id = id
+    local steps, done = 0, try('HINCRBY', claim.bucket, claim.field, claim.units)
+    if ADDRESS_UNITS > 0 and not failed(done) then
+      steps, done = 1, try('HINCRBY', claim.product.address_units, claim.address, claim.units)
+    end
+    if claim.k and not failed(done) then
+      steps, done = 2, try('HSET', claim.keys, claim.key_field, string.format(
+        '%d %s +%s %s', id, claim.product.price, claim.held or '', claim.request))
+    end
+    if failed(done) then give_up(claim, done.err, steps)
     else
-      id = id + stride
-      kept[#kept + 1] = claim
-      scores[#scores + 1] = claim.s or claim.user
-      scores[#scores + 1] = claim.id
+      local at = #kept
+      kept[at + 1], scores[2 * at + 1], scores[2 * at + 2] = claim, claim.s or claim.user, id
+      id = id + SHARDS
     end
   end
   local sold, why = 0, nil
   if #kept > 0 then
-    local queued = redis.pcall('ZADD', KEYS[6], unpack(scores))
+    local queued = try('ZADD', KEYS[6], unpack(scores))
     why = failed(queued) and queued.err or put_products()
     local stamp = string.format('%d', now)
     for i = 1, why and 0 or #kept do
       local claim = kept[i]
-      local entry = table.concat(
-        { claim.user, claim.product.id, claim.units, claim.product.price, stamp, claim.k or '' }, ' ')
+      local entry = claim.user .. ' ' .. claim.product.id .. ' ' .. claim.units .. ' ' .. claim.product.price
+        .. ' ' .. stamp .. ' ' .. (claim.k or '')
       if claim.s or claim.r or claim.held then
         entry = 'v2 ' .. entry .. ' ' .. (claim.r or '') .. ' ' .. (claim.held or '')
       end
       -- The order's id is also its id in the outbox.
-      local added = redis.pcall('XADD', KEYS[5], string.format('%d-0', claim.id), 'order', entry)
-      why = failed(added) and added.err
+      local done = try('XADD', KEYS[5], string.format('%d-0', claim.id), 'order', entry)
+      why = failed(done) and done.err
       if why then break end
       claim.answer[2], sold = claim.id, i
     end
     for i = sold + 1, #kept do
       local claim = kept[i]
-      if not failed(queued) then redis.call('ZREM', KEYS[6], claim.id) end
-      take_back(claim, 3)
-      give_up(claim, why)
+      if not failed(queued) then call('ZREM', KEYS[6], claim.id) end
+      give_up(claim, why, 3)
     end
     if sold < #kept then put_products() end
   end
-  if sold < #accepted then redis.call('DECRBY', KEYS[7], (#accepted - sold) * stride) end
+  if sold < #accepted then call('DECRBY', KEYS[7], (#accepted - sold) * SHARDS) end
 end
 
 -- Who came again under a key of this very batch is told what became of the first.
-for _, claim in ipairs(claims) do
-  if claim.again then
-    if claim.again.id then claim.answer[2] = claim.again.id
-    else
-      for i, word in ipairs({ 'undone', 0, -1, 0, claim.again.answer[5] }) do claim.answer[i] = word end
-    end
+for i = 1, keyed > 0 and claim_count or 0 do
+  local again = claims[i].again
+  if again then
+    if again.id then answers[i][2] = again.id else undo(answers[i], again.answer[5]) end
   end
 end
 return answers
