@@ -70,14 +70,19 @@ def quick_passwords() -> Iterator[None]:
 def built_app(settings, quick_passwords):
     app = create_app(settings)
     app.test_client_class = DocumentedClient
+    app.extensions["its_shards"] = stock.shards
     with app.app_context():
         flask_migrate.upgrade()
     return app
 
 
 @pytest.fixture
-def app(built_app):
+def app(built_app, settings):
     """The app with an empty shop but for product 1, which has 100 items."""
+    if stock.shards is not built_app.extensions["its_shards"]:
+        # A process has one stock, and another test has made it another app's, or nobody's.
+        stock.init_app(settings, lambda: recovery.sale_on_record(built_app))
+        built_app.extensions["its_shards"] = stock.shards
     _reset(built_app)
     yield built_app
     with built_app.app_context():

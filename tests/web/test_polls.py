@@ -73,15 +73,17 @@ def test_one_answer_serves_many(app, admin, renders, sessions_read):
     sessions_read.clear()
 
     async def polling(ask, _):
-        first = await ask(poll)
-        return first, [await ask(poll) for _ in range(50)]
+        began, first = time.monotonic(), await ask(poll)
+        others = [await ask(poll) for _ in range(50)]
+        return first, others, time.monotonic() - began
 
-    first, others = talk(app, polling)
+    first, others, seconds = talk(app, polling)
     assert {(reply.status, reply.body) for reply in others} == {(200, first.body)}
     assert b'id="product-1"' in first.body
-    # Fifty polls take a fraction of the second for which the answer is fresh.
-    assert len(renders) <= 2
-    assert len(sessions_read) <= 4
+    # Fifty polls take a fraction of the second for which an answer is fresh; or as it may be.
+    most = 2 + int(seconds / polls.FRESH_SECONDS)
+    assert len(renders) <= most
+    assert len(sessions_read) <= 2 * most
     own = {"date", "x-request-id"}
     heads = [{k: v for k, v in r.headers.items() if k not in own} for r in (first, others[0])]
     assert heads[0] == heads[1]
