@@ -13,6 +13,7 @@ from ..models import DeadLetter
 from ..orders import deadletters, search
 from ..problems import InvalidRequest
 from ..products import catalogue
+from ..products.names import Names
 from ..reading import MAX_ID, canonical
 from . import forms
 
@@ -27,9 +28,8 @@ STATES = ("open", "replayed", "abandoned")
 DECISIONS = {"replay": deadletters.replay, "abandon": deadletters.abandon}
 
 
-def called(letters: Iterable[DeadLetter]) -> dict[int, str | None]:
+def called(letters: Iterable[DeadLetter], names: Names) -> dict[int, str | None]:
     """Return, by the letters' ids, what their products were called when they were sold."""
-    names = catalogue.names()
     found: dict[int, str | None] = {}
     for letter in letters:
         # What can't be read as an order tells no moment.
@@ -64,12 +64,14 @@ def index() -> ResponseReturnValue:
         error=request.args.get("error", "").strip() or None,
     )
     letters = [] if nobody else deadletters.list_letters(filters, before, PAGE_LETTERS + 1)
+    names = catalogue.names()
     return render_template(
         "admin/_dead_letters.html"
         if request.headers.get("HX-Target") == "results"
         else "admin/dead_letters.html",
         letters=letters[:PAGE_LETTERS],
-        called=called(letters[:PAGE_LETTERS]),
+        names=names,
+        called=called(letters[:PAGE_LETTERS], names),
         older=letters[PAGE_LETTERS - 1].id if len(letters) > PAGE_LETTERS else None,
         before=before,
         state=state,
@@ -101,13 +103,14 @@ def show_review(
         if effect.returned_units:
             product_id = effect.letter.product_id
             returned[product_id] = returned.get(product_id, 0) + effect.returned_units
+    names = catalogue.names()
     return render_template(
         "admin/dead_letters_review.html",
         effects=effects,
         returned=returned,
         replayable=sum(effect.obstacle is None for effect in effects),
-        called=called(effect.letter for effect in effects),
-        names=catalogue.names(),
+        called=called((effect.letter for effect in effects), names),
+        names=names,
         errors=errors or {},
     ), status
 

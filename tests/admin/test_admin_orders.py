@@ -271,7 +271,9 @@ def test_an_export_that_is_not_whole_says_so(app, support, buy, drain, monkeypat
 
 
 class Away:
-    """Redis, when nobody can reach it."""
+    """Redis, when nobody can reach it; how many shards there are is a setting."""
+
+    shards = (None,)
 
     def __getattr__(self, name):
         raise Unavailable("away")
