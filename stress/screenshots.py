@@ -34,7 +34,7 @@ from app.config import load_settings, with_secrets
 from app.run.embedded import embedded_servers
 from app.stock.keys import KEYS
 
-CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
+CHROMIUM = shutil.which("chromium-headless-shell") or shutil.which("chromium")
 WIDTHS = {"wide": (1440, 900), "narrow": (360, 780)}
 HISTORY_SECONDS = 860
 MINUTE = timedelta(minutes=1)
