@@ -58,7 +58,7 @@ SABOTAGES = {
                 "app/orders/drain.py",
                 "        connection.commit()\n",
                 "        import time\n"
-                "        _settle(generation, rows, dead)\n"
+                "        _settle(shard, generation, rows, dead)\n"
                 "        time.sleep(0.1)\n"
                 "        connection.commit()\n",
             ),
@@ -70,7 +70,9 @@ SABOTAGES = {
         [
             (
                 "app/stock/loop_line.py",
-                "        else:\n            self._tell(batch, answer)\n\n    def _once_more(",
+                "        else:\n"
+                '            self._tell(batch, cast("Exception", answer))\n\n'
+                "    def _once_more(",
                 """        else:
             asyncio.get_running_loop().call_later(0.1, self._once_more, batch, False, answer)
 
