@@ -63,7 +63,8 @@ SABOTAGES = {
                 "        connection.commit()\n",
             ),
         ],
-        ("--kinds", "cut postgres", "--kills", "10"),
+        # Each hits a drain between the two steps only mostly.
+        ("--kinds", "cut postgres", "--kills", "20"),
         {"lost"},
     ),
     "a claim without an answer is sent again": (
