@@ -11,9 +11,10 @@ from itertools import count
 
 import psycopg2
 import pytest
-from checker import OK, REFUSED, UNKNOWN, Attempt, History, Movement, Order, Restock, Stored, check
+from checker import OK, REFUSED, UNKNOWN, Attempt, History, Restock, Stored, check
 from drills import often
 from nodes import DOWN_AFTER_MS, KINDS, Cluster, Node, Pair
+from rush import stored_by
 from system import start_system, stop_system
 from waiting import patience, wait_until
 
@@ -78,22 +79,11 @@ class Rush:
 def read_stored(server, primary: Node) -> Stored:
     url = PostgresServer(server.data_dir).url.replace("+psycopg2", "")
     with contextlib.closing(psycopg2.connect(url)) as connection, connection.cursor() as cursor:
-        cursor.execute(
-            "SELECT id, user_id, product_id, quantity, idempotency_key, status FROM orders"
-        )
-        orders = [Order(*row) for row in cursor]
-        cursor.execute(
-            "SELECT id, product_id, kind, units, order_id, idempotency_key, applied_at IS NOT NULL"
-            " FROM stock_movements"
-        )
-        movements = [Movement(*row) for row in cursor]
-        cursor.execute("SELECT order_id, user_id, product_id, quantity, '', '' FROM dead_letters")
-        letters = [Order(*row) for row in cursor]
         cursor.execute("SELECT count(*) FROM audit_log WHERE action LIKE 'sale.rebuild%'")
         ((rebuilds,),) = cursor.fetchall()
     assert rebuilds == 0
     free = int(primary.client.hget(KEYS.product(1), "free"))
-    return Stored(orders, letters, movements, {1: free}, primary.client.xlen(KEYS.outbox))
+    return stored_by(server, free, primary.client.xlen(KEYS.outbox), [])
 
 
 @pytest.fixture
