@@ -21,7 +21,7 @@ from ..database import sqlstate
 from ..extensions import db, stock
 from ..generation import Held, held, on_record
 from ..locks import DRAIN_LOCK, REPAIR_LOCK
-from ..problems import Conflict, Unprepared
+from ..problems import Conflict, Unavailable, Unprepared
 from ..products.movements import expired
 from ..stock.figures import Account, Accounts
 from ..stock.shard import Shard
@@ -131,6 +131,8 @@ class Check:
     # By shard and product Redis' counter of stored orders minus what PostgreSQL has; a display
     # figure, mended as found.
     uncounted: dict[tuple[int, int], int]
+    # Shards out of reach: nothing is proved of them, and the sums are without them.
+    missing: tuple[int, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -155,6 +157,7 @@ class Check:
             "generation": self.generation,
             "ok": self.ok,
             "problems": self.problems,
+            "missing": self.missing,
             "products": products,
         }
 
@@ -213,16 +216,18 @@ def _read_stored() -> Stored:
     return Stored(generation, shards, last, of_shards, [Pending(*of) for of in pending or ()])
 
 
-def check(count_up_to: int = COUNTED_ORDERS_BY_HAND, rows: bool = False) -> Check:
+def check(
+    count_up_to: int = COUNTED_ORDERS_BY_HAND, rows: bool = False, reachable: bool = False
+) -> Check:
     """Prove the ledger of every product, while selling goes on.
 
     An outbox of up to `count_up_to` orders is counted entry by entry; beyond it Redis' counters are
     believed. With `rows` the totals in PostgreSQL are compared with the rows themselves, which
-    takes about half a second for a million orders.
+    takes about half a second for a million orders. `reachable` proves those shards alone.
 
     Raises stock.Unavailable, stock.Unprepared when Redis holds no sale or another one, and Unquiet.
     """
-    result = _compare(_consistent_views(count_up_to))
+    result = _compare(_consistent_views(count_up_to, reachable))
     if len(stock.shards) > 1:
         _count_in_transit(result)
     if rows:
@@ -230,9 +235,10 @@ def check(count_up_to: int = COUNTED_ORDERS_BY_HAND, rows: bool = False) -> Chec
     return result
 
 
-def _consistent_views(count_up_to: int) -> list[tuple[Stored, Accounts]]:
+def _consistent_views(count_up_to: int, reachable: bool) -> dict[int, tuple[Stored, Accounts]]:
     """Return both halves of each shard, as they were while nothing about it was stored."""
     found: dict[int, tuple[Stored, Accounts]] = {}
+    away: dict[int, Unavailable] = {}
     try:
         before = _read_stored()
         for reading in range(READINGS):
@@ -242,16 +248,21 @@ def _consistent_views(count_up_to: int) -> list[tuple[Stored, Accounts]]:
                 db.session.execute(text(STANDSTILL))
                 before = _read_stored()
             ids = {of for sums in before.totals.values() for of in sums}
-            read = {
-                number: shard.accounts(
-                    sorted({*ids, *shard.product_ids()}),
-                    before.last_order_ids[number],
-                    [pending.movement_id for pending in before.pending],
-                    count_up_to,
-                )
-                for number, shard in enumerate(stock.shards)
-                if number not in found
-            }
+            read = {}
+            for number, shard in enumerate(stock.shards):
+                if number in found or number in away:
+                    continue
+                try:
+                    read[number] = shard.accounts(
+                        sorted({*ids, *shard.product_ids()}),
+                        before.last_order_ids[number],
+                        [pending.movement_id for pending in before.pending],
+                        count_up_to,
+                    )
+                except Unavailable as error:
+                    away[number] = error
+                    if not reachable or len(away) == len(stock.shards):
+                        raise
             after = _read_stored()
             if after.shards != len(stock.shards):
                 raise Unprepared(f"the sale has {after.shards} shards, which SHARDS must say")
@@ -260,8 +271,8 @@ def _consistent_views(count_up_to: int) -> list[tuple[Stored, Accounts]]:
                 for number, accounts in read.items()
                 if after.of(number) == before.of(number)
             }
-            if len(found) == len(stock.shards):
-                return [found[number] for number in range(len(found))]
+            if len(found) + len(away) == len(stock.shards):
+                return dict(sorted(found.items()))
             before = after
     except OperationalError as error:
         if sqlstate(error) != LOCK_NOT_AVAILABLE:
@@ -271,17 +282,22 @@ def _consistent_views(count_up_to: int) -> list[tuple[Stored, Accounts]]:
     raise Unquiet("the ledger found no quiet moment; try again")
 
 
-def _compare(views: list[tuple[Stored, Accounts]]) -> Check:
-    holds = [held(accounts.generation, stored.generation) for stored, accounts in views]
-    if Held.THIS not in holds:
+def _compare(views: dict[int, tuple[Stored, Accounts]]) -> Check:
+    holds = {
+        number: held(accounts.generation, stored.generation)
+        for number, (stored, accounts) in views.items()
+    }
+    if Held.THIS not in holds.values():
         raise Unprepared("Redis does not hold this sale")
-    stored = views[-1][0]
-    result = Check(stock.board.now(), stored.generation, {}, [], [], {})
-    for shard, (of, accounts), is_held in zip(stock.shards, views, holds, strict=True):
-        if is_held is Held.THIS:
-            _compare_shard(result, shard.part, of, accounts)
+    stored = max(views.items())[1][0]
+    missing = tuple(number for number in range(len(stock.shards)) if number not in views)
+    result = Check(stock.board.now(), stored.generation, {}, [], [], {}, missing)
+    for number, (of, accounts) in views.items():
+        part = stock.shards[number].part
+        if holds[number] is Held.THIS:
+            _compare_shard(result, part, of, accounts)
         else:
-            result.problems.append(_of(shard.part, "it does not hold this sale"))
+            result.problems.append(_of(part, "it does not hold this sale"))
     if len(stock.shards) > 1:
         _sum_up(result, stored.totals.get(-1, {}))
     else:
@@ -359,10 +375,11 @@ def _count_in_transit(result: Check) -> None:
     come from nowhere.
     """
     ids = sorted(result.products)
-    received, sent = (stock.each(lambda shard: shard.lent(ids)) for _ in range(2))
+    there = [number for number in range(len(stock.shards)) if number not in result.missing]
+    received, sent = ({of: stock.shards[of].lent(ids) for of in there} for _ in range(2))
     for index, product_id in enumerate(ids):
         product, in_transit = result.products[product_id], 0
-        for source, target in permutations(range(len(stock.shards)), 2):
+        for source, target in permutations(there, 2):
             lent = sent[source][index].get(f"sent.{target}", 0)
             given = received[target][index].get(f"recv.{source}", 0)
             in_transit += lent - given
@@ -457,7 +474,7 @@ def check_in_turn() -> None:
 def keep_proof() -> None:
     """Prove the ledger now, for the dashboard. A sale that is not in Redis is a proof, too."""
     try:
-        result = check(COUNTED_ORDERS)
+        result = check(COUNTED_ORDERS, reachable=True)
     except Unquiet:
         return
     except Unprepared as error:

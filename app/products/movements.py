@@ -18,7 +18,7 @@ from ..extensions import db, stock
 from ..generation import on_record
 from ..locks import SALE_LOCK
 from ..models import ENDED_STATUSES, DeadLetter, Order, Product, ProductTotals, StockMovement
-from ..problems import Conflict, InvalidRequest, KeyMismatch, UnknownProduct
+from ..problems import Conflict, InvalidRequest, KeyMismatch, Unavailable, UnknownProduct
 from ..reading import MAX_RESTOCK, MAX_STOCK
 from ..stock.entries import Entry, standing
 from ..stock.gateway import Moved
@@ -243,6 +243,8 @@ def _ended_by(movement: StockMovement, order: Order | None = None) -> Ended | No
 
 
 PENDING_AT_ONCE = 1000
+# Of those that can't be applied so many are tried before the next sweep goes on behind them.
+FAILED_AT_ONCE = 20
 APPLIED = text("""
 UPDATE stock_movements m SET applied_at = clock_timestamp(), stock_after = done.free,
                             parts = CAST(done.parts AS bigint[])
@@ -291,23 +293,53 @@ def apply_together(movement_ids: Sequence[int]) -> set[int]:
     return {movement_id for movement_id, _, _ in done}
 
 
+class Finisher:
+    """Applies the movements that a crash left between PostgreSQL and Redis.
+
+    One that waits for a shard which is out of reach keeps none of the others.
+    """
+
+    def __init__(self) -> None:
+        self._after = 0
+
+    def run_once(self) -> int:
+        """Return how many were looked at. Raises stock.Unavailable where some must wait."""
+        pending = db.session.execute(
+            select(StockMovement.id, StockMovement.kind)
+            .where(StockMovement.applied_at.is_(None), StockMovement.id > self._after)
+            .order_by(StockMovement.id)
+            .limit(PENDING_AT_ONCE)
+        ).all()
+        self._after = 0
+        # A bulk cancel that was killed leaves hundreds.
+        returns = [movement_id for movement_id, kind in pending if kind == "return"]
+        done, failed = set(), []
+        try:
+            done = apply_together(returns) if returns else set()
+        except Unavailable:
+            # One by one, then: each is of one shard alone.
+            db.session.rollback()
+        for movement_id, _ in pending:
+            movement = None if movement_id in done else db.session.get(StockMovement, movement_id)
+            if movement is None:
+                continue
+            try:
+                with suppress(Conflict):
+                    apply_movement(movement)
+            except Unavailable as error:
+                db.session.rollback()
+                failed.append(error)
+                if len(failed) == FAILED_AT_ONCE:
+                    self._after = movement_id
+                    break
+        if failed:
+            raise failed[0]
+        return len(pending)
+
+
 def finish_pending() -> int:
-    """Apply the movements that a crash left between PostgreSQL and Redis; return their number."""
-    pending = db.session.execute(
-        select(StockMovement.id, StockMovement.kind)
-        .where(StockMovement.applied_at.is_(None))
-        .order_by(StockMovement.id)
-        .limit(PENDING_AT_ONCE)
-    ).all()
-    # A bulk cancel that was killed leaves hundreds.
-    returns = [movement_id for movement_id, kind in pending if kind == "return"]
-    done = apply_together(returns) if returns else set()
-    for movement_id, _ in pending:
-        movement = None if movement_id in done else db.session.get(StockMovement, movement_id)
-        if movement is not None:
-            with suppress(Conflict):
-                apply_movement(movement)
-    return len(pending)
+    """Do it once, from the oldest on. See Finisher.run_once."""
+    return Finisher().run_once()
 
 
 def movements_of(

@@ -11,7 +11,7 @@ from sqlalchemy import select
 from ..extensions import db, stock
 from ..generation import Held, held, on_record
 from ..models import Product
-from ..problems import Unprepared
+from ..problems import Unavailable, Unprepared
 
 
 def require_sale() -> None:
@@ -64,11 +64,21 @@ def _milliseconds(moment: datetime | None) -> int | None:
 
 
 def publish_stale() -> int:
-    """Put in force what Redis does not know yet; return the number of products."""
+    """Put in force what Redis does not know yet; return the number of products.
+
+    Raises stock.Unavailable where a shard can't be told, once all else is done.
+    """
     products = list(db.session.scalars(select(Product)))
     view = stock.view([product.id for product in products])
-    return sum(
-        publish(product)
-        for product in products
-        if view.products.get(product.id, {}).get("version", 0) < product.version
-    )
+    done, failed = 0, None
+    for product in products:
+        if view.products.get(product.id, {}).get("version", 0) < product.version:
+            try:
+                done += publish(product)
+            except Unavailable as error:
+                failed = error
+                if len(stock.shards) == 1:
+                    break
+    if failed:
+        raise failed
+    return done

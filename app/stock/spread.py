@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from ..problems import Unavailable
 from .brakes import Act, BrakeGateway, Brakes
@@ -9,6 +10,8 @@ from .claims import Claim, Request, Tell
 from .place import place
 from .pulls import LoopPulls, ThreadPulls
 from .shard import Shard
+
+Answer = TypeVar("Answer")
 
 
 class ThreadLines:
@@ -76,7 +79,7 @@ class SpreadBrakes:
 
     def read(self) -> Brakes:
         """Return which are set, as far as shards can be reached. Raises Unavailable."""
-        return _union([gateway.read() for gateway in self._gateways])
+        return _union(self._reached(BrakeGateway.read))
 
     def change(
         self, on: bool, product_id: int | None, act: dict[str, str | None], key: str | None
@@ -97,8 +100,8 @@ class SpreadBrakes:
         return done[0][0], _union([brakes for _, brakes, _ in done]), done[0][2]
 
     def acts(self, most: int) -> list[Act]:
-        """Return the oldest acts that the audit lacks, one by its id, from every shard."""
-        found = [act for gateway in self._gateways for act in gateway.acts(most)]
+        """Return the oldest acts that the audit lacks, one by its id, from shards in reach."""
+        found = [act for acts in self._reached(lambda of: of.acts(most)) for act in acts]
         return list({act.act_id: act for act in sorted(found, key=lambda act: act.at_ms)}.values())
 
     def forget(self, acts: list[Act]) -> None:
@@ -108,19 +111,41 @@ class SpreadBrakes:
             # Each shard has noted it by its own clock.
             gateway.forget([act for act in gateway.acts(len(acts)) if act.act_id in ids])
 
+    def _reached(self, ask: Callable[[BrakeGateway], Answer]) -> list[Answer]:
+        """Return the answers of those that can be reached. Raises Unavailable where none can."""
+        answers, failed = [], None
+        for gateway in self._gateways:
+            try:
+                answers.append(ask(gateway))
+            except Unavailable as error:
+                failed = error
+        if failed and not answers:
+            raise failed
+        return answers
+
     def agree(self, acts: list[Act]) -> None:
         """Have the newest of the acts for each brake in force in every shard.
 
         Raises Unavailable where one can't be reached: what it missed is not to be forgotten.
         """
         newest = {act.product_id: act for act in acts}
+        failed = None
         for gateway in self._gateways:
-            brakes = gateway.read()
-            for product_id, act in newest.items():
-                is_set = brakes.sale if product_id is None else product_id in brakes.products
-                if is_set != act.on:
-                    told = {"id": act.act_id, "actor": act.actor, "address": act.address}
-                    gateway.change(act.on, product_id, told, None)
+            try:
+                self._agree(gateway, newest)
+            except Unavailable as error:
+                failed = error
+        if failed:
+            raise failed
+
+    @staticmethod
+    def _agree(gateway: BrakeGateway, newest: dict[int | None, Act]) -> None:
+        brakes = gateway.read()
+        for product_id, act in newest.items():
+            is_set = brakes.sale if product_id is None else product_id in brakes.products
+            if is_set != act.on:
+                told = {"id": act.act_id, "actor": act.actor, "address": act.address}
+                gateway.change(act.on, product_id, told, None)
 
 
 def _union(brakes: Sequence[Brakes]) -> Brakes:

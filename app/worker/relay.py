@@ -165,21 +165,39 @@ class Sweeper:
     def __init__(self) -> None:
         self._shelf = shelf.Shelf()
         self._observer = observed.Observer()
+        self._finisher = movements.Finisher()
 
     def run_once(self, stopped: threading.Event) -> None:
         started = time.monotonic()
-        record_issued()
-        recovery.close_when_stale()
-        brake.carry_over()
-        if sale.is_prepared():
-            sale.publish_stale()
-            movements.finish_pending()
-            stock.finish_lent(on_record())
-            intents.apply_open()
-            self._shelf.renew()
-            self._observer.run_once()
-        ledger.check_in_turn()
+        failed = self._done(
+            record_issued, recovery.close_when_stale, brake.carry_over, self._finish,
+            ledger.check_in_turn,
+        )  # fmt: skip
         stopped.wait(max(0.0, started + SWEEP_SECONDS - time.monotonic()))
+        if failed:
+            raise failed
+
+    def _finish(self) -> None:
+        if sale.is_prepared():
+            failed = self._done(
+                sale.publish_stale, self._finisher.run_once,
+                lambda: stock.finish_lent(on_record()), intents.apply_open, self._shelf.renew,
+                self._observer.run_once,
+            )  # fmt: skip
+            if failed:
+                raise failed
+
+    @staticmethod
+    def _done(*steps: Callable[[], object]) -> Unavailable | None:
+        """Take every step, and return what failed first: a shard may be out of reach for hours."""
+        failed = None
+        for step in steps:
+            try:
+                step()
+            except Unavailable as error:
+                db.session.rollback()
+                failed = failed or error
+        return failed
 
 
 ISSUED_OF_ALL = text("""

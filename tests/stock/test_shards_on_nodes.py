@@ -1,9 +1,13 @@
 """A sale of six shards on a cluster of three primaries: each shopper is sold to by one node."""
 
+import contextlib
+import threading
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 from nodes import Cluster
+from sqlalchemy import text
 from test_shards import buy_all, drained, is_even
 from waiting import wait_until
 
@@ -12,9 +16,12 @@ from app.audit import CLI
 from app.books import recovery
 from app.config import NO_LIMIT
 from app.extensions import db, stock
+from app.orders import cancelling
 from app.problems import Unavailable
-from app.products import movements
+from app.products import brake, movements
+from app.stock.keys import KEYS
 from app.watch import health
+from app.worker import relay
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +109,52 @@ def test_a_node_s_death_refuses_its_own_shoppers_alone(cluster, shop):
     wait_until(lambda: not stock.view([1]).missing, 30, "the node to be back")
     drained()
     is_even()
+
+
+def test_a_sweep_does_all_that_needs_no_lost_node(cluster, shop):
+    """What must wait for the node is done when it is back; everything else at once."""
+    buy_all(range(1, 41))
+    drained()
+    dead = {of.part.shard for of in stock.shards if of.server.address()[1] == cluster.x.port}
+    ids = db.session.execute(text("SELECT id, user_id FROM orders ORDER BY id")).all()
+    away, here = (
+        next(order for order, user in ids if (stock.shard_of(user).part.shard in dead) is is_dead)
+        for is_dead in (True, False)
+    )
+    sweeper = relay.Sweeper()
+    pending = text("SELECT count(*) FROM stock_movements WHERE applied_at IS NULL")
+    cluster.x.kill()
+    try:
+        # The oldest of what is pending waits for the node.
+        with pytest.raises(Unavailable):
+            movements.restock(1, 6, None, CLI)
+        with pytest.raises(Unavailable):
+            brake.brake(True, None, CLI)
+        assert stock.braked().sale
+        with contextlib.suppress(Unavailable):
+            cancelling.cancel(away, "changed their mind", CLI)
+        killed = patch.object(cancelling, "apply_movement", side_effect=Unavailable("killed"))
+        with killed, contextlib.suppress(Unavailable):
+            cancelling.cancel(here, "changed their mind", CLI)
+        assert db.session.scalar(pending) == 3
+        stock.jobs_client.delete(KEYS.ledger_turn, KEYS.ledger, KEYS.shelf)
+        with pytest.raises(Unavailable):
+            sweeper.run_once(threading.Event())
+        assert db.session.scalar(pending) == 2
+        proof = stock.board.news(0).proof
+        assert proof["ok"]
+        assert set(proof["missing"]) == dead
+        assert stock.board.shelf()
+        carried = text("SELECT count(*) FROM audit_log WHERE action = 'sale.brake'")
+        assert db.session.scalar(carried) == 1
+        db.session.rollback()
+    finally:
+        cluster.x.start()
+    wait_until(lambda: not stock.view([1]).missing, 30, "the node to be back")
+    sweeper.run_once(threading.Event())
+    assert db.session.scalar(pending) == 0
+    assert all(of.read().sale for of in stock.brakes._gateways)
+    assert is_even().free == 100 + 6 - 40 + 2
+    brake.brake(False, None, CLI)
+    sweeper.run_once(threading.Event())
+    assert not stock.braked().sale
