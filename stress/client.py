@@ -329,7 +329,7 @@ def find_server(url: str | None, token: str | None) -> Server:
     runs = [
         run
         for run in _running()
-        if url in (None, run["url"]) and data_dir in (None, Path(run["data_dir"]))
+        if url in (None, run["url"]) and data_dir in (None, *_told_as(Path(run["data_dir"])))
     ]
     if len(runs) > 1 and not (url and token):
         found = ", ".join(f"{run['url']} (DATA_DIR={run['data_dir']})" for run in runs)
@@ -357,6 +357,11 @@ def _running() -> Iterator[dict[str, str]]:
         with contextlib.suppress(OSError, ValueError):
             os.kill(int(note.name), 0)  # one that was killed could not take its note away
             yield json.loads(note.read_text())
+
+
+def _told_as(data_dir: Path) -> tuple[Path, ...]:
+    """Return what DATA_DIR may be for a run of it: that of `make cluster` lies one level below."""
+    return (data_dir, data_dir.parent) if data_dir.name == "cluster" else (data_dir,)
 
 
 def _token_of(data_dir: Path) -> str:

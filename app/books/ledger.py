@@ -133,6 +133,8 @@ class Check:
     uncounted: dict[tuple[int, int], int]
     # Shards out of reach: nothing is proved of them, and the sums are without them.
     missing: tuple[int, ...] = ()
+    # By shard: units that it lent and that are not yet given.
+    in_transit: dict[int, int] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -158,6 +160,7 @@ class Check:
             "ok": self.ok,
             "problems": self.problems,
             "missing": self.missing,
+            "in_transit": self.in_transit,
             "products": products,
         }
 
@@ -383,6 +386,7 @@ def _count_in_transit(result: Check) -> None:
             lent = sent[source][index].get(f"sent.{target}", 0)
             given = received[target][index].get(f"recv.{source}", 0)
             in_transit += lent - given
+            result.in_transit[source] = result.in_transit.get(source, 0) + lent - given
             if given > lent:
                 product.problems.append(
                     f"shard {source} lent shard {target} {lent} units, and that one got {given}"

@@ -174,14 +174,6 @@ class Noticeboard:
         alive = {name: state for name, state in states.items() if name not in gone}
         return Counted(now, refused, telemetry, alive)
 
-    def try_write(self) -> None:
-        """Find out whether Redis takes writes, without writing: only an existing key would be set.
-
-        Refused as any write is: out of memory, out of disk, as a replica.
-        """
-        with asking():
-            self.client.set(KEYS.nothing, "1", xx=True)
-
     def take_drain_lease(self, milliseconds: int) -> bool:
         """Return whether no drain is under way; then the caller's is, for so long at most."""
         with asking():

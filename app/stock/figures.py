@@ -2,8 +2,9 @@
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from ..problems import Unavailable
 from .brakes import Brakes
 from .entries import Entry
 from .link import Link, asking
@@ -24,17 +25,20 @@ class View:
     brakes: Brakes
     # Shards that could not be asked: what they have is in none of the figures.
     missing: tuple[int, ...] = ()
+    # Of several shards what each holds, or why it could not be asked.
+    parts: "dict[int, View | Unavailable]" = field(default_factory=dict)
 
 
 # Of a product in several shards: what is one for all of them, as it is where it is oldest.
 _SAME = ("version", "opens", "closes", "pause", "cap", "max", "hold")
 
 
-def merged(views: dict[int, View], shards: int) -> View:
-    """Return the sums of the shards' views, given by their numbers, of so many shards.
+def merged(parts: dict[int, View | Unavailable]) -> View:
+    """Return the sums of the shards' views, given by their numbers; at least one could be asked.
 
     Its generation is the sale's that they hold; one that is closed holds none.
     """
+    views = {number: part for number, part in parts.items() if isinstance(part, View)}
     names = {view.generation for view in views.values() if view.generation}
     products: dict[int, dict[str, int]] = {}
     for view in views.values():
@@ -59,7 +63,8 @@ def merged(views: dict[int, View], shards: int) -> View:
             any(view.brakes.sale for view in views.values()),
             frozenset(of for view in views.values() for of in view.brakes.products),
         ),
-        missing=tuple(number for number in range(shards) if number not in views),
+        missing=tuple(number for number in parts if number not in views),
+        parts=parts,
     )
 
 

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 from ..config import Settings
 from ..problems import Unavailable, Unprepared
@@ -97,26 +97,29 @@ class Stock:
 
     def each(self, do: Callable[[Shard], Answer]) -> list[Answer]:
         """Have it done in every shard. Raises Unavailable where one fails, once all were asked."""
-        answers, failed = self._asked(do)
-        if failed:
-            raise failed[0]
-        return answers
+        answers = self.asked(do)
+        for answer in answers:
+            if isinstance(answer, Unavailable):
+                raise answer
+        return cast("list[Answer]", answers)
 
     def reachable(self, do: Callable[[Shard], Answer]) -> list[Answer]:
         """Have it done in every shard that can be reached. Raises Unavailable where none can."""
-        answers, failed = self._asked(do)
-        if not answers:
-            raise failed[0]
-        return answers
+        answers = self.asked(do)
+        reached = [answer for answer in answers if not isinstance(answer, Unavailable)]
+        if not reached:
+            raise cast("Unavailable", answers[0])
+        return reached
 
-    def _asked(self, do: Callable[[Shard], Answer]) -> tuple[list[Answer], list[Unavailable]]:
-        answers, failed = [], []
+    def asked(self, do: Callable[[Shard], Answer]) -> list[Answer | Unavailable]:
+        """Have it done in every shard; return what each answered, or why it could not."""
+        answers: list[Answer | Unavailable] = []
         for shard in self.shards:
             try:
                 answers.append(do(shard))
             except Unavailable as error:
-                failed.append(error)
-        return answers, failed
+                answers.append(error)
+        return answers
 
     def claim(
         self,
@@ -332,8 +335,10 @@ class Stock:
         """
         if len(self.shards) == 1:
             return self.first.view(product_ids)
-        views = self.reachable(lambda shard: (shard.part.shard, shard.view(product_ids)))
-        return merged(dict(views), len(self.shards))
+        views = self.asked(lambda shard: shard.view(product_ids))
+        if all(isinstance(view, Unavailable) for view in views):
+            raise cast("Unavailable", views[0])
+        return merged(dict(enumerate(views)))
 
     def product_ids(self) -> list[int]:
         """Return the ids of the products on sale in Redis, ascending."""

@@ -85,6 +85,14 @@ class Link:
         if self.replicas.count:
             self.run_all_surely([])
 
+    def try_write(self) -> None:
+        """Find out whether Redis takes writes, without writing: only an existing key would be set.
+
+        Refused as any write is: out of memory, out of disk, as a replica.
+        """
+        with asking():
+            self.client.set(self.keys.nothing, "1", xx=True)
+
     def attached_replicas(self) -> int:
         """Return how many replicas Redis has, in step or not."""
         with asking():

@@ -83,6 +83,11 @@ class Server:
         return self._find if isinstance(self._find, Cluster) else None
 
     @property
+    def last_at(self) -> Address | None:
+        """Where it was when somebody last connected; None where the URL itself says it."""
+        return self._at
+
+    @property
     def breaker(self) -> Breaker:
         """One for each node, however many shards it has, and whichever it is at the moment."""
         if self._at and isinstance(self._find, Cluster):

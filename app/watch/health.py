@@ -3,6 +3,7 @@
 The words are public (/readyz): they name no server.
 """
 
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -99,17 +100,21 @@ def check(app: Flask) -> dict[str, dict[str, Any]]:
     The parts are redis, postgres, migrations, sale, worker and queue; jobs where that is a Redis of
     its own.
     """
-    parts, redis_says = {}, None
+    parts, view, news = {}, None, None
     try:
-        redis_says = stock.view([]), stock.board.news(0)
-        stock.board.try_write()
-        stock.each(Shard.check_replicas)
-        # What is closed or out of reach sells nothing, however well the others do.
-        away = len(redis_says[0].missing)
-        state = f"{away} of {len(stock.shards)} shards unreachable" if away else "reachable"
+        view = stock.view([])
+        answers = stock.asked(_can_sell)
+        # What is out of reach sells nothing, however well the others do.
+        away = [answer for answer in answers if isinstance(answer, Unavailable)]
+        if len(away) == len(answers):
+            raise away[0]
+        state = f"{len(away)} of {len(answers)} shards unreachable" if away else "reachable"
         parts["redis"] = _part(not away, state)
     except Unavailable as error:
         parts["redis"] = _part(False, in_words(error))
+    # With several shards it is on the Redis of jobs: without that the sale goes on.
+    with suppress(Unavailable):
+        news = stock.board.news(0)
     if stock.jobs_server is not stock.first.server:
         try:
             stock.jobs_client.ping()
@@ -133,14 +138,20 @@ def check(app: Flask) -> dict[str, dict[str, Any]]:
             parts["migrations"] = _part(False, "not applied: run `flask db upgrade`")
         else:
             parts["postgres"] = _part(False, in_words(error))
-    if redis_says is None:
-        unknown = _part(False, "unknown without Redis")
-        return parts | dict.fromkeys(("sale", "worker", "queue"), unknown)
-    view, news = redis_says
-    parts["sale"] = _sale(view.generation, expected)
-    parts["worker"] = _part(news.workers > 0, f"{news.workers} seen lately")
-    parts["queue"] = _queue(view, news, parts)
+    unknown = _part(False, "unknown without Redis")
+    parts |= dict.fromkeys(("sale", "worker", "queue"), unknown)
+    if view:
+        parts["sale"] = _sale(view.generation, expected)
+    if news:
+        parts["worker"] = _part(news.workers > 0, f"{news.workers} seen lately")
+    if view and news:
+        parts["queue"] = _queue(view, news, parts)
     return parts
+
+
+def _can_sell(shard: Shard) -> None:
+    shard.try_write()
+    shard.check_replicas()
 
 
 def _part(ok: bool, state: str) -> dict[str, Any]:

@@ -17,7 +17,9 @@ from ..extensions import db, stock
 from ..generation import Held, held, on_record
 from ..models import Order, Product, ProductTotals, WebhookEndpoint
 from ..problems import Unavailable, UnknownProduct
+from ..stock.board import News
 from ..stock.brakes import Brakes
+from ..stock.figures import View
 from . import health, samples, shelf
 from .samples import Span
 
@@ -96,6 +98,21 @@ class Item:
 
 
 @dataclass(frozen=True)
+class ShardState:
+    """One of several shards; figures are None while it can't be asked."""
+
+    number: int
+    # host:port of its node as last seen, empty where the URL itself says it.
+    node: str
+    # What is wrong with it, in words that name no server; None when nothing is.
+    error: str | None
+    free: int | None = None
+    waiting: int | None = None
+    # Lent by it and not yet given, by the newest proof.
+    in_transit: int | None = None
+
+
+@dataclass(frozen=True)
 class Ledger:
     """The newest proof of invariant 1: ok is None when there is none of late."""
 
@@ -103,6 +120,9 @@ class Ledger:
     at: datetime | None = None
     products: dict[int, dict[str, Any]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    # Shards of which nothing is proved; and by shard what it lent and is not yet given.
+    missing: list[int] = field(default_factory=list)
+    in_transit: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -117,6 +137,10 @@ class Board:
     redis_error: str | None
     postgres_error: str | None
     sale_error: str | None
+    # Of the Redis of jobs, where that is another; None when nothing is wrong.
+    jobs_error: str | None
+    # Of a sale of several.
+    shards: list[ShardState]
     # Whether the brake of the whole sale is set.
     braked: bool
     workers: int | None
@@ -289,14 +313,17 @@ class _Live:
         self.brakes = Brakes(False, frozenset())
         self.ledger = Ledger()
         self.samples: list[tuple[int, dict[str, Any]]] = []
+        self.jobs_error: str | None = None
+        self.shards: list[ShardState] = []
+        news: News | None = None
         try:
             view = stock.view(product_ids)
-            news = stock.board.news(samples.RATE_SECONDS + 1)
+            news, self.jobs_error = self._news()
+            self.now = datetime.fromtimestamp(news.now, UTC) if news else stock.clock()
         except Unavailable as error:
             self.error = health.in_words(error)
             return
-        self.now = datetime.fromtimestamp(news.now, UTC)
-        self.workers = news.workers
+        self.workers = news.workers if news else None
         self.generation = view.generation
         self.brakes = view.brakes
         self.foreign = held(view.generation, expected) in (Held.NOTHING, Held.ANOTHER)
@@ -305,11 +332,45 @@ class _Live:
             return
         self.products = view.products
         self.waiting = view.waiting
+        now = self.now.timestamp()
         if view.oldest_claimed_ms is not None:
-            self.oldest_seconds = max(0.0, news.now - view.oldest_claimed_ms / 1000)
-        self.ledger = read_ledger(news.proof, news.now, view.generation)
-        self.samples = news.sampled
-        self.point = news.now, samples.totals(view)
+            self.oldest_seconds = max(0.0, now - view.oldest_claimed_ms / 1000)
+        if news:
+            self.ledger = read_ledger(news.proof, news.now, view.generation)
+            self.samples = news.sampled
+        self.point = now, samples.totals(view)
+        self.shards = [
+            _shard_state(number, part, view.generation, self.ledger)
+            for number, part in view.parts.items()
+        ]
+
+    @staticmethod
+    def _news() -> tuple[News | None, str | None]:
+        """Return what is on the board, or what ails a Redis of its own that it is on."""
+        try:
+            return stock.board.news(samples.RATE_SECONDS + 1), None
+        except Unavailable as error:
+            if len(stock.shards) == 1:
+                raise
+            return None, health.in_words(error)
+
+
+def _shard_state(
+    number: int, part: View | Unavailable, generation: str, ledger: Ledger
+) -> ShardState:
+    at = stock.shards[number].server.last_at
+    node = "{}:{}".format(*at) if at else ""
+    if isinstance(part, Unavailable):
+        return ShardState(number, node, health.in_words(part))
+    held_by_it = held(part.generation, generation)
+    return ShardState(
+        number,
+        node,
+        None if held_by_it is Held.THIS else "without this sale",
+        free=sum(figures["free"] for figures in part.products.values()),
+        waiting=part.waiting,
+        in_transit=ledger.in_transit.get(number),
+    )
 
 
 def read_ledger(proof: dict[str, Any] | None, now: float, generation: str) -> Ledger:
@@ -323,6 +384,8 @@ def read_ledger(proof: dict[str, Any] | None, now: float, generation: str) -> Le
         at=datetime.fromtimestamp(proof["at"], UTC),
         products={int(product_id): found for product_id, found in proof["products"].items()},
         problems=proof.get("problems", []),
+        missing=proof.get("missing", []),
+        in_transit={int(of): units for of, units in proof.get("in_transit", {}).items()},
     )
 
 
@@ -340,6 +403,8 @@ def board() -> Board:
         redis_error=live.error,
         postgres_error=live.postgres_error,
         sale_error=NOT_THIS_SALE if live.foreign else None,
+        jobs_error=live.jobs_error,
+        shards=live.shards,
         braked=live.brakes.sale,
         workers=live.workers,
         waiting=live.waiting,

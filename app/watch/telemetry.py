@@ -27,8 +27,10 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from ..extensions import db, stock
 from ..problems import Unavailable
+from ..stock.board import News
 from ..stock.figures import View
 from ..stock.outcomes import OUTCOMES
+from ..stock.shard import Shard
 from . import health
 
 log = logging.getLogger(__name__)
@@ -182,7 +184,9 @@ class _Collector:
         ):
             found = []
             try:
-                found = list(figures())
+                # What was told before a part failed is told.
+                for metric in figures():
+                    found.append(metric)
                 up.add_metric([server], takes_writes())
             except (Unavailable, SQLAlchemyError):
                 db.session.rollback()
@@ -192,7 +196,7 @@ class _Collector:
 
 
 def _redis_takes_writes() -> bool:
-    stock.board.try_write()
+    stock.reachable(Shard.try_write)
     return True
 
 
@@ -206,9 +210,11 @@ def _gauge(name: str, meaning: str, value: float) -> GaugeMetricFamily:
 
 def _of_redis() -> Iterator[Metric]:
     view = stock.view(stock.product_ids())
+    yield _gauge("flashsale_sale_prepared", "Whether Redis holds the sale.", bool(view.generation))
+    yield from _of_shards(view)
     news, found = stock.board.news(0), stock.board.counted(STATE_LASTS_SECONDS)
     counted = found.telemetry
-    yield _gauge("flashsale_sale_prepared", "Whether Redis holds the sale.", bool(view.generation))
+    yield from _in_transit(news)
     yield from _of_products(view, found.refused)
     yield _gauge("flashsale_orders_waiting", "Orders claimed, not yet persisted.", view.waiting)
     oldest = view.oldest_claimed_ms
@@ -235,6 +241,39 @@ def _of_redis() -> Iterator[Metric]:
             moment,
         )
     yield from _of_processes(found.processes, counted)
+
+
+def _of_shards(view: View) -> Iterator[Metric]:
+    up = GaugeMetricFamily(
+        "flashsale_shard_up", "Whether a shard of the sale can be reached and sells.",
+        labels=["shard"],
+    )  # fmt: skip
+    free = GaugeMetricFamily(
+        "flashsale_shard_stock_units", "Units free to be sold, by shard.", labels=["shard"]
+    )
+    waiting = GaugeMetricFamily(
+        "flashsale_shard_orders_waiting", "Orders not yet persisted, by shard.", labels=["shard"]
+    )
+    for number, part in (view.parts or {0: view}).items():
+        shard = str(number)
+        if isinstance(part, Unavailable):
+            up.add_metric([shard], 0)
+            continue
+        up.add_metric([shard], bool(part.generation))
+        free.add_metric([shard], sum(of["free"] for of in part.products.values()))
+        waiting.add_metric([shard], part.waiting)
+    yield from (up, free, waiting)
+
+
+def _in_transit(news: News) -> Iterator[Metric]:
+    lent = GaugeMetricFamily(
+        "flashsale_shard_in_transit_units",
+        "Units that a shard lent and that are not yet given, by the newest proof.",
+        labels=["shard"],
+    )
+    for shard, units in ((news.proof or {}).get("in_transit") or {}).items():
+        lent.add_metric([shard], units)
+    yield lent
 
 
 def _of_products(view: View, refused: dict[str, str]) -> Iterator[Metric]:

@@ -82,6 +82,8 @@ HEALTHY = {
     "flashsale_hold_end_age_seconds": "0x200",
     "flashsale_holds_lost_total": "0x200",
     "flashsale_clock_difference_seconds": "0x200",
+    'flashsale_shard_up{shard="0"}': "1x200",
+    'flashsale_shard_up{shard="1"}': "1x200",
     "flashsale_feed_unnumbered_age_seconds": "0x200",
     'flashsale_webhook_endpoints{state="on"}': "2x200",
     'flashsale_webhook_endpoints{state="failed"}': "0x200",
@@ -99,6 +101,7 @@ TOLD = {
     "FlashSaleHoldsLost": {"{{ $value | printf `%.0f` }}": "2"},
     "FlashSaleFeedStuck": {"{{ $value | humanizeDuration }}": "2m 0s"},
     "FlashSaleWebhookOff": {"{{ $value }}": "3"},
+    "FlashSaleShardDown": {"{{ $value }}": "1"},
     "FlashSaleWebhookFailing": {"{{ $value | humanizeDuration }}": "1h 0m 0s"},
 }
 BREAKS_AT_SECONDS = 60
@@ -129,6 +132,7 @@ STANDSTILL = {
         ),
         (ENDED, "FlashSaleNotScraped", {}),
         ({"flashsale_sale_prepared": "1x11 0x180"}, "FlashSaleNotPrepared", {}),
+        ({'flashsale_shard_up{shard="1"}': "1x11 0x180"}, "FlashSaleShardDown", {}),
         (
             {'flashsale_web_restarts_total{cause="event_loop"}': "0x11 1x180"},
             "FlashSaleWebReplaced",

@@ -190,7 +190,7 @@ def test_writing_is_tried_without_writing(app):
 
     def tried() -> bool:
         before = changes()
-        stock.board.try_write()
+        stock.first.try_write()
         return changes() == before
 
     # Meters of earlier tests write now and then; if the try wrote, none would go without.

@@ -61,7 +61,7 @@ ASKED = {
     "shelf": lambda stock: stock.board.shelf(),
     "count": lambda stock: stock.board.count({"a": 1}),
     "counted": lambda stock: stock.board.counted(1),
-    "try_write": lambda stock: stock.board.try_write(),
+    "try_write": lambda stock: stock.first.try_write(),
     "first_waiting": lambda stock: stock.first.first_waiting(1),
     "take_drain_lease": lambda stock: stock.board.take_drain_lease(1),
     "end_drain_lease": lambda stock: stock.board.end_drain_lease(),
