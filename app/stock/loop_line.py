@@ -30,7 +30,7 @@ from .claims import (
     refused,
     tell_one,
 )
-from .replicas import ASK_MS, WAIT_MS, Unreplicated
+from .replicas import Unreplicated
 from .servers import COMMAND_TIMEOUT_SECONDS, UNFIT, Server, code_of
 
 # A process that nobody asks for a purchase looks for Redis by itself, less often.
@@ -309,12 +309,11 @@ class LoopLine:
 
     async def _try_replicas(self, channel: Channel) -> None:
         """Raise Unreplicated when too few replicas have all that there is."""
+        copied, tell = channel.awaited()
         # A fence that could not be made or moved is told by the next claim's own writes.
-        channel.send(self._replicas.begin, ignore, ignore)
-        for _ in range(WAIT_MS // ASK_MS):
-            if self._replicas.enough(answer := await channel.ask(self._replicas.ask)):
-                return
-        raise Unreplicated(answer)
+        channel.send(self._replicas.fence, ignore, ignore, tell)
+        if not self._replicas.enough(answer := await copied):
+            raise Unreplicated(answer)
 
     def _reconnect_later(self) -> None:
         """Don't leave it to a shopper to find Redis again."""

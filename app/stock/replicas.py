@@ -19,9 +19,6 @@ Command = tuple[str, ...]
 # Replicas mostly need 1 ms. Less than what a command may take (servers.py), so that a late replica
 # is not mistaken for a dead primary.
 WAIT_MS = 500
-# WAIT asks those that it finds when it begins; a replica that comes later tells by itself only once
-# a second. Who waits for one to come asks again so often.
-ASK_MS = 100
 # To put off the end of a key is a write that Redis takes however short of memory it is. 30 years.
 FENCE_MS = 1_000_000_000_000
 
@@ -44,10 +41,7 @@ class Replicas:
         # Follows a claim, which is a write or a fence itself.
         self.wait = pack(*wait) if count else b""
         self._commands = (make_fence, fence, wait)
-        # What a new connection begins with, 2 answers; and asks, for as long as WAIT_MS in all.
-        self.begin = pack(*make_fence) + pack(*fence)
-        self.ask = pack("WAIT", str(count), str(ASK_MS))
-        # Follows a script; 3 answers.
+        # What a new connection is asked first; 3 answers.
         self.fence = b"".join(pack(*command) for command in self._commands)
 
     def enough(self, answer: object) -> bool:
