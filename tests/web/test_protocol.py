@@ -349,7 +349,7 @@ def test_a_page_that_nobody_waits_for_frees_its_thread(app):
         return reply.status, time.monotonic() - started
 
     status, seconds = talk(app, conversation)
-    assert (status, seconds < 2) == (200, True)
+    assert (status, seconds < patience(2)) == (200, True)
 
 
 async def slow_reader(process, data: bytes) -> socket.socket:
