@@ -32,26 +32,11 @@ const random = (bytes) =>
     .map((byte) => byte.toString(16).padStart(2, "0"))
     .join("");
 
-// Who buys. Without SHOPPER_AUTH=jwt the page makes somebody up. With it the server asks for the
-// token that the shop's sign-in gives (docs/api.md), and says in `data-claim` which of its claims
-// names the shopper: this page lets it be pasted, a real shop has it already.
-const { claim } = document.body.dataset;
-
-// Only read here, so as to show it and to ask for one's own orders: the server verifies it.
-function shopperOf(token) {
-  try {
-    const part = token.split(".")[1].replaceAll("-", "+").replaceAll("_", "/");
-    const bytes = Uint8Array.from(atob(part), (letter) => letter.charCodeAt(0));
-    const value = JSON.parse(new TextDecoder().decode(bytes))[claim];
-    return ["string", "number"].includes(typeof value) ? String(value) : "";
-  } catch {
-    return "";
-  }
-}
-
-if (!claim) localStorage.user ??= `visitor-${random(4)}`;
-const user = claim ? shopperOf(sessionStorage.token ?? "") : localStorage.user;
-const auth = claim && user ? { Authorization: `Bearer ${sessionStorage.token}` } : {};
+// Who buys. A real shop knows its shoppers; where it runs with SHOPPER_AUTH=jwt their token goes
+// along. Put it, and the user it names, into localStorage to try that.
+localStorage.user ??= `visitor-${random(4)}`;
+const user = localStorage.user;
+const auth = localStorage.token ? { Authorization: `Bearer ${localStorage.token}` } : {};
 
 // --- Asking
 
@@ -128,7 +113,8 @@ function told({ status, body }) {
   if (status === 200 && body.status === "held")
     return `It is held for you: order ${body.orderId}. Pay for it in time.`;
   if (status === 200) return `It is yours: order ${body.orderId}.`;
-  if (status === 401) signIn(body.error);
+  if (status === 401 || status === 403)
+    return "This shop asks for a shopper's token; see the beginning of shop.js.";
   return (REFUSALS[body.code] ?? (() => body.error ?? "That did not work."))(body);
 }
 
@@ -220,7 +206,7 @@ function draw(card) {
   card.price.textContent = money(product.priceCents, product.currency);
   card.state.textContent = state.words;
   card.element.classList.toggle("open", Boolean(state.open));
-  card.button.disabled = card.busy || !state.open || !user;
+  card.button.disabled = card.busy || !state.open;
   card.button.setAttribute("aria-label", `Buy ${product.name}`);
   const most = Math.min(product.maxQuantity, product.perUserLimit ?? 10, 10);
   if (card.quantity.length !== most)
@@ -272,11 +258,9 @@ function toPay({ heldUntil }) {
 let orders = [];
 
 async function showOrders() {
-  if (!user) return 0;
   const path = `/purchase/orders/${encodeURIComponent(user)}?limit=20`;
   const { status, body, retryAfter } = await ask(path);
   if (status === 200) orders = body;
-  if (status === 401) signIn(body.error);
   drawOrders();
   return retryAfter;
 }
@@ -306,27 +290,6 @@ function drawOrders() {
   $("#no-orders").hidden = orders.length > 0;
 }
 
-// --- Signing in, with SHOPPER_AUTH=jwt
-
-// Ask for a token, and say why.
-function signIn(why) {
-  if (!claim) return;
-  $("#sign-in").hidden = false;
-  $("#refused").textContent = why;
-}
-
-if (claim) {
-  $("#sign-in").hidden = Boolean(user);
-  $("#sign-in").addEventListener("submit", (event) => {
-    event.preventDefault();
-    const token = $("#token").value.trim();
-    if (!shopperOf(token)) return signIn(`This is no token with the claim ${claim}.`);
-    sessionStorage.token = token;
-    location.reload();
-  });
-}
-$("#known").hidden = !user;
-
 // --- Going on
 
 // `show` returns how many seconds it was told to wait, if it was.
@@ -340,7 +303,6 @@ async function again(show, wait) {
 $("#user").textContent = user;
 $("#other").addEventListener("click", () => {
   delete localStorage.user;
-  delete sessionStorage.token;
   location.reload();
 });
 again(showProducts, PRODUCTS_MS);

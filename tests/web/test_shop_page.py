@@ -5,13 +5,12 @@ import json
 import re
 from datetime import UTC, datetime, timedelta
 
-import jwt
 import psycopg2
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from browser import Shop
 from call import call
-from system import PRODUCTION, start_system, stop_system
+from system import PRODUCTION
 from waiting import wait_until
 
 from app.config import load_settings
@@ -224,57 +223,6 @@ def test_axe_finds_nothing(page, shop):
             assert [f"{each['id']}: {each['nodes'][0]['html'][:150]}" for each in found] == []
             wide = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
             assert opened.evaluate(wide) == 0
-
-
-@pytest.fixture
-def with_tokens(tmp_path):
-    """A system that asks shoppers for tokens, and who makes them."""
-    secret = "0123456789abcdef0123456789abcdef"
-    server = start_system(
-        tmp_path,
-        SHOPPER_AUTH="jwt",
-        JWT_SECRET=secret,
-        JWT_ISSUER="https://id.example",
-        JWT_AUDIENCE="shop",
-        JWT_USER_CLAIM="customer",
-    )
-
-    def token(user: str, lives: timedelta = timedelta(hours=1)) -> str:
-        claims = {"iss": "https://id.example", "aud": "shop", "customer": user}
-        return jwt.encode(claims | {"exp": datetime.now(UTC) + lives}, secret)
-
-    yield server, token
-    stop_system(server)
-
-
-def test_with_tokens_a_shopper_signs_in_first(chromium, with_tokens):
-    server, token = with_tokens
-    product = Shop(server).product(name="For members", stock=5)
-    context = chromium.new_context(base_url=server.url)
-    opened = context.new_page()
-    opened.goto("/shop")
-
-    def sign_in(text: str) -> None:
-        opened.get_by_label("Your token").fill(text)
-        opened.get_by_role("button", name="Sign in").click()
-
-    buy = card(opened, "For members").get_by_role("button")
-    card(opened, "For members").get_by_text("5 left").wait_for()
-    assert buy.is_disabled()
-    sign_in("rubbish")
-    opened.get_by_text("This is no token with the claim customer.").wait_for()
-    sign_in(token("zoë|7", -timedelta(hours=1)))
-    opened.get_by_text("The token has expired").wait_for()
-    sign_in(token("zoë|7"))
-    opened.get_by_text("You are zoë|7").wait_for()
-    assert not opened.get_by_label("Your token").is_visible()
-    buy.click()
-    opened.locator("#orders").get_by_text("1 × For members").wait_for()
-    assert Shop(server).show(product)["stockRemaining"] == 4
-    opened.get_by_role("button", name="Be somebody else").click()
-    opened.get_by_label("Your token").wait_for()
-    assert opened.get_by_text("None yet").is_visible()
-    context.close()
 
 
 def test_a_strict_policy(client):
