@@ -3,7 +3,7 @@
 import codecs
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import msgspec
@@ -85,6 +85,16 @@ def _read_strictly(body: bytes | bytearray) -> dict[str, Any]:
     if type(data) is not dict:
         raise InvalidRequest("The body must be a JSON object")
     return data
+
+
+def check_known(names: Iterable[str], known: Collection[str]) -> None:
+    """Refuse a name that means nothing here. Raises InvalidRequest.
+
+    Left out in silence, a misspelt filter, quantity or reason would be as if it had not been sent.
+    """
+    for name in names:
+        if name not in known:
+            raise InvalidRequest(f"{name[:100]} is not known here", name[:100])
 
 
 def check_key(key: str) -> None:

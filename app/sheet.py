@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator
+from itertools import chain
 
 # Without it Excel takes UTF-8 for the machine's own code page.
 BYTE_ORDER_MARK = "\ufeff"
@@ -16,7 +17,15 @@ QUOTED = re.compile(r'[",;\t\r\n]').search
 
 
 def chunks(header: Iterable[object], rows: Iterable[Iterable[object]]) -> Iterator[str]:
-    """Yield the file's text, some rows at a time."""
+    """Yield the file's text, some rows at a time.
+
+    The first of them are made at once, so that what fails there can still be answered as an error.
+    """
+    made = _chunks(header, rows)
+    return chain((next(made),), made)
+
+
+def _chunks(header: Iterable[object], rows: Iterable[Iterable[object]]) -> Iterator[str]:
     lines = [BYTE_ORDER_MARK + line(header)]
     for row in rows:
         lines.append(line(row))

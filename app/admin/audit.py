@@ -61,9 +61,10 @@ def export() -> ResponseReturnValue:
     wanted, errors = read_filter()
     if errors:
         raise InvalidRequest(next(iter(errors.values())))
+    rows = sheet.chunks(CSV_HEADER, map(row_of, audit.export(wanted)))
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     return Response(
-        stream_with_context(sheet.chunks(CSV_HEADER, map(row_of, audit.export(wanted)))),
+        stream_with_context(rows),
         mimetype="text/csv",
         headers={"Content-Disposition": f'attachment; filename="audit-{stamp}.csv"'},
     )

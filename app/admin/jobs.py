@@ -10,6 +10,7 @@ import rq_dashboard
 from flask import Flask, Response, abort, redirect, request, url_for
 from flask.typing import ResponseReturnValue
 from flask_wtf.csrf import generate_csrf
+from rq import Worker
 from rq.exceptions import InvalidJobOperation, NoSuchJobError
 from rq.job import Job
 from rq.serializers import JSONSerializer
@@ -18,6 +19,7 @@ from werkzeug.exceptions import HTTPException
 
 from ..extensions import stock
 from ..reading import read_digits
+from ..stock.servers import code_of
 from ..web.errors import show_error
 
 log = logging.getLogger(__name__)
@@ -33,9 +35,17 @@ JOBS_LIST: dict[str, Any] = {
 }  # fmt: skip
 
 
+class _Worker(Worker):
+    """A worker as rq-dashboard lists it, whose job is read as ours are written."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options | {"serializer": JSONSerializer})
+
+
 def init_app(app: Flask) -> None:
     # It would unpickle what is in Redis, and open new connections for every request.
     web.config.serializer = JSONSerializer
+    web.Worker = _Worker
     web.from_url = lambda *_, **__: (None, stock.jobs_raw_client)
     # Shown on its pages, so not the URL, which may hold a password.
     app.config["RQ_DASHBOARD_REDIS_URL"] = ("this sale's Redis",)
@@ -93,13 +103,18 @@ def never_failing(view: View) -> View:
             return view(*args, **kwargs)
         except (HTTPException, NoSuchJobError, InvalidJobOperation):
             raise
-        except (redis.ConnectionError, redis.TimeoutError):
-            raise
         except Exception as error:
+            if isinstance(error, redis.RedisError) and not _is_rubbish(error):
+                raise
             log.warning("rq-dashboard, %s: %r", request.path, error)
             return show_error(404, "RQ has nothing here that can be read.")
 
     return guarded
+
+
+def _is_rubbish(error: redis.RedisError) -> bool:
+    """Tell a key that holds what is none of RQ's from a Redis that can't do its work."""
+    return code_of(error) in ("WRONGTYPE", "ERR") or "caused error: WRONGTYPE" in str(error)
 
 
 def offer_csrf_token(response: Response) -> Response:

@@ -9,7 +9,7 @@ from typing import Any
 from ..models import MAX_HOLD_SECONDS, MIN_HOLD_SECONDS, Product
 from ..money import read_currency, shown_digits
 from ..problems import InvalidRequest
-from ..reading import MAX_ID, MAX_QUANTITY, MAX_STOCK, read_integer, read_text
+from ..reading import MAX_ID, MAX_QUANTITY, MAX_STOCK, check_known, read_integer, read_text
 from ..times import utc_text
 
 MAX_NAME = 200
@@ -110,10 +110,9 @@ def read(data: dict[str, Any]) -> dict[str, Any]:
     """Return a change's terms by column. Raises InvalidRequest for the first wrong one."""
     if "stock" in data:
         raise InvalidRequest("stock is changed by a restock", "stock")
+    check_known(data, TERMS)
     values = {}
     for name in data:
-        if name not in TERMS:
-            raise InvalidRequest(f"{name} is not known here", name)
         column, take = TERMS[name]
         values[column] = take(data, name)
     return values

@@ -19,10 +19,10 @@ from pathlib import Path
 import redis
 
 from app import telling
-from app.config import Settings, SettingsError, load_settings
-from app.run.embedded import POLL_SECONDS, EmbeddedError, RedisServer
+from app.config import Settings, load_settings
+from app.run.embedded import POLL_SECONDS, RedisServer
 from app.run.processes import StartError
-from app.run.supervisor import SERVER_START_SECONDS, Supervisor
+from app.run.supervisor import SERVER_START_SECONDS, Supervisor, exit_code_of
 
 PRIMARIES = 3
 SLOTS = 16_384
@@ -149,35 +149,26 @@ class ClusterSupervisor(Supervisor):
         super().start()
 
 
-def main() -> int:
-    """Run until told to stop; return the exit code."""
-    telling.begin()
-    try:
-        data_dir = load_settings().data_dir.resolve() / "cluster"
-        cluster, jobs = Cluster(data_dir), RedisServer(data_dir / "jobs")
-        environ = {name: os.environ.get(name, value) for name, value in DEFAULTS.items()}
-        environ |= {
-            "DATA_DIR": str(data_dir),
-            "REDIS_URL": cluster.url,
-            "JOBS_REDIS_URL": jobs.url,
-        }
-        # For the programs that are started.
-        os.environ |= environ
-        settings = load_settings()
-        telling.configure(settings)
-        note = data_dir / "environment"
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(
-            "".join(f"{name}={shlex.quote(value)}\n" for name, value in environ.items())
-        )
-        telling.tell(f"For commands beside it: set -a; . {note}; set +a")
-        ClusterSupervisor(settings, cluster, jobs).run()
-    except SettingsError as error:
-        return telling.fail(error, 2)
-    except (StartError, EmbeddedError) as error:
-        return telling.fail(error)
-    return 0
+def run() -> None:
+    """Run all of it until told to stop. Raises SettingsError, StartError, EmbeddedError."""
+    data_dir = load_settings().data_dir.resolve() / "cluster"
+    cluster, jobs = Cluster(data_dir), RedisServer(data_dir / "jobs")
+    environ = {name: os.environ.get(name, value) for name, value in DEFAULTS.items()}
+    environ |= {
+        "DATA_DIR": str(data_dir),
+        "REDIS_URL": cluster.url,
+        "JOBS_REDIS_URL": jobs.url,
+    }
+    # For the programs that are started.
+    os.environ |= environ
+    settings = load_settings()
+    telling.configure(settings)
+    note = data_dir / "environment"
+    note.parent.mkdir(parents=True, exist_ok=True)
+    note.write_text("".join(f"{name}={shlex.quote(value)}\n" for name, value in environ.items()))
+    telling.tell(f"For commands beside it: set -a; . {note}; set +a")
+    ClusterSupervisor(settings, cluster, jobs).run()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code_of(run))

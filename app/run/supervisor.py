@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -226,18 +226,27 @@ def _only_run(data_dir: Path) -> Iterator[bool]:
             file.truncate(0)
 
 
-def main(tree: Path = ROOT) -> int:
-    """Run until told to stop; return the exit code."""
+def exit_code_of(run: Callable[[], None]) -> int:
+    """Run until told to stop; return the exit code, having told what kept it from running."""
     telling.begin()
     try:
-        settings = load_settings()
-        telling.configure(settings)
-        Supervisor(settings, tree).run()
+        run()
     except SettingsError as error:
         return telling.fail(error, 2)
     except (StartError, EmbeddedError) as error:
         return telling.fail(error)
     return 0
+
+
+def main(tree: Path = ROOT) -> int:
+    """Run the system from this tree; return the exit code."""
+
+    def run() -> None:
+        settings = load_settings()
+        telling.configure(settings)
+        Supervisor(settings, tree).run()
+
+    return exit_code_of(run)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from ..reading import (
     MAX_REASON,
     MAX_RESTOCK,
     check_key,
+    check_known,
     read_digits,
     read_integer,
     read_object,
@@ -192,6 +193,7 @@ def change_product(product_id: int) -> ResponseReturnValue:
 @token_with("products:write")
 def restock() -> ResponseReturnValue:
     data = read_json()
+    check_known(data, ("productId", "amount", "reason"))
     product_id = read_integer(data, "productId", 1, MAX_ID)
     amount = read_integer(data, "amount", 1, MAX_RESTOCK)
     reason = None
@@ -209,9 +211,7 @@ def restock() -> ResponseReturnValue:
 def brake_sale() -> ResponseReturnValue:
     """Stop one product or every one at once, or release them; Redis alone is asked."""
     data = read_json()
-    for name in data:
-        if name not in ("on", "productId"):
-            raise InvalidRequest(f"{name} is not known here", name)
+    check_known(data, ("on", "productId"))
     if type(data.get("on")) is not bool:
         raise InvalidRequest("on must be true or false", "on")
     product_id = None

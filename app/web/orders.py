@@ -17,6 +17,7 @@ from ..reading import (
     MAX_ID,
     MAX_QUANTITY,
     MAX_REASON,
+    check_known,
     read_digits,
     read_integer,
     read_reference,
@@ -41,13 +42,6 @@ BULK = (
     "productId", "userId", "reference", "claimedFrom", "claimedUntil", "reason", "orders",
     "throughOrderId", "dryRun",
 )  # fmt: skip
-
-
-def check_known(names: Any, known: tuple[str, ...]) -> None:
-    """Refuse what is not known: left out, a filter or a quantity would mean all. InvalidRequest."""
-    for name in names:
-        if name not in known:
-            raise InvalidRequest(f"{name} is not known here", name)
 
 
 def read_id(order_id: int) -> int:

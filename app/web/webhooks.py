@@ -10,7 +10,7 @@ from ..extensions import csrf
 from ..feed import webhooks
 from ..models import RequestKey, WebhookDelivery, WebhookEndpoint
 from ..problems import InvalidRequest, UnknownEndpoint
-from ..reading import MAX_ID
+from ..reading import MAX_ID, check_known
 from .access import token_required
 from .api import idempotency_key, query_integer, read_json
 
@@ -29,9 +29,7 @@ def members(*known: str) -> dict[str, Any]:
     A body is needed only where there are members.
     """
     data = read_json() if known or request.content_length or request.mimetype else {}
-    for name in data:
-        if name not in known:
-            raise InvalidRequest(f"{name} is not known here", name)
+    check_known(data, known)
     return data
 
 

@@ -9,7 +9,9 @@ import time
 from urllib.parse import quote
 
 import pytest
+import redis
 from people import BROWSER, csrf_token, fields_of, send, sign_in
+from rq import Worker
 
 from app.audit import ACTIONS
 from app.config import ROOT
@@ -373,6 +375,35 @@ def test_a_rebuild_that_fails_is_told_too(app, admin):
     send(admin, "/admin/ledger/rebuild", confirmed="yes")
     page = admin.get("/admin/audit/?action=sale.rebuild.failed").text
     assert "Redis holds another sale" in page
+
+
+def test_a_busy_worker_is_listed_with_its_job(app, admin, buy):
+    buy(7)
+    with app.app_context():
+        queue = jobs.orders_queue()
+        worker = Worker([queue], connection=queue.connection, serializer=queue.serializer)
+        worker.register_birth()
+        worker.prepare_execution(jobs.enqueue_drain())
+    listed = admin.get("/admin/rq/0/data/workers.json").json["workers"]
+    assert [one["current_job"]["description"] for one in listed] == ["store the waiting orders"]
+
+
+def test_jobs_that_redis_does_not_show_are_a_503_and_rubbish_is_a_404(app, admin, monkeypatch):
+    path = "/admin/rq/0/data/queues.json"
+    with app.app_context():
+        client = stock.jobs_raw_client
+        client.set("rq:queues", "no set")
+        assert admin.get(path).status_code == 404
+        client.delete("rq:queues")
+        client.acl_setuser("nobody", enabled=True, nopass=True, commands=["+client", "+hello"])
+        options = client.connection_pool.connection_kwargs
+        unix, rest = options["path"], {"username": "nobody", "password": "any"}
+        monkeypatch.setattr(stock, "jobs_raw_client", redis.Redis(unix_socket_path=unix, **rest))
+        try:
+            answer = admin.get(path)
+        finally:
+            client.acl_deluser("nobody")
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
 
 
 def test_jobs_are_shown_with_their_result(app, admin, buy):

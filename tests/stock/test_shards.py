@@ -7,6 +7,7 @@ import pytest
 import redis
 from redis.crc import key_slot
 from sqlalchemy import text
+from waiting import wait_until
 
 from app import create_app
 from app.audit import CLI
@@ -86,6 +87,14 @@ def buy_all(users, quantity=1, key=None):
     )
 
 
+def answers():
+    """Tell whether claims are sent again."""
+    try:
+        return stock.claim(1000, 99, 1, None, "a")
+    except Unavailable:
+        return None
+
+
 def drained():
     while stock.waiting():
         drain_batch("test", "test")
@@ -160,6 +169,7 @@ def test_a_rebuild_deals_the_sale_anew(make_app, before, after):
         report = recovery.rebuild(CLI)
         assert report.loss.intact
         assert report.free_units == 100 - sold
+        wait_until(answers, what="the pause after the refused claim")
         product = is_even()
         assert (product.free, product.stored) == (100 - sold, sold)
         assert set(buy_all(range(1, 41), key="k")) <= {"replayed", "sold_out", "accepted", "dry"}

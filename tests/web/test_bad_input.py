@@ -150,6 +150,9 @@ def test_wrong_restocks(client, admin_headers):
         body = {"productId": 1, "amount": 5, "reason": reason}
         answer = client.post("/products/restock", json=body, headers=admin_headers)
         assert (answer.status_code, answer.json["field"]) == (400, "reason"), reason
+    body = {"productId": 1, "amount": 5, "raeson": "misspelt"}
+    answer = client.post("/products/restock", json=body, headers=admin_headers)
+    assert (answer.status_code, answer.json["field"]) == (400, "raeson")
 
 
 @pytest.mark.usefixtures("unchanged")

@@ -302,6 +302,7 @@ SCHEMAS = {
             },
         },
         ["productId", "amount"],
+        additionalProperties=False,
     ),
     "Restocked": json_object(
         {
