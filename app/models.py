@@ -727,6 +727,12 @@ class WebhookEndpoint(Model):
     created_by: Mapped[str] = mapped_column(Text)
     created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
 
+    @property
+    def shown_url(self) -> str:
+        """The address as it may be shown and kept: a query often holds the consumer's secret."""
+        address, mark, _ = self.url.partition("?")
+        return address + (mark and "?…")
+
 
 class WebhookDelivery(Model):
     """Events in one message: its contents and webhook-id are fixed before it is first sent."""

@@ -161,11 +161,11 @@ def tables(
                 f"{single['backlog']['rate']:,.0f}",
             ],
             [
-                "Redis memory per waiting order, bytes (its rate and cap records included)",
+                "Redis memory per waiting order, bytes (its cap record too, attempts left out)",
                 f"{single['memory']['waiting']:.0f}",
             ],
             [
-                "Redis memory per order once persisted and a minute old, bytes",
+                "Redis memory per order once persisted, bytes (attempts left out)",
                 f"{single['memory']['persisted']:.0f}",
             ],
         ],

@@ -153,7 +153,6 @@ def show_story(
         confirmed_at=next(paid_at, None),
         deliveries=webhooks.deliveries_of([event.number for event in events]),
         state_of=webhooks.state_of,
-        without_query=webhooks.without_query,
         story=story,
         product=catalogue.names().sold(story.order.product_id, story.order.claimed_at),
         cancelling=(intents.units_given_back(order_id) if story.order.status == "QUEUED" else 0),

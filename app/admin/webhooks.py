@@ -10,6 +10,7 @@ from ..auth import staff_actor
 from ..events import TYPES
 from ..extensions import limiter
 from ..feed import webhooks
+from ..models import WebhookEndpoint
 from ..problems import Conflict, InvalidRequest
 from . import forms
 
@@ -20,10 +21,12 @@ limiter.limit(CHANGE_LIMIT, methods=["POST"])(bp)
 PAGE_DELIVERIES = 50
 
 
-def values() -> dict[str, Any]:
+def values(former: WebhookEndpoint | None = None) -> dict[str, Any]:
     """Return what the form says of an endpoint. Raises InvalidRequest, with words for the page."""
+    url = request.form.get("url", "").strip()
     data = {
-        "url": request.form.get("url", "").strip(),
+        # As the page shows it: left as it was.
+        "url": former.url if former and url == former.shown_url else url,
         "types": request.form.getlist("types"),
         "description": request.form.get("description", "").strip(),
     }
@@ -111,7 +114,7 @@ def _deliveries(endpoint_id: int) -> dict[str, Any]:
 @bp.post("/<id:endpoint_id>")
 def change(endpoint_id: int) -> ResponseReturnValue:
     try:
-        webhooks.change(endpoint_id, values(), staff_actor())
+        webhooks.change(endpoint_id, values(webhooks.get(endpoint_id)), staff_actor())
     except InvalidRequest as error:
         return one(
             endpoint_id,

@@ -393,15 +393,9 @@ def state_of(delivery: WebhookDelivery) -> str:
     return "waiting" if delivery.pending or delivery.wanted_at else "failed"
 
 
-def without_query(url: str) -> str:
-    """Return the address as it may be shown and kept: a query often holds the consumer's secret."""
-    address, mark, _ = url.partition("?")
-    return address + (mark and "?…")
-
-
 def _audited(endpoint: WebhookEndpoint) -> dict[str, Any]:
     members = {name: getattr(endpoint, name) for name in MEMBERS}
-    return members | {"url": without_query(endpoint.url)}
+    return members | {"url": endpoint.shown_url}
 
 
 def _note(actor: Actor, action: str, endpoint: WebhookEndpoint, **more: Any) -> None:

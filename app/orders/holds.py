@@ -4,7 +4,7 @@ PostgreSQL decides what becomes of a hold, by the order's state under its row's 
 still waits in Redis is decided as soon as it is stored: see intents.py.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -117,12 +117,12 @@ def _confirm_together(turn: dict[int, Confirm]) -> dict[int, Done | Exception]:
             if wish.key and ((order := orders.get(wish.order_id)) is None or order.status != "HELD")
         ],
     )
-    early = _accept_early(
-        [
-            wish
+    early = _early(
+        {
+            wish.order_id
             for wish in turn.values()
             if wish.order_id not in orders and (str(wish.order_id), wish.key) not in known
-        ]
+        }
     )
     reclaimed = _reclaimed([order.id for order in orders.values() if order.status == "CONFIRMED"])
     outcomes: dict[int, Done | Exception] = {}
@@ -163,6 +163,9 @@ def _confirm_together(turn: dict[int, Confirm]) -> dict[int, Done | Exception]:
         # Taken by one for which the order was not stored yet.
         db.session.rollback()
         return {}
+    if early and not _accept(wish for wish in turn.values() if wish.order_id in early):
+        db.session.rollback()
+        return {}
     if held:
         states.confirm_all(held)
     db.session.commit()
@@ -174,26 +177,26 @@ def _confirm_together(turn: dict[int, Confirm]) -> dict[int, Done | Exception]:
     return outcomes
 
 
-def _accept_early(wishes: Sequence[Confirm]) -> dict[int, dict[str, Any]]:
-    """Keep, in this transaction, that orders are paid which wait in Redis; return these orders.
-
-    Not of those for which something was accepted before.
-    """
-    if not wishes or not intents.epoch():
+def _early(order_ids: Collection[int]) -> dict[int, dict[str, Any]]:
+    """Return the held ones that wait in Redis and of which nothing was asked, as they will be."""
+    asked = intents.asked(order_ids) if order_ids else None
+    if asked is None:
         return {}
     held: list[search.Found] = []
     try:
-        for wish in wishes:
-            entry = stock.waiting_order(wish.order_id)
+        for order_id in set(order_ids) - asked:
+            entry = stock.waiting_order(order_id)
             if entry and entry.held_until_ms is not None:
-                held.append(search.from_entry(wish.order_id, entry))
+                held.append(search.from_entry(order_id, entry))
     except Unavailable:
         return {}
-    waiting = {order["id"]: order | {"confirming": True} for order in described(held)}
-    accepted = intents.accept_confirms(
-        {w.order_id: (w.payment, w.actor) for w in wishes if w.order_id in waiting}
-    )
-    return {order_id: waiting[order_id] for order_id in accepted}
+    return {order["id"]: order | {"confirming": True} for order in described(held)}
+
+
+def _accept(wishes: Iterable[Confirm]) -> bool:
+    """Keep that these orders are paid; False where something else was asked of one meanwhile."""
+    paid = {wish.order_id: (wish.payment, wish.actor) for wish in wishes}
+    return len(intents.accept_confirms(paid)) == len(paid)
 
 
 def _stored_since(order_ids: Iterable[int]) -> set[int]:
@@ -225,12 +228,14 @@ def _check_confirmed(order: search.Found | Order, payment: str | None) -> None:
 def _confirm_alone(wish: Confirm) -> Done:
     """Confirm an order that is not stored yet, or whose hold has ended."""
     while True:
+        # Locked as a turn locks them, or each could wait for the other: the order's row, then the
+        # key, then what is asked of an order that waits.
+        found = _find(wish.order_id)
         taken = _take(CONFIRM, wish.order_id, wish.key, [wish.payment])
         if taken and taken.answer is not None:
             answer = taken.answer
             db.session.rollback()
             return _replayed(answer)
-        found = _find(wish.order_id)
         if isinstance(found, Entry):
             _check_held(found)
             intents.accept_confirm(wish.order_id, wish.payment, wish.actor)

@@ -6,7 +6,7 @@ one of them sees both, and the order's row lock lets one of them act.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 
 from sqlalchemy import select, text, update
@@ -46,6 +46,10 @@ APPLIED = text("""
 UPDATE order_intents SET applied_at = clock_timestamp()
 WHERE order_id = ANY(:ids) AND epoch = (SELECT epoch FROM sale)
 """)
+ASKED = text("""
+SELECT ARRAY(SELECT order_id FROM order_intents i WHERE i.epoch = s.epoch AND order_id = ANY(:ids))
+FROM sale s WHERE epoch IS NOT NULL
+""")
 ACCEPT_CONFIRMS = text("""
 INSERT INTO order_intents (epoch, order_id, number, act, payment, actor, address)
 SELECT epoch, order_id, 1, 'confirm', payment, actor, address
@@ -62,6 +66,15 @@ def epoch() -> str:
     The transaction then holds off a reset, so that what it reads in Redis is of this sale, too.
     """
     return db.session.scalar(select(Sale.epoch)) or ""
+
+
+def asked(order_ids: Collection[int]) -> set[int] | None:
+    """Return of which of these orders anything was asked, None where there is no sale.
+
+    Holds off a reset, as `epoch` does.
+    """
+    found = db.session.execute(ASKED, {"ids": list(order_ids)}).scalar()
+    return None if found is None else set(found)
 
 
 def of_order(order_id: int) -> list[OrderIntent]:

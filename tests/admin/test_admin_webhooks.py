@@ -130,3 +130,22 @@ def test_an_order_tells_what_the_shop_was_told(app, admin, support, endpoint, bu
     assert URL in page
     assert f"-{2}</div>" in page
     assert URL in support.get("/admin/orders/2").text
+
+
+def test_a_query_is_shown_to_nobody_and_kept_unless_changed(admin, app, endpoint):
+    secret = f"{URL}?token=not-to-be-seen"
+    page = f"/admin/webhooks/{endpoint}"
+
+    def saved(**fields) -> str:
+        assert send(admin, page, page, **fields).status_code == 302
+        for path in ("/admin/webhooks/", page, "/admin/audit/"):
+            assert "not-to-be-seen" not in admin.get(path).text
+        db.session.expire_all()
+        return webhooks.get(endpoint).url
+
+    with app.app_context():
+        assert saved(url=secret) == secret
+        assert f'value="{URL}?…"' in admin.get(page).text
+        assert saved(url=f"{URL}?…", description="mended") == secret
+        assert saved(url=f"{URL}?other=1") == f"{URL}?other=1"
+        assert saved(url=URL) == URL

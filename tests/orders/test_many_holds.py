@@ -162,6 +162,42 @@ def test_one_that_is_stored_while_it_is_accepted_is_looked_at_again(app, held, d
         assert statuses() == {"CONFIRMED"}
 
 
+@pytest.mark.parametrize("stored", [True, False])
+def test_the_same_confirmation_twice_never_waits_for_itself(app, held, monkeypatch, stored):
+    """One is about to take the key in a turn; the other one is decided alone."""
+    with app.app_context():
+        (wish,) = wishes(held(1, stored=stored))
+    put_all, done, told = holds.idempotency.put_all, threading.Event(), []
+    reached = threading.Event()
+
+    def late(route, keys):
+        if keys:
+            reached.set()
+            blocked = text("SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted)")
+            while not done.is_set():
+                with db.engine.connect() as other:
+                    if other.scalar(blocked):
+                        break
+        return put_all(route, keys)
+
+    def together():
+        with app.app_context():
+            told.append(holds.confirm(wish))
+
+    def alone():
+        assert reached.wait(30)
+        try:
+            with app.app_context():
+                told.append(holds._confirm_alone(wish))
+        finally:
+            done.set()
+
+    monkeypatch.setattr(holds.idempotency, "put_all", late)
+    at_once(lambda act: act(), [together, alone])
+    assert [one.order for one in told] == [told[0].order] * 2
+    assert sorted(one.replayed for one in told) == [False, True]
+
+
 def test_where_redis_is_away_early_confirmations_are_answered_alone(app, held, monkeypatch):
     with app.app_context():
         (early,) = held(1, stored=False)
