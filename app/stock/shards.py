@@ -48,8 +48,11 @@ class Part(NamedTuple):
         return f"{sale}{self.suffix}"
 
     def sale_of(self, generation: str) -> str:
-        """Return the name on record of what Redis has here; another part's is no sale's name."""
-        if generation.endswith(self.suffix):
+        """Return the name on record of what Redis has here; another part's is no sale's name.
+
+        Of a part that is closed there is none: an empty text, as of a Redis without a sale.
+        """
+        if not generation or generation.endswith(self.suffix):
             return generation.removesuffix(self.suffix)
         return f"{generation} of another number of shards"
 

@@ -60,6 +60,7 @@ def test_names():
     for foreign in ("abc", "abc/6/3", "abc/3/2"):
         assert Part(2, 6).sale_of(foreign) != "abc"
     assert Part().sale_of("abc/6/0") != "abc"
+    assert Part(2, 6).sale_of("") == Part().sale_of("") == ""
     assert (first_above(0, 1), first_above(7, 1)) == (1, 8)
     assert (first_above(0, 6), first_above(6, 6), first_above(7, 6)) == (6, 12, 12)
 

@@ -24,6 +24,7 @@ from app.stock.board import Noticeboard
 from app.stock.keys import KEYS
 from app.stock.link import Link
 from app.stock.servers import Server
+from app.stock.shard import Shard
 from app.stock.shards import Part
 from app.watch import health, monitor, telemetry
 from app.worker import relay
@@ -34,6 +35,10 @@ def cluster(tmp_path_factory):
     cluster = Cluster("valkey", tmp_path_factory.mktemp("cluster"))
     yield cluster
     cluster.stop()
+
+
+def is_away(answer: object) -> bool:
+    return isinstance(answer, Unavailable)
 
 
 @pytest.fixture
@@ -50,6 +55,8 @@ def shop(cluster, make_app, settings):
         )
     )
     with app.app_context():
+        # A node that was killed for the test before is back.
+        wait_until(lambda: not any(map(is_away, stock.asked(Shard.try_write))), what="the nodes")
         recovery.reset(CLI)
         yield app
         db.session.remove()
