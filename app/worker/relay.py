@@ -205,8 +205,10 @@ UPDATE sale SET last_order_id = greatest(last_order_id, :last), sampled_at = now
 WHERE generation = :generation
 """)
 ISSUED_OF_SHARD = text("""
-UPDATE sale_shards SET last_order_id = greatest(last_order_id, :last), sampled_at = now()
-WHERE shard = :shard AND EXISTS (SELECT FROM sale WHERE generation = :generation)
+INSERT INTO sale_shards AS known (shard, last_order_id, sampled_at)
+SELECT CAST(:shard AS integer), CAST(:last AS bigint), now() FROM sale WHERE generation = :generation
+ON CONFLICT (shard) DO UPDATE SET
+  last_order_id = greatest(known.last_order_id, excluded.last_order_id), sampled_at = now()
 """)
 
 

@@ -183,6 +183,26 @@ def test_a_rebuild_deals_the_sale_anew(make_app, before, after):
         assert len(keys) <= after
 
 
+def test_a_shard_that_came_back_empty_is_made_anew_and_its_loss_told(six):
+    """Another node has its slots and none of its data."""
+    recovery.reset(CLI)
+    buy_all(range(1, 31), key="k")
+    drained()
+    buy_all(range(31, 61), key="k")
+    relay.record_issued()
+    lost = stock.shards[2]
+    gone = lost.client.xlen(lost.keys.outbox)
+    assert gone
+    for name in lost.client.keys(f"*{{{lost.part.tag}}}*"):
+        lost.client.delete(name)
+    others = [user for user in range(61, 91) if stock.shard_of(user) is not lost]
+    assert buy_all(others)["accepted"]
+    report = recovery.rebuild(CLI)
+    assert (report.loss.intact, report.loss.lost_orders_at_most) == (False, gone)
+    product = is_even()
+    assert product.free == 100 - product.stored
+
+
 def test_the_plan_warns_of_what_is_unwise():
     a, b = ("a", 1), ("b", 1)
     even = [Placed(0, 1, a, [b]), Placed(1, 9, b, [a])]
