@@ -206,7 +206,8 @@ WHERE generation = :generation
 """)
 ISSUED_OF_SHARD = text("""
 INSERT INTO sale_shards AS known (shard, last_order_id, sampled_at)
-SELECT CAST(:shard AS integer), CAST(:last AS bigint), now() FROM sale WHERE generation = :generation
+SELECT CAST(:shard AS integer), CAST(:last AS bigint), now()
+FROM sale WHERE generation = :generation
 ON CONFLICT (shard) DO UPDATE SET
   last_order_id = greatest(known.last_order_id, excluded.last_order_id), sampled_at = now()
 """)
