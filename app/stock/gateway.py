@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from functools import partial
-from typing import NamedTuple, TypeVar, cast
+from typing import NamedTuple, TypeVar
 
 from ..config import Settings
 from ..problems import Unavailable, Unprepared
@@ -25,7 +25,7 @@ from .pulls import MOST_SECONDS, carry_out, names_of
 from .servers import Server
 from .shard import Shard
 from .shards import Part
-from .spread import LoopLines, SpreadBrakes, ThreadLines
+from .spread import LoopLines, SpreadBrakes, ThreadLines, all_of, asked, reached
 from .thread_line import ThreadLine
 
 Answer = TypeVar("Answer")
@@ -97,29 +97,15 @@ class Stock:
 
     def each(self, do: Callable[[Shard], Answer]) -> list[Answer]:
         """Have it done in every shard. Raises Unavailable where one fails, once all were asked."""
-        answers = self.asked(do)
-        for answer in answers:
-            if isinstance(answer, Unavailable):
-                raise answer
-        return cast("list[Answer]", answers)
+        return all_of(self.asked(do))
 
     def reachable(self, do: Callable[[Shard], Answer]) -> list[Answer]:
         """Have it done in every shard that can be reached. Raises Unavailable where none can."""
-        answers = self.asked(do)
-        reached = [answer for answer in answers if not isinstance(answer, Unavailable)]
-        if not reached:
-            raise cast("Unavailable", answers[0])
-        return reached
+        return reached(self.asked(do))
 
     def asked(self, do: Callable[[Shard], Answer]) -> list[Answer | Unavailable]:
         """Have it done in every shard; return what each answered, or why it could not."""
-        answers: list[Answer | Unavailable] = []
-        for shard in self.shards:
-            try:
-                answers.append(do(shard))
-            except Unavailable as error:
-                answers.append(error)
-        return answers
+        return asked(self.shards, do)
 
     def claim(
         self,
@@ -336,8 +322,7 @@ class Stock:
         if len(self.shards) == 1:
             return self.first.view(product_ids)
         views = self.asked(lambda shard: shard.view(product_ids))
-        if all(isinstance(view, Unavailable) for view in views):
-            raise cast("Unavailable", views[0])
+        reached(views)
         return merged(dict(enumerate(views)))
 
     def product_ids(self) -> list[int]:

@@ -1,7 +1,7 @@
 """What goes to one shard of several, or to all of them: claims and brakes."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 from ..problems import Unavailable
@@ -11,7 +11,35 @@ from .place import place
 from .pulls import LoopPulls, ThreadPulls
 from .shard import Shard
 
+Of = TypeVar("Of")
 Answer = TypeVar("Answer")
+
+
+def asked(parts: Iterable[Of], do: Callable[[Of], Answer]) -> list[Answer | Unavailable]:
+    """Have it done in every part; return what each answered, or why it could not."""
+    answers: list[Answer | Unavailable] = []
+    for part in parts:
+        try:
+            answers.append(do(part))
+        except Unavailable as error:
+            answers.append(error)
+    return answers
+
+
+def reached(answers: Sequence[Answer | Unavailable]) -> list[Answer]:
+    """Return the answers of those that could be asked. Raises Unavailable where none could."""
+    found = [answer for answer in answers if not isinstance(answer, Unavailable)]
+    if not found:
+        all_of(answers)
+    return found
+
+
+def all_of(answers: Sequence[Answer | Unavailable]) -> list[Answer]:
+    """Return the answers. Raises Unavailable where one could not be asked."""
+    for answer in answers:
+        if isinstance(answer, Unavailable):
+            raise answer
+    return [answer for answer in answers if not isinstance(answer, Unavailable)]
 
 
 class ThreadLines:
@@ -79,7 +107,7 @@ class SpreadBrakes:
 
     def read(self) -> Brakes:
         """Return which are set, as far as shards can be reached. Raises Unavailable."""
-        return _union(self._reached(BrakeGateway.read))
+        return _union(reached(asked(self._gateways, BrakeGateway.read)))
 
     def change(
         self, on: bool, product_id: int | None, act: dict[str, str | None], key: str | None
@@ -101,7 +129,8 @@ class SpreadBrakes:
 
     def acts(self, most: int) -> list[Act]:
         """Return the oldest acts that the audit lacks, one by its id, from shards in reach."""
-        found = [act for acts in self._reached(lambda of: of.acts(most)) for act in acts]
+        answers = reached(asked(self._gateways, lambda gateway: gateway.acts(most)))
+        found = [act for acts in answers for act in acts]
         return list({act.act_id: act for act in sorted(found, key=lambda act: act.at_ms)}.values())
 
     def forget(self, acts: list[Act]) -> None:
@@ -111,32 +140,13 @@ class SpreadBrakes:
             # Each shard has noted it by its own clock.
             gateway.forget([act for act in gateway.acts(len(acts)) if act.act_id in ids])
 
-    def _reached(self, ask: Callable[[BrakeGateway], Answer]) -> list[Answer]:
-        """Return the answers of those that can be reached. Raises Unavailable where none can."""
-        answers, failed = [], None
-        for gateway in self._gateways:
-            try:
-                answers.append(ask(gateway))
-            except Unavailable as error:
-                failed = error
-        if failed and not answers:
-            raise failed
-        return answers
-
     def agree(self, acts: list[Act]) -> None:
         """Have the newest of the acts for each brake in force in every shard.
 
         Raises Unavailable where one can't be reached: what it missed is not to be forgotten.
         """
         newest = {act.product_id: act for act in acts}
-        failed = None
-        for gateway in self._gateways:
-            try:
-                self._agree(gateway, newest)
-            except Unavailable as error:
-                failed = error
-        if failed:
-            raise failed
+        all_of(asked(self._gateways, lambda gateway: self._agree(gateway, newest)))
 
     @staticmethod
     def _agree(gateway: BrakeGateway, newest: dict[int | None, Act]) -> None:
