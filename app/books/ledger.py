@@ -292,7 +292,7 @@ def _compare(views: dict[int, tuple[Stored, Accounts]]) -> Check:
     }
     if Held.THIS not in holds.values():
         raise Unprepared("Redis does not hold this sale")
-    stored = max(views.items())[1][0]
+    stored, _ = views[max(views)]
     missing = tuple(number for number in range(len(stock.shards)) if number not in views)
     result = Check(stock.board.now(), stored.generation, {}, [], [], {}, missing)
     for number, (of, accounts) in views.items():
