@@ -112,7 +112,10 @@ def test_what_is_told_of_an_ended_hold_is_what_lists_show(app, buy, drain, clien
         end_all()
         assert expiry.expire(10) == 2
         told = db.session.execute(
-            text("SELECT body->'order', sequence FROM new_events WHERE type = 'order.expired'")
+            text(
+                "SELECT body->'order', sequence FROM new_events WHERE type = 'order.expired'"
+                " ORDER BY order_id"
+            )
         ).all()
         assert [order["userId"] for order, _ in told] == ["7", "anna@example.com"]
         for order, sequence in told:
