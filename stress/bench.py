@@ -9,7 +9,6 @@ docs/performance.md; --quick does all of it once and small, and prints the table
 """
 
 import argparse
-import json
 import os
 import shutil
 import signal
