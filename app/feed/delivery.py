@@ -123,8 +123,7 @@ class Job:
         return text + (f", {self.failed} failed" if self.failed else "")
 
     def _step(self, sender: Sender) -> bool:
-        """Put the attempt before on record, and send one message; False when there is none to be
-        sent now.
+        """Put the attempt before on record, and send one message; False when there is none now.
 
         Both in one transaction, whose commit is what a delivery waits for; and none is open while
         somebody else's server takes its time.
@@ -150,8 +149,8 @@ class Job:
         return True
 
     def _lock(self) -> WebhookEndpoint | None:
-        # Read anew: meanwhile it may have been changed, or removed. Locked before its deliveries are
-        # looked at, as a reset does: neither waits for the other.
+        # Read anew: meanwhile it may have been changed, or removed. Locked before its deliveries
+        # are looked at, as a reset does: neither waits for the other.
         db.session.expunge_all()
         return db.session.get(WebhookEndpoint, self._endpoint_id, with_for_update=True)
 

@@ -21,8 +21,8 @@ MOST_EVENTS = 1000
 CURSOR = re.compile(r"([0-9a-zA-Z]{1,32})-([0-9]{1,18})").fullmatch
 
 COLUMNS = """
-    number, count, at, type, order_id, sequence, batch_id, first_order_id, last_order_id, body::text,
-    movement_id
+    number, count, at, type, order_id, sequence, batch_id, first_order_id, last_order_id,
+    body::text, movement_id
 """
 # Numbers have no gaps: these rows, and the one of many orders that reaches beyond, are what is
 # asked for.
@@ -71,8 +71,8 @@ SELECT_STORED = text(f"""
                ORDER BY id OFFSET part.skipped LIMIT part.most) AS sold
     ORDER BY part.place, sold.id
 """)  # noqa: S608
-# Orders as the end of their hold left them. An order that is held can have been extended before, and
-# nothing else.
+# Orders as the end of their hold left them. An order that is held can have been extended before,
+# and nothing else.
 AS_ENDED = described_in_sql("'EXPIRED'", "sold.quantity", "m.created_at", "m.reason")
 SELECT_ENDED = text(f"""
     SELECT part.place, 'EXPIRED' AS status, 1 + (sold.extended_from IS NOT NULL)::int AS sequence,

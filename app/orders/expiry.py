@@ -47,8 +47,10 @@ class Expiry:
         self._told_at = float("-inf")
 
     def step(self) -> bool:
-        """End what is due, for a while; tell whether more may be. Raises Unavailable and
-        SQLAlchemyError."""
+        """End what is due, for a while; tell whether more may be.
+
+        Raises Unavailable and SQLAlchemyError.
+        """
         generation = stock.generation()
         if not generation or generation != on_record():
             return False

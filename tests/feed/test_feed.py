@@ -120,7 +120,7 @@ def test_holds_that_end_together_are_an_event_for_each(
     assert client.patch("/products/1", json=body, headers=admin_headers).status_code == 200
     for user in (7, 8, 9):
         buy(user)
-    buy("anna@example.com", quantity=2, reference='cart "9"', key="k")
+    buy("anna@example.com", quantity=2, reference='cart"\\9"', key="k")
     drain()
     with app.app_context():
         holds.extend(2, 9, CLI)
