@@ -173,7 +173,7 @@ class Job:
         return self._new(endpoint, reading.Ends(waiting.epoch, waiting.head, waiting.floor))
 
     def _new(self, endpoint: WebhookEndpoint, of: reading.Ends) -> WebhookDelivery | None:
-        """Return a delivery of the next events that the endpoint wants; None when there are none."""
+        """Return a delivery of the next events that the endpoint wants; None without any."""
         if endpoint.epoch != of.epoch:
             endpoint.epoch, endpoint.number = of.epoch, 0
         if endpoint.number < of.floor:
