@@ -174,14 +174,18 @@ def sign_in(url: str, password: str, agent: str = "stress") -> str:
     browser = urllib.request.build_opener(jar := urllib.request.HTTPCookieProcessor())
     browser.addheaders = [("User-Agent", agent)]
     page = browser.open(f"{url}/admin/sign-in", timeout=ANSWER_SECONDS).read().decode()
-    form = {
+    body = urllib.parse.urlencode(sign_in_form(page, password)).encode()
+    browser.open(f"{url}/admin/sign-in", body, timeout=ANSWER_SECONDS)
+    return "; ".join(f"{cookie.name}={cookie.value}" for cookie in jar.cookiejar)
+
+
+def sign_in_form(page: str, password: str) -> dict[str, str]:
+    """Return what signs the first admin in on this page."""
+    return {
         "csrf_token": re.search(r'name="csrf_token"[^>]*value="([^"]+)"', page)[1],
         "email": "admin@example.com",
         "password": password,
     }
-    body = urllib.parse.urlencode(form).encode()
-    browser.open(f"{url}/admin/sign-in", body, timeout=ANSWER_SECONDS)
-    return "; ".join(f"{cookie.name}={cookie.value}" for cookie in jar.cookiejar)
 
 
 def slowness() -> float:
