@@ -1,16 +1,15 @@
 """Migrations and the rules that stand in the schema itself."""
 
 import threading
-from dataclasses import replace
 
 import flask_migrate
 import pytest
 from alembic.script import ScriptDirectory
-from sqlalchemy import create_engine, text
+from older import database_of
+from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from app import create_app
-from app.extensions import db, stock
+from app.extensions import db
 from app.products.movements import totals
 
 
@@ -69,27 +68,10 @@ def test_totals_follow_every_change(app):
 @pytest.fixture
 def older(built_app, settings):
     """An app on a database of its own that stands before texts could name users."""
-    server = create_engine(settings.database_url, isolation_level="AUTOCOMMIT")
-    with server.connect() as connection:
-        connection.execute(text("CREATE DATABASE older"))
-    app = create_app(
-        replace(settings, database_url=settings.database_url.replace("/flashsale?", "/older?"))
-    )
-    with app.app_context():
-        flask_migrate.upgrade(revision="0006_pages")
-        db.session.execute(
-            text("INSERT INTO products (name, price_cents, currency) VALUES ('Lamp', 1, 'USD')")
-        )
+    with database_of(settings, "0006_pages") as app:
         db.session.execute(text(OLD_ORDER), {"id": 1})
         db.session.commit()
         yield app
-        db.session.remove()
-        db.engine.dispose()
-    with server.connect() as connection:
-        connection.execute(text("DROP DATABASE older"))
-    server.dispose()
-    # The one stock of all apps belongs to the tests' own again.
-    stock.init_app(settings)
 
 
 OLD_ORDER = (
