@@ -10,8 +10,10 @@ from sqlalchemy import event, text
 
 from app.audit import CLI
 from app.books import ledger
+from app.config import NO_LIMIT
 from app.extensions import db, stock
 from app.orders import expiry, holds, intents, states
+from app.orders.drain import drain_batch
 from app.problems import KeyMismatch, Unavailable
 from app.products import catalogue
 from app.stock.keys import KEYS
@@ -120,6 +122,29 @@ def test_more_than_a_script_takes_end_in_several_movements(app, held, monkeypatc
             assert order in states.movement_of(states.lock(order)).order_ids
             db.session.rollback()
         assert stock.view([1]).products[1]["free"] == 100
+
+
+def test_in_a_sale_of_several_shards_each_shopper_s_gets_the_units(make_app):
+    """A movement's orders are told to their own shards, which may be some of them."""
+    app = make_app(shards=6, purchase_user_limit=NO_LIMIT)
+    with app.app_context():
+        catalogue.change(1, {"hold_seconds": 60}, CLI)
+        for user in (1, 2, 3, "anna"):
+            stock.claim(user, 1, 2, f"cart-{user}", "10.0.0.1")
+        drain_batch("test", "test")
+        end_all()
+        assert expiry.expire(3) == 3
+        stock.claim(4, 1, 1, None, "10.0.0.1")
+        drain_batch("test", "test")
+        end_all()
+        assert expiry.expire(10) == 2
+        assert stock.view([1]).products[1]["free"] == 100
+        parts = db.session.scalars(
+            text("SELECT parts FROM stock_movements WHERE order_ids <> '{}'")
+        )
+        assert [sum(each) for each in parts] == [6, 3]
+        db.session.rollback()
+        assert ledger.check(rows=True).ok
 
 
 def test_what_is_bought_is_counted_down_once_for_each_order(app, client, drain, buy, admin_headers):
