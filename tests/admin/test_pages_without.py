@@ -266,6 +266,9 @@ class TestWithoutRedis:
         stock.client.set(KEYS.generation, "somebody-else")
         page = live(admin)
         assert "This Redis does not hold this sale." in page
+        assert '<a href="/admin/ledger/">Rebuild it</a>' in page
+        for button in ("Pause", "Restock", "Open now"):
+            assert button not in page, button
         assert "<b data-free>–</b> free" in page
 
     def test_both_away_is_a_503_page(self, stop, without_postgres, admin):
