@@ -5,6 +5,7 @@
 //   second click, a lost answer or a closed lid never buys twice.
 // * No answer, or a 5xx, is no refusal: the same request is sent again, with the same key.
 // * Whoever has to wait does so as long as told (Retry-After), and a random part longer.
+// * A token that has expired is no refusal either: after signing in the same request goes on.
 // * The price that was shown goes along, so nobody buys at another one.
 // * The countdown goes by the server's clock, not by this device's.
 //
@@ -32,11 +33,26 @@ const random = (bytes) =>
     .map((byte) => byte.toString(16).padStart(2, "0"))
     .join("");
 
-// Who buys. A real shop knows its shoppers; where it runs with SHOPPER_AUTH=jwt their token goes
-// along. Put it, and the user it names, into localStorage to try that.
-localStorage.user ??= `visitor-${random(4)}`;
-const user = localStorage.user;
-const auth = localStorage.token ? { Authorization: `Bearer ${localStorage.token}` } : {};
+// Who buys. Without SHOPPER_AUTH=jwt the page makes somebody up. With it the server asks for the
+// token that the shop's sign-in gives (docs/api.md), and says in `data-claim` which of its claims
+// names the shopper: this page lets it be pasted, a real shop has it already.
+const { claim } = document.body.dataset;
+
+// Only read here, so as to show it and to ask for one's own orders: the server verifies it.
+function shopperOf(token) {
+  try {
+    const part = token.split(".")[1].replaceAll("-", "+").replaceAll("_", "/");
+    const bytes = Uint8Array.from(atob(part), (letter) => letter.charCodeAt(0));
+    const value = JSON.parse(new TextDecoder().decode(bytes))[claim];
+    return ["string", "number"].includes(typeof value) ? String(value) : "";
+  } catch {
+    return "";
+  }
+}
+
+if (!claim) localStorage.user ??= `visitor-${random(4)}`;
+const user = claim ? shopperOf(sessionStorage.token ?? "") : localStorage.user;
+const auth = claim && user ? { Authorization: `Bearer ${sessionStorage.token}` } : {};
 
 // --- Asking
 
@@ -113,8 +129,7 @@ function told({ status, body }) {
   if (status === 200 && body.status === "held")
     return `It is held for you: order ${body.orderId}. Pay for it in time.`;
   if (status === 200) return `It is yours: order ${body.orderId}.`;
-  if (status === 401 || status === 403)
-    return "This shop asks for a shopper's token; see the beginning of shop.js.";
+  if (status === 401) return signIn(body.error);
   return (REFUSALS[body.code] ?? (() => body.error ?? "That did not work."))(body);
 }
 
@@ -191,11 +206,12 @@ async function carryOut(card, intent) {
     const why = status === 429 ? "You have tried often" : "The shop does not answer";
     card.told.textContent = `${why}: trying again in ${seconds} s.`;
   });
-  if (answer) intents.drop(id);
+  const isFinal = answer && answer.status !== 401;
+  if (isFinal) intents.drop(id);
   card.told.textContent = answer
     ? told(answer)
     : "No answer. Reload the page to go on: you can't buy it twice.";
-  card.busy = !answer;
+  card.busy = !isFinal;
   await Promise.all([showProducts(), showOrders()]);
 }
 
@@ -206,7 +222,7 @@ function draw(card) {
   card.price.textContent = money(product.priceCents, product.currency);
   card.state.textContent = state.words;
   card.element.classList.toggle("open", Boolean(state.open));
-  card.button.disabled = card.busy || !state.open;
+  card.button.disabled = card.busy || !state.open || !user;
   card.button.setAttribute("aria-label", `Buy ${product.name}`);
   const most = Math.min(product.maxQuantity, product.perUserLimit ?? 10, 10);
   if (card.quantity.length !== most)
@@ -258,9 +274,12 @@ function toPay({ heldUntil }) {
 let orders = [];
 
 async function showOrders() {
+  if (!user) return 0;
   const path = `/purchase/orders/${encodeURIComponent(user)}?limit=20`;
   const { status, body, retryAfter } = await ask(path);
   if (status === 200) orders = body;
+  // 400: its claim holds what can be nobody's name.
+  if (status === 401 || status === 400) signIn(body.error);
   drawOrders();
   return retryAfter;
 }
@@ -290,6 +309,29 @@ function drawOrders() {
   $("#no-orders").hidden = orders.length > 0;
 }
 
+// --- Signing in, with SHOPPER_AUTH=jwt
+
+// Ask for a token, and say why; return what to say of a purchase that waits for it.
+function signIn(why) {
+  if (!claim) return why;
+  $("#known").hidden = true;
+  $("#sign-in").hidden = false;
+  $("#refused").textContent = why;
+  return "Sign in, and it goes on.";
+}
+
+if (claim) {
+  $("#sign-in").hidden = Boolean(user);
+  $("#sign-in").addEventListener("submit", (event) => {
+    event.preventDefault();
+    const token = $("#token").value.trim();
+    if (!shopperOf(token)) return signIn(`This is no token with the claim ${claim}.`);
+    sessionStorage.token = token;
+    location.reload();
+  });
+}
+$("#known").hidden = !user;
+
 // --- Going on
 
 // `show` returns how many seconds it was told to wait, if it was.
@@ -303,6 +345,7 @@ async function again(show, wait) {
 $("#user").textContent = user;
 $("#other").addEventListener("click", () => {
   delete localStorage.user;
+  delete sessionStorage.token;
   location.reload();
 });
 again(showProducts, PRODUCTS_MS);

@@ -5,11 +5,10 @@
 Starts everything itself in a scratch directory, one system at a time and in turn, so that a change
 of the machine's speed hits all of them. Load comes from wrk, on loopback only. A run counts only
 when what was sold, stored and taken from the stock agree. Writes the tables and the plot into
-docs/performance.md (--quick writes nothing).
+docs/performance.md; --quick does all of it once and small, and prints the tables only.
 """
 
 import argparse
-import json
 import os
 import shutil
 import signal
@@ -26,7 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "stress")]
 
 import bench_claim
 from bench_growth import growth_figures
-from bench_report import write_report
+from bench_report import tables, write_report
 from client import sign_in
 from systems import (
     CONNECTIONS,
@@ -167,14 +166,14 @@ def sell_beside(system: Ours, product: int, users: Users, dashboards: int, cooki
     return load, found
 
 
-def dashboards_figures(system: Ours, product: int, users: Users) -> list[dict]:
+def dashboards_figures(system: Ours, product: int, users: Users, turns: int) -> list[dict]:
     """Compare purchases without and with 20 open dashboards of 50 products, by turns."""
     while len(system.api.read("/products")) < 50:
         system.product(100)
     password = (system.folder / "admin_password").read_text().strip()
     # The session belongs to one kind of browser.
     cookie, pairs = sign_in(system.url, password, agent="dashboards.lua"), []
-    for _ in range(5):
+    for _ in range(turns):
         alone, _ = sell_beside(system, product, users, 0, cookie)
         beside, polled = sell_beside(system, product, users, 20, cookie)
         pairs.append(
@@ -194,7 +193,7 @@ def memory_without_attempts(system: Ours) -> int:
     return system.redis.info("memory")["used_memory"] - attempts
 
 
-def single_figures(folder: Path, port: int, users: Users) -> dict:
+def single_figures(folder: Path, port: int, users: Users, backlog: int, turns: int) -> dict:
     """Measure what needs no comparison: idle latency, a backlog's drain, memory per order."""
     found = {}
     with Ours(folder, port).running() as system:
@@ -205,7 +204,7 @@ def single_figures(folder: Path, port: int, users: Users) -> dict:
         empty = memory_without_attempts(system)
         os.kill(worker, signal.SIGSTOP)
         try:
-            while system.metrics(product)["queue_depth"] < 100_000:
+            while system.metrics(product)["queue_depth"] < backlog:
                 wrk("buy.lua", url, users.next(), product, seconds=3)
         finally:
             waiting = system.metrics(product)["queue_depth"]
@@ -219,7 +218,7 @@ def single_figures(folder: Path, port: int, users: Users) -> dict:
             "waiting": (full - empty) / waiting,
             "persisted": (rest - empty) / waiting,
         }
-        found["dashboards"] = dashboards_figures(system, product, users)
+        found["dashboards"] = dashboards_figures(system, product, users, turns)
     return found
 
 
@@ -230,7 +229,7 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=8700)
     parser.add_argument("--no-peer", action="store_true")
     parser.add_argument("--no-growth", action="store_true")
-    parser.add_argument("--quick", action="store_true", help="one short round of ours; no report")
+    parser.add_argument("--quick", action="store_true", help="small; no report")
     wanted = parser.parse_args()
     if not shutil.which("wrk"):
         print("wrk is not installed: apt-get install wrk", file=sys.stderr)
@@ -243,13 +242,15 @@ def main() -> int:
         subprocess.run(["npm", "ci", "--silent"], cwd=EXPRESS, check=True)
     if with_peer and not has_go():
         print("no Go peer: apt-get install golang-go golang-github-gomodule-redigo-dev")
+    if wanted.quick:
+        wanted.rounds, wanted.seconds = 1, 2
+    # Claims, orders waiting, turns of dashboards, orders of a grown sale.
+    sizes = (640, 1000, 1, 2000) if wanted.quick else (20_000, 100_000, 5, 1_000_000)
+    claim_count, backlog, turns, grown = sizes
     users, rounds = Users(), []
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
         folder = Path(scratch)
         try:
-            if wanted.quick:
-                print(json.dumps(round_of_ours(folder / "ours", wanted.port, users, 4), indent=1))
-                return 0
             for number in range(1, wanted.rounds + 1):
                 print(f"round {number}", flush=True)
                 results = {
@@ -267,15 +268,18 @@ def main() -> int:
                     results[name] = round_of_peer(peer, users, wanted.seconds)
                     print(f"  {name} {results[name]['rate']:,.0f}/s", flush=True)
                 rounds.append(results)
-            claims = {fsync: bench_claim.figures(20_000, fsync) for fsync in ("no", "always")}
-            single = single_figures(folder / "ours", wanted.port, users)
+            claims = {fsync: bench_claim.figures(claim_count, fsync) for fsync in ("no", "always")}
+            single = single_figures(folder / "ours", wanted.port, users, backlog, turns)
             growth = None
             if not wanted.no_growth:
-                growth = growth_figures(folder / "growth", wanted.port, users)
+                growth = growth_figures(folder / "growth", wanted.port, users, grown)
         except Broken as error:
             print(f"the run does not count: {error}", file=sys.stderr)
             return 1
-    write_report(rounds, single, growth, claims, wanted.seconds)
+    if wanted.quick:
+        print(tables(rounds, single, growth, claims, wanted.seconds))
+    else:
+        write_report(rounds, single, growth, claims, wanted.seconds)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Whether a million orders make anything slower: the same figures before and after."""
+"""Whether many orders make anything slower: the same figures before and after."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import psutil
 from client import sign_in_form
 from systems import ROOT, STOCK, Ours, Users, cpu_seconds, per_order, until, wrk
 
-ORDERS, PRODUCTS = 1_000_000, 50
+PRODUCTS = 50
 SAMPLES = 60
 
 
@@ -73,20 +73,19 @@ def _in_process(folder: Path) -> dict[str, float]:
     return json.loads(output.splitlines()[-1])
 
 
-def growth_figures(folder: Path, port: int, users: Users) -> dict:
-    """Return the pairs (small, large) of figures, and the start with a million orders."""
+def growth_figures(folder: Path, port: int, users: Users, orders: int) -> dict:
+    """Return the pairs (small, large) of figures, and how soon a start answers with `orders`."""
     with Ours(folder, port).running():
-        _generate(folder, 1000)
+        _generate(folder, 1000, PRODUCTS)
     small, _ = figures(folder, port, users)
     with Ours(folder, port).running():
-        _generate(folder, ORDERS)
+        _generate(folder, orders, 1)
     large, start = figures(folder, port, users)
     return {"pairs": {name: (small[name], large[name]) for name in small}, "start_seconds": start}
 
 
-def _generate(folder: Path, orders: int) -> None:
+def _generate(folder: Path, orders: int, products: int) -> None:
     command = [sys.executable, "stress/generate.py", "--orders", str(orders)]
-    products = PRODUCTS if orders < ORDERS else 1
     subprocess.run(
         [*command, "--products", str(products)],
         cwd=ROOT,

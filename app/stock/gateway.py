@@ -25,7 +25,7 @@ from .pulls import MOST_SECONDS, carry_out, names_of
 from .servers import Server
 from .shard import Shard
 from .shards import Part
-from .spread import LoopLines, SpreadBrakes, ThreadLines, all_of, asked, reached
+from .spread import LoopLines, Pending, SpreadBrakes, ThreadLines, all_of, asked, away, reached
 from .thread_line import ThreadLine
 
 Answer = TypeVar("Answer")
@@ -129,8 +129,15 @@ class Stock:
         return self.brakes.read()
 
     def put_product(self, product_id: int, version: int, terms: Terms) -> bool:
-        """Publish the terms of sale; False when this or a later version is in force everywhere."""
-        return any(self.each(lambda shard: shard.put_product(product_id, version, terms)))
+        """Publish the terms of sale; False when this or a later version is in force everywhere.
+
+        Raises Pending where some shards have it now, and others can't be reached.
+        """
+        answers = self.asked(lambda shard: shard.put_product(product_id, version, terms))
+        missing = away(answers)
+        if 0 < len(missing) < len(answers):
+            raise Pending(missing, answers[missing[0]])
+        return any(all_of(answers))
 
     def put_new(
         self, generation: str | None, products: Sequence[tuple[int, int, Terms, int, int]]

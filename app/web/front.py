@@ -37,6 +37,8 @@ def show() -> ResponseReturnValue:
 @limiter.exempt
 def shop() -> ResponseReturnValue:
     """The example page for shoppers; all that it shows it asks the API for."""
-    if not current_app.config["SETTINGS"].has_shop_page:
+    settings: Settings = current_app.config["SETTINGS"]
+    if not settings.has_shop_page:
         abort(404)
-    return render_template("shop.html"), {"Content-Security-Policy": SHOP_POLICY}
+    claim = settings.jwt_user_claim if settings.shopper_auth == "jwt" else None
+    return render_template("shop.html", claim=claim), {"Content-Security-Policy": SHOP_POLICY}

@@ -5,12 +5,13 @@ import json
 import re
 from datetime import UTC, datetime, timedelta
 
+import jwt
 import psycopg2
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from browser import Shop
 from call import call
-from system import PRODUCTION
+from system import PRODUCTION, start_system, stop_system
 from waiting import wait_until
 
 from app.config import load_settings
@@ -223,6 +224,83 @@ def test_axe_finds_nothing(page, shop):
             assert [f"{each['id']}: {each['nodes'][0]['html'][:150]}" for each in found] == []
             wide = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
             assert opened.evaluate(wide) == 0
+
+
+@pytest.fixture
+def with_tokens(tmp_path):
+    """A system that asks shoppers for tokens, and who makes them."""
+    secret = "0123456789abcdef0123456789abcdef"
+    server = start_system(
+        tmp_path,
+        SHOPPER_AUTH="jwt",
+        JWT_SECRET=secret,
+        JWT_ISSUER="https://id.example",
+        JWT_AUDIENCE="shop",
+        JWT_USER_CLAIM="customer",
+    )
+
+    def token(user: str, lives: timedelta = timedelta(hours=1)) -> str:
+        claims = {"iss": "https://id.example", "aud": "shop", "customer": user}
+        return jwt.encode(claims | {"exp": datetime.now(UTC) + lives}, secret)
+
+    yield server, token
+    stop_system(server)
+
+
+def test_with_tokens_a_shopper_signs_in_first(chromium, with_tokens):
+    server, token = with_tokens
+    product = Shop(server).product(name="For members", stock=5)
+    context = chromium.new_context(base_url=server.url)
+    opened = context.new_page()
+    opened.goto("/shop")
+
+    def sign_in(text: str) -> None:
+        opened.get_by_label("Your token").fill(text)
+        opened.get_by_role("button", name="Sign in").click()
+
+    item = card(opened, "For members")
+    buy = item.get_by_role("button")
+    item.get_by_text("5 left").wait_for()
+    assert buy.is_disabled()
+    for text, problem in (
+        ("rubbish", "This is no token with the claim customer."),
+        (token("auth0|7", -timedelta(hours=1)), "The token has expired"),
+        (token("zoë"), "userId must be an integer or a text"),
+    ):
+        sign_in(text)
+        opened.get_by_text(problem).wait_for()
+        assert not opened.get_by_text("You are").is_visible()
+    sign_in(token("auth0|7"))
+    opened.get_by_text("You are auth0|7").wait_for()
+    assert not opened.get_by_label("Your token").is_visible()
+    buy.click()
+    opened.locator("#orders").get_by_text("1 × For members").wait_for()
+
+    attempts = []
+
+    def lose(route) -> None:
+        """Sell, and lose the answer; by the next attempt the token has expired."""
+        attempts.append(route.request.headers["idempotency-key"])
+        if len(attempts) == 1:
+            assert route.fetch().status == 200
+            return route.abort()
+        late = {"authorization": f"Bearer {token('auth0|7', -timedelta(hours=1))}"}
+        return route.continue_(headers=route.request.headers | late)
+
+    opened.route("**/purchase", lose)
+    buy.click()
+    item.get_by_text("Sign in, and it goes on.").wait_for()
+    assert buy.is_disabled()
+    opened.unroute("**/purchase")
+    sign_in(token("auth0|7"))
+    item.get_by_text("It is yours").wait_for()
+    assert len(set(attempts)) == 1 < len(attempts)
+    assert Shop(server).show(product)["stockRemaining"] == 3
+
+    opened.get_by_role("button", name="Be somebody else").click()
+    opened.get_by_label("Your token").wait_for()
+    assert opened.get_by_text("None yet").is_visible()
+    context.close()
 
 
 def test_a_strict_policy(client):
