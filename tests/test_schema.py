@@ -195,3 +195,30 @@ def test_holds_come_to_a_system_that_sells(older):
     flask_migrate.downgrade(revision="0012_webhooks")
     db.session.execute(text(OLD_ORDER), {"id": 3})
     db.session.rollback()
+
+
+def test_events_of_many_orders_come_to_a_system_that_sells(older):
+    """Events that wait or are numbered stay as they are, and old processes go on beside it."""
+    flask_migrate.upgrade(revision="0014_shards")
+    old = text("INSERT INTO new_events (type, body) VALUES ('order.held', '{}')")
+    db.session.execute(old)
+    rows = "SELECT ctid::text, xmin::text FROM new_events ORDER BY id"
+    before = db.session.execute(text(rows)).all()
+    db.session.commit()
+    flask_migrate.upgrade(revision="0015_ended_together")
+    flask_migrate.stamp(revision="0014_shards")
+    flask_migrate.upgrade(revision="0015_ended_together")
+    assert db.session.execute(text(rows)).all() == before
+    db.session.execute(old)
+    found = "SELECT count, movement_id FROM new_events"
+    assert db.session.execute(text(found)).all() == [(1, None)] * 2
+    together = "INSERT INTO new_events (type, count, movement_id) VALUES ('order.expired', 9, 1)"
+    db.session.execute(text(together))
+    db.session.commit()
+    with pytest.raises(DBAPIError, match="ended together"):
+        flask_migrate.downgrade(revision="0014_shards")
+    db.session.execute(text("DELETE FROM new_events WHERE movement_id IS NOT NULL"))
+    db.session.commit()
+    flask_migrate.downgrade(revision="0014_shards")
+    db.session.execute(old)
+    db.session.rollback()
