@@ -1,5 +1,6 @@
 """In what order a parallel run takes the files, and which of them share a running system."""
 
+import gc
 from collections import Counter
 
 import pytest
@@ -39,6 +40,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return SYSTEM_OF.get(file, len(SYSTEMS)), -tests[file]
 
     items.sort(key=rank)
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector all that is imported by now, and stays."""
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)
