@@ -4,6 +4,7 @@ Nothing that was answered is lost or doubled, nothing is oversold, the books bal
 to rebuild. Told is for how long a node's shards sold nothing, and the others.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -15,9 +16,10 @@ import pytest
 import redis
 from checker import OK, UNKNOWN, Restock, check
 from drills import often
+from nodes import KINDS, program
 from redis.crc import key_slot
 from rush import ShardedRush, stored_by
-from system import processes, run_program, start_system, stop_system
+from system import end, processes, run_program, spawn, start_system, stop_system
 from waiting import wait_until
 
 from app.config import ROOT
@@ -35,12 +37,19 @@ NODE_TIMEOUT_SECONDS = 5
 WITHIN_SECONDS = NODE_TIMEOUT_SECONDS + 3
 
 
+class DebianNode(Node):
+    """A node of Debian's Redis 7.0, which moves no slots by itself."""
+
+    def _program(self) -> str:
+        return program("redis")
+
+
 class Drill:
     """A cluster, a system on it, and shoppers."""
 
-    def __init__(self, tmp_path) -> None:
+    def __init__(self, tmp_path, kind: type[Node] = Node, **options: str) -> None:
         self.folder = tmp_path
-        self.cluster = Cluster(tmp_path)
+        self.cluster = Cluster(tmp_path, kind, **options)
         self.jobs = RedisServer(tmp_path / "jobs")
         self.nodes: list[Node] = list(self.cluster.nodes)
         for server in (*self.nodes, self.jobs):
@@ -65,13 +74,20 @@ class Drill:
 
     def find(self, shard: int) -> Node:
         """Return the node that is a shard's primary; of two that say so, the later one."""
-        slot, found = slot_of(shard), {}
-        for node in self.nodes:
-            if node.is_running():
-                _, _, _, _, _, _, epoch, _, *ranges = _line(node).split()
-                for first, _, last in (each.partition("-") for each in ranges if each[0] != "["):
-                    if int(first) <= slot <= int(last or first):
-                        found[int(epoch)] = node
+        slot = slot_of(shard)
+
+        def owners() -> dict[int, Node]:
+            found = {}
+            for node in self.nodes:
+                if node.is_running():
+                    _, _, _, _, _, _, epoch, _, *ranges = _line(node).split()
+                    for first, _, last in (each.partition("-") for each in ranges):
+                        if first[0] != "[" and int(first) <= slot <= int(last or first):
+                            found[int(epoch)] = node
+            return found
+
+        # Nobody is it when it changes hands between two of the questions.
+        found = wait_until(owners, 60, f"a primary of shard {shard}")
         return found[max(found)]
 
     def shards_of(self, node: Node) -> list[int]:
@@ -83,6 +99,10 @@ class Drill:
 
     def sells_everywhere(self, since: float) -> None:
         wait_until(lambda: self.rush.sells(since), 60, "a sale in every shard")
+
+    def fails(self, shard: int) -> None:
+        since = time.monotonic()
+        wait_until(lambda: self.rush.fails(shard, since), 60, "a purchase that fails")
 
     def is_well(self) -> bool:
         return all(
@@ -144,11 +164,13 @@ def _line(node: Node) -> str:
     return next(line for line in lines if "myself" in line)
 
 
-@pytest.fixture
-def drill(tmp_path):
-    one = Drill(tmp_path)
-    yield one
-    one.stop()
+@contextlib.contextmanager
+def drilling(tmp_path, kind: type[Node] = Node, **options: str):
+    drill = Drill(tmp_path, kind, **options)
+    try:
+        yield drill
+    finally:
+        drill.stop()
 
 
 def promoted(replica: Node) -> bool:
@@ -160,10 +182,19 @@ def kill_a_primary(drill: Drill, shard: int) -> None:
     replica = drill.replica_of(primary)
 
     def act() -> None:
+        died = time.monotonic()
         primary.kill()
         wait_until(lambda: promoted(replica), 60, "the replica to be promoted")
+        steps = [("promoted", time.monotonic())]
         # As a supervisor does it; its replica's acknowledgement is asked for.
         primary.start()
+        steps.append(("started again", time.monotonic()))
+        wait_until(lambda: "state=online" in replica.ask("INFO REPLICATION"), 60, "the replica")
+        steps.append(("in step", time.monotonic()))
+        sold = drill.rush.sold[shard]
+        wait_until(lambda: sold[-1] > steps[1][1], 60, "a sale")
+        steps.append(("sold", sold[-1]))
+        print(", ".join(f"{name} after {at - died:.1f} s" for name, at in steps))
 
     drill.watch("primary killed", drill.shards_of(primary), act)
 
@@ -205,6 +236,80 @@ def kill_a_pair(drill: Drill, shard: int) -> None:
         replica.start()
 
     drill.watch("replica and primary killed", drill.shards_of(primary), act)
+
+
+def lose_what_no_replica_has(drill: Drill, shard: int) -> None:
+    """The replica dies, orders come in that it has not, the primary dies: the replica takes over.
+
+    None of those may have been promised, stored or lent.
+    """
+    primary = drill.find(shard)
+    replica = drill.replica_of(primary)
+
+    def last_id(node: Node) -> int:
+        return int(node.ask("GET", Keys(Part(shard, SHARDS)).order_ids))
+
+    def act() -> None:
+        replica.kill()
+        # Its order is in the primary alone. Others are not even sent there, so nothing follows it.
+        drill.fails(shard)
+        issued = last_id(primary)
+        primary.kill()
+        replica.start()
+        replica.ask("CLUSTER FAILOVER", "TAKEOVER")
+        wait_until(lambda: promoted(replica), 60, "the replica to be promoted")
+        # It issues nothing either, before it has a replica of its own.
+        lost = (issued - last_id(replica)) // SHARDS
+        print(f"{lost} orders of shard {shard} were in the dead primary alone")
+        primary.start()
+
+    drill.watch("replica lost, then primary; it takes over", drill.shards_of(primary), act)
+
+
+def refuse_writes(drill: Drill, shard: int) -> None:
+    """A primary that takes no writes (NOREPLICAS), with all connections kept."""
+    primary = drill.find(shard)
+
+    def act() -> None:
+        primary.ask("CONFIG SET", "min-replicas-to-write", 5)
+        try:
+            drill.fails(shard)
+        finally:
+            primary.ask("CONFIG SET", "min-replicas-to-write", 0)
+
+    drill.watch("primary takes no writes", drill.shards_of(primary), act)
+
+
+def cut_off_by_a_proxy(drill: Drill, shard: int) -> None:
+    """The way from web and workers to a node is cut, while the nodes see each other."""
+    node = drill.find(shard)
+    (port,) = free_ports(1)
+    argv = [sys.executable, ROOT / "stress" / "fault_proxy.py", str(port), str(node.port)]
+    proxy = spawn(argv, stdin=subprocess.PIPE, text=True)
+
+    def say(command: str) -> None:
+        proxy.stdin.write(f"{command}\n")
+        proxy.stdin.flush()
+
+    def announce(port: int) -> None:
+        node.ask("CONFIG SET", "cluster-announce-port", port)
+        for each in drill.nodes:
+            each.await_answer(f":{port or node.port}@", "CLUSTER NODES")
+        # So that everybody comes by the new way.
+        node.ask("CLIENT KILL", "TYPE", "normal", "SKIPME", "yes")
+
+    def act() -> None:
+        say("refuse")
+        drill.fails(shard)
+        say("pass")
+
+    try:
+        announce(port)
+        drill.watch("cut off from web and workers", drill.shards_of(node), act)
+        announce(0)
+        drill.sells_everywhere(time.monotonic())
+    finally:
+        end(proxy)
 
 
 def flush_scripts(drill: Drill, _: int) -> None:
@@ -298,6 +403,9 @@ EVENTS = [
     lambda drill, shard: hand_over(drill, shard, "FORCE"),
     lambda drill, shard: hand_over(drill, shard, "TAKEOVER"),
     kill_a_pair,
+    lose_what_no_replica_has,
+    refuse_writes,
+    cut_off_by_a_proxy,
     flush_scripts,
     lose_the_jobs_redis,
     move_a_shard,
@@ -309,11 +417,12 @@ EVENTS = [
 ]
 
 
-def test_nodes_fail_one_after_the_other(drill):
-    for turn in range(often(1, 60)):
-        for number, event in enumerate(EVENTS):
-            event(drill, (turn + number) % SHARDS)
-    drill.judge()
+def test_nodes_fail_one_after_the_other(tmp_path):
+    with drilling(tmp_path) as drill:
+        for turn in range(often(1, 60)):
+            for number, event in enumerate(EVENTS):
+                event(drill, (turn + number) % SHARDS)
+        drill.judge()
 
 
 def test_make_cluster_sells_starts_dead_nodes_again_and_finds_its_data(tmp_path):
