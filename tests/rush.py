@@ -69,6 +69,9 @@ class ShardedRush:
         """Tell whether every shard has sold since a moment."""
         return all(of and of[-1] > since for of in self.sold)
 
+    def sold_since(self, shard: int, since: float) -> int:
+        return sum(at > since for at in list(self.sold[shard]))
+
     def fails(self, shard: int, since: float) -> bool:
         """Tell whether a purchase of a shard has failed since a moment."""
         return self.failed[shard] > since

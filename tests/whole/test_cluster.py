@@ -11,11 +11,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import redis
-from checker import OK, UNKNOWN, Restock, check
-from drills import often
+from checker import OK, UNKNOWN, Restock, Violation, check
+from drills import break_copy, often
 from nodes import KINDS, program
 from redis.crc import key_slot
 from rush import ShardedRush, stored_by
@@ -47,7 +48,10 @@ class DebianNode(Node):
 class Drill:
     """A cluster, a system on it, and shoppers."""
 
-    def __init__(self, tmp_path, kind: type[Node] = Node, **options: str) -> None:
+    def __init__(
+        self, tmp_path: Path, kind: type[Node] = Node, code: Path = ROOT, **options: str
+    ) -> None:
+        """`options` are the nodes', with underscores for hyphens."""
         self.folder = tmp_path
         self.cluster = Cluster(tmp_path, kind, **options)
         self.jobs = RedisServer(tmp_path / "jobs")
@@ -64,7 +68,7 @@ class Drill:
             "WEB_WORKERS": "2",
         }
         (tmp_path / "data").mkdir()
-        self.server = start_system(tmp_path / "data", **self.environ)
+        self.server = start_system(tmp_path / "data", directory=code, **self.environ)
         token = {"Authorization": f"Bearer {self.server.api_token}", "Idempotency-Key": "more"}
         restock = {"productId": 1, "amount": UNITS}
         assert self.server.call("POST", "/products/restock", restock, **token)[0] == 200
@@ -124,7 +128,10 @@ class Drill:
         print(f"{name}: {theirs:.1f} s without a sale, the other nodes {others:.1f} s")
 
     def judge(self) -> None:
-        """End the rush, and check what became of it."""
+        assert self.find_violations() == []
+
+    def find_violations(self) -> list[Violation]:
+        """End the rush, and return what became of it that must not."""
         self.rush.end()
         wait_until(self.is_well, 60, "all nodes to be well")
         wait_until(lambda: not self.count("XLEN", "outbox"), 60, "all orders to be stored")
@@ -135,7 +142,7 @@ class Drill:
         sold = sum(attempt.outcome == OK for attempt in attempts)
         unknown = sum(attempt.outcome == UNKNOWN for attempt in attempts)
         print(f"{sold} answered 200, {unknown} answers unknown, {len(stored.orders)} stored")
-        assert check(self.rush.history, stored) == []
+        return check(self.rush.history, stored)
 
     def flask(self, *words: str) -> subprocess.CompletedProcess:
         """Run one of the system's commands beside it."""
@@ -165,8 +172,8 @@ def _line(node: Node) -> str:
 
 
 @contextlib.contextmanager
-def drilling(tmp_path, kind: type[Node] = Node, **options: str):
-    drill = Drill(tmp_path, kind, **options)
+def drilling(tmp_path: Path, kind: type[Node] = Node, code: Path = ROOT, **options: str):
+    drill = Drill(tmp_path, kind, code, **options)
     try:
         yield drill
     finally:
@@ -251,8 +258,14 @@ def lose_what_no_replica_has(drill: Drill, shard: int) -> None:
 
     def act() -> None:
         replica.kill()
-        # Its order is in the primary alone. Others are not even sent there, so nothing follows it.
-        drill.fails(shard)
+        died = time.monotonic()
+        # The first orders are in the primary alone, and fail; the others are not even sent there.
+        # (Of a system that promises them there are more.)
+        wait_until(
+            lambda: drill.rush.fails(shard, died) or drill.rush.sold_since(shard, died) > 10,
+            60,
+            "orders that the replica has not",
+        )
         issued = last_id(primary)
         primary.kill()
         replica.start()
@@ -310,6 +323,26 @@ def cut_off_by_a_proxy(drill: Drill, shard: int) -> None:
         drill.sells_everywhere(time.monotonic())
     finally:
         end(proxy)
+
+
+# Is run with the settings of the system, but for SHARDS.
+BUY = """
+from app import create_app
+client = create_app().test_client()
+for user in range(900_000_001, 900_000_025):
+    print(client.post("/purchase", json={"userId": user, "productId": 1}).status_code)
+"""
+
+
+def another_number_of_shards(drill: Drill, _: int) -> None:
+    """A process with another SHARDS decides nothing."""
+
+    def act() -> None:
+        environ = drill.environ | {"SHARDS": "12", "DATA_DIR": str(drill.server.data_dir)}
+        done = run_program([sys.executable, "-c", BUY], 60, **environ)
+        assert set(done.stdout.split()) == {"503"}, done.stdout + done.stderr
+
+    drill.watch("a process with twelve shards", [], act)
 
 
 def flush_scripts(drill: Drill, _: int) -> None:
@@ -396,33 +429,96 @@ def rebuild(drill: Drill, _: int) -> None:
     drill.watch("the sale rebuilt", list(range(SHARDS)), act)
 
 
-EVENTS = [
+# After most of these another node is the primary, or the same one has begun anew.
+DEATHS = [
     kill_a_primary,
     stop_a_primary,
-    lambda drill, shard: hand_over(drill, shard, ""),
-    lambda drill, shard: hand_over(drill, shard, "FORCE"),
-    lambda drill, shard: hand_over(drill, shard, "TAKEOVER"),
-    kill_a_pair,
     lose_what_no_replica_has,
-    refuse_writes,
-    cut_off_by_a_proxy,
+    kill_a_primary,
+    lambda drill, shard: hand_over(drill, shard, "FORCE"),
+    kill_a_pair,
+    lambda drill, shard: hand_over(drill, shard, "TAKEOVER"),
+]
+FAILURES = [*DEATHS, refuse_writes, cut_off_by_a_proxy, kill_a_primary]
+CHANGES = [
+    lambda drill, shard: hand_over(drill, shard, ""),
     flush_scripts,
     lose_the_jobs_redis,
-    move_a_shard,
+    another_number_of_shards,
     move_a_shard_by_hand,
     add_nodes,
     rebuild,
-    kill_a_primary,
-    kill_a_primary,
 ]
 
 
+def run_events(drill: Drill, events: list, times: int = 1) -> None:
+    for turn in range(times):
+        for number, event in enumerate(events):
+            event(drill, (turn + number) % SHARDS)
+    drill.judge()
+
+
 def test_nodes_fail_one_after_the_other(tmp_path):
+    """With a node's timeout as `make cluster` has it: the times are told in reliability.md."""
     with drilling(tmp_path) as drill:
-        for turn in range(often(1, 60)):
-            for number, event in enumerate(EVENTS):
-                event(drill, (turn + number) % SHARDS)
+        run_events(drill, FAILURES, often(1, 3))
+
+
+def test_nodes_of_debian_s_redis_fail_one_after_the_other(tmp_path):
+    with drilling(tmp_path, DebianNode, cluster_node_timeout="2000") as drill:
+        run_events(drill, FAILURES, often(1, 3))
+
+
+@pytest.mark.parametrize("kind", [Node, DebianNode], ids=KINDS)
+def test_the_cluster_is_changed(kind, tmp_path):
+    with drilling(tmp_path, kind) as drill:
+        # Debian's moves slots key by key alone.
+        run_events(drill, [*CHANGES, move_a_shard] if kind is Node else CHANGES, often(1, 3))
+
+
+@pytest.mark.parametrize(
+    ("kind", "deaths"), [(Node, often(0, 300)), (DebianNode, often(0, 50))], ids=KINDS
+)
+def test_nodes_die_by_the_hundred(kind, deaths, tmp_path):
+    """With LONG=1. Each some 9 s: nodes that are quicker to take each other for dead."""
+    if not deaths:
+        pytest.skip("LONG=1 has them; a few of each kind are above")
+    with drilling(tmp_path, kind, cluster_node_timeout="2000") as drill:
+        for number in range(deaths):
+            print(f"death {number + 1}", end=", ")
+            DEATHS[number % len(DEATHS)](drill, number % SHARDS)
         drill.judge()
+
+
+# Each a piece of the code, what is put in its place, and what the drill must then find.
+SABOTAGES = {
+    "an order is answered before its replica has it": (
+        (
+            "app/stock/loop_line.py",
+            "        if not self._replicas.count:\n            channel.send(",
+            "        if True:\n            channel.send(",
+        ),
+        {"lost"},
+    ),
+    "an order is stored before its replica has it": (
+        (
+            "app/stock/outbox.py",
+            'cast("RawEntries", self.replicas.run(pipe)[0])',
+            'cast("RawEntries", pipe.execute()[0])',
+        ),
+        {"dead-letter"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SABOTAGES)
+def test_the_drill_finds(name, tmp_path):
+    change, kinds = SABOTAGES[name]
+    (code := tmp_path / "code").mkdir()
+    break_copy(code, [change])
+    with drilling(tmp_path, code=code, cluster_node_timeout="2000") as drill:
+        lose_what_no_replica_has(drill, 0)
+        assert kinds <= {violation.kind for violation in drill.find_violations()}
 
 
 def test_make_cluster_sells_starts_dead_nodes_again_and_finds_its_data(tmp_path):
