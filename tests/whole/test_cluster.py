@@ -327,8 +327,8 @@ def cut_off_by_a_proxy(drill: Drill, shard: int) -> None:
 
 # Is run with the settings of the system, but for SHARDS.
 BUY = """
-from app import create_app
-client = create_app().test_client()
+from wsgi import app
+client = app.test_client()
 for user in range(900_000_001, 900_000_025):
     print(client.post("/purchase", json={"userId": user, "productId": 1}).status_code)
 """
