@@ -6,6 +6,9 @@ PIP = $(VENV)/pip install --quiet --disable-pip-version-check --require-hashes -
 JOBS = 3
 PYTEST = $(VENV)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
+# What is compiled is kept for the processes to come, of which tests and a run start many.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: run cluster test drills attacks coverage lint format types lock stress screenshots bench chaos fuzz
 
 run: .venv/installed

@@ -28,6 +28,7 @@ from .problems import Conflict, InvalidRequest, Unavailable, UnknownProduct
 from .products import brake as brakes
 from .products import currency as currencies
 from .products import importing, movements, terms
+from .products.sale import to_follow
 from .reading import MAX_ID, MAX_REASON, USER_WORDS, User, canonical, read_text
 from .staff import people, tokens
 from .stock import plan
@@ -178,7 +179,8 @@ def brake(product: int | None, yes: bool, release: bool) -> None:
         raise click.ClickException(f"There is no product {product}") from None
     except Unavailable as error:
         raise click.ClickException(f"Redis: {error}") from None
-    click.echo(f"{what.capitalize()} {'is released' if release else 'is braked'}.")
+    told = f"{what.capitalize()} {'is released' if release else 'is braked'}."
+    click.echo(told + to_follow(done.pending))
     if release and done.sale:
         click.echo("The whole sale is still braked: `flask brake --release`")
     if release and done.still:

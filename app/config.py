@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields, replace
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
 
@@ -151,7 +152,39 @@ def _redis_url(value: str) -> str:
         raise ValueError(
             "must name Sentinels and their primary, like redis+sentinel://host:26379,host2:26379/name"
         )
+    if not value.startswith("unix:"):
+        _check_redis_parts(value)
     return value
+
+
+# What a password may hold in a URL as %2F and its like only. The words of whoever reads the URL
+# otherwise repeat a part of it, in the place of a port or a host.
+ENCODED = "special characters of names and passwords percent-encoded (RFC 3986, 2.1)"
+
+
+def _check_redis_parts(value: str) -> None:
+    """Raise ValueError, which repeats nothing of the value, unless it has hosts and ports."""
+    authority, _, path = value.partition("://")[2].partition("?")[0].partition("/")
+    user, _, listed = authority.rpartition("@")
+    hosts = listed.split(",") if "+" in value.partition("://")[0] else [listed]
+    if (
+        not all(_is_host(host) for host in hosts)
+        or "#" in value
+        or "@" in path
+        or set("[]") & set(user)
+    ):
+        raise ValueError(f"must have hosts with ports from 1 to 65535, and {ENCODED}")
+    if "+sentinel:" not in value and not re.fullmatch(r"[0-9]*", path):
+        raise ValueError("must end with the number of a database, or without one")
+
+
+def _is_host(text: str) -> bool:
+    """Tell whether it is a host, which may be left out, with or without a port."""
+    try:
+        parts = urlsplit(f"//{text}")
+        return parts.netloc == text and "@" not in text and parts.port != 0
+    except ValueError:
+        return False
 
 
 def _one_redis_url(value: str) -> str:
@@ -165,6 +198,10 @@ def _database_url(value: str) -> str:
     match = re.match(r"(postgres|postgresql|postgresql\+psycopg2)://", value)
     if not match:
         raise ValueError("must start with postgresql://")
+    # As SQLAlchemy parts it: a password goes as far as the first @.
+    authority = re.match(r"(?:[^:/]*(?::[^@]*)?@)?([^/?]*)", value[match.end() :])
+    if not authority or not _is_host(authority[1]):
+        raise ValueError(f"must have one host, a port from 1 to 65535, and {ENCODED}")
     return "postgresql+psycopg2://" + value[match.end() :]
 
 

@@ -634,7 +634,8 @@ class NewEvent(Model):
     """Something that happened and has no number yet: written with what it tells, and committed.
 
     The id is taken after the row that it is about was locked, so of one order the later has the
-    higher. Orders that the drain stored are no rows here: their batch is the event.
+    higher. Orders that the drain stored are no rows here: their batch is the event. Those that a
+    movement ended together are one row, without a body.
     """
 
     __tablename__ = "new_events"
@@ -646,11 +647,17 @@ class NewEvent(Model):
     # The order's own count of what happened to it: 0 when it was stored.
     sequence: Mapped[int | None] = mapped_column(Integer)
     # JSON, not JSONB: it is passed on as the text it was written as.
-    body: Mapped[dict[str, Any]] = mapped_column(JSON)
+    body: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    # Of several orders: by which movement they ended, and how many.
+    count: Mapped[int] = mapped_column(Integer, server_default="1")
+    movement_id: Mapped[int | None] = mapped_column(BigInteger)
 
 
 class Event(Model):
-    """Numbered events, a partition for each day. A batch is one row, with a number per order."""
+    """Numbered events, a partition for each day.
+
+    A batch is one row, with a number per order; so are orders that ended together.
+    """
 
     __tablename__ = "events"
     __table_args__ = (
@@ -658,19 +665,21 @@ class Event(Model):
         {"postgresql_partition_by": "RANGE (day)"},
     )
 
-    # Of the last event in it, where the row is a batch.
+    # Of the last event in it, where the row is of several orders.
     number: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
     # When it was numbered, by PostgreSQL's clock in UTC.
     day: Mapped[date] = mapped_column(Date, primary_key=True)
     count: Mapped[int] = mapped_column(Integer)
     at: Mapped[datetime] = mapped_column(Timestamp)
     type: Mapped[str] = mapped_column(Text)
+    # The first one's, of those that ended together.
     order_id: Mapped[int | None] = mapped_column(BigInteger)
     sequence: Mapped[int | None] = mapped_column(Integer)
     batch_id: Mapped[int | None] = mapped_column(BigInteger)
     first_order_id: Mapped[int | None] = mapped_column(BigInteger)
     last_order_id: Mapped[int | None] = mapped_column(BigInteger)
     body: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    movement_id: Mapped[int | None] = mapped_column(BigInteger)
 
 
 class Feed(Model):

@@ -37,8 +37,6 @@ from checker import (
     Attempt,
     Cancel,
     History,
-    Movement,
-    Order,
     Restock,
     Stored,
     Violation,
@@ -46,6 +44,7 @@ from checker import (
     save,
 )
 from client import free_port, patience
+from stored import read_rows
 
 from app import create_app
 from app.audit import Actor
@@ -554,23 +553,6 @@ class Run:
         return f"host={self.system.postgres.sockets} user=flashsale dbname=flashsale"
 
     def read_stored(self) -> Stored:
-        with (
-            contextlib.closing(psycopg2.connect(self.dsn())) as connection,
-            connection.cursor() as cursor,
-        ):
-            cursor.execute(
-                "SELECT id, user_id, product_id, quantity, idempotency_key, status FROM orders"
-            )
-            stored_orders = [Order(*row) for row in cursor]
-            cursor.execute(
-                "SELECT order_id, user_id, product_id, quantity, payload, error FROM dead_letters"
-            )
-            letters = [Order(*row) for row in cursor]
-            cursor.execute(
-                "SELECT id, product_id, kind, units, order_id, idempotency_key,"
-                " applied_at IS NOT NULL FROM stock_movements"
-            )
-            movements = [Movement(*row) for row in cursor]
         with self.app.app_context():
             result = ledger.check(rows=True)
         problems = list(result.problems)
@@ -582,7 +564,7 @@ class Run:
                 for product in PRODUCTS
             }
             waiting = client.xlen("sale:{0}:outbox")
-        return Stored(stored_orders, letters, movements, free, waiting, problems)
+        return Stored(*read_rows(self.dsn()), free, waiting, problems)
 
     def report(self, history: History, stored: Stored, seconds: float) -> None:
         kills = {kind: self.done[kind] for kind in KILLS if self.done[kind]}

@@ -12,6 +12,7 @@ from documented import DocumentedClient
 from people import API_TOKEN, PASSWORD, sign_in_once
 from sqlalchemy import text
 from system import UNLIMITED, Server, start_system, stop_system
+from werkzeug.routing import Rule
 
 from app import create_app
 from app.audit import CLI
@@ -63,6 +64,21 @@ def settings(servers, tmp_path_factory) -> Settings:
 def quick_passwords() -> Iterator[None]:
     """Hash passwords a hundred times faster than is safe."""
     with patch.object(people, "generate_password_hash", partial(HASH, method="scrypt:256:8:1")):
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def routes_compiled_once() -> Iterator[None]:
+    """Compile what builds a route's address once, not for each app: most of an app's making."""
+    compile_builder, builders = Rule._compile_builder, {}
+
+    def compile_once(rule: Rule, append_unknown: bool = True):
+        known = (rule.rule, rule.subdomain, rule.host, repr(rule.defaults), append_unknown)
+        if known not in builders:
+            builders[known] = compile_builder(rule, append_unknown)
+        return builders[known]
+
+    with patch.object(Rule, "_compile_builder", compile_once):
         yield
 
 

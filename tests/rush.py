@@ -1,19 +1,31 @@
 """Shoppers who buy from every shard without a pause while things break, and what became of it."""
 
-import contextlib
 import json
 import threading
 import time
 from collections.abc import Iterator
 from itertools import count, pairwise
 
-import psycopg2
-from checker import OK, REFUSED, UNKNOWN, Attempt, History, Movement, Order, Stored
+from checker import OK, REFUSED, UNKNOWN, Attempt, History, Stored
+from stored import read_rows
 from system import Server
 from waiting import patience
 
 from app.run.embedded import PostgresServer
 from app.stock.place import place
+
+
+def attempt(server: Server, history: History, user: int) -> str:
+    """Buy a unit of product 1 by the user's key; note the outcome in the history, and return it."""
+    body = {"userId": user, "productId": 1}
+    try:
+        status, _, content, _ = server.call("POST", "/purchase", body, **{"Idempotency-Key": "k"})
+        answer = json.loads(content)
+    except OSError:
+        status, answer = 0, {}
+    outcome = OK if status == 200 else REFUSED if 400 <= status < 500 else UNKNOWN
+    history.attempts.append(Attempt(user, 1, 1, "k", outcome, status, answer.get("orderId")))
+    return outcome
 
 
 class ShardedRush:
@@ -49,20 +61,9 @@ class ShardedRush:
             time.sleep(0.02)
 
     def _attempt(self, shard: int, user: int) -> str:
-        body = {"userId": user, "productId": 1}
-        try:
-            status, _, content, _ = self.server.call(
-                "POST", "/purchase", body, **{"Idempotency-Key": "k"}
-            )
-            answer = json.loads(content)
-        except OSError:
-            status, answer = 0, {}
-        outcome = OK if status == 200 else REFUSED if 400 <= status < 500 else UNKNOWN
+        outcome = attempt(self.server, self.history, user)
         if outcome == OK:
             self.sold[shard].append(time.monotonic())
-        self.history.attempts.append(
-            Attempt(user, 1, 1, "k", outcome, status, answer.get("orderId"))
-        )
         return outcome
 
     def sells(self, since: float) -> bool:
@@ -90,16 +91,4 @@ class ShardedRush:
 def stored_by(server: Server, free: int, waiting: int, ledger: list[str]) -> Stored:
     """Return what the system's PostgreSQL holds, beside what its Redis does of product 1."""
     url = PostgresServer(server.data_dir).url.replace("+psycopg2", "")
-    with contextlib.closing(psycopg2.connect(url)) as connection, connection.cursor() as cursor:
-        cursor.execute(
-            "SELECT id, user_id, product_id, quantity, idempotency_key, status FROM orders"
-        )
-        orders = [Order(*row) for row in cursor]
-        cursor.execute(
-            "SELECT id, product_id, kind, units, order_id, idempotency_key, applied_at IS NOT NULL"
-            " FROM stock_movements"
-        )
-        movements = [Movement(*row) for row in cursor]
-        cursor.execute("SELECT order_id, user_id, product_id, quantity, '', '' FROM dead_letters")
-        letters = [Order(*row) for row in cursor]
-    return Stored(orders, letters, movements, {1: free}, waiting, ledger)
+    return Stored(*read_rows(url), {1: free}, waiting, ledger)

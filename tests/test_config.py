@@ -1,10 +1,14 @@
 """Settings: defaults, and a clear line for each wrong value."""
 
 import stat
+from itertools import product
+from types import SimpleNamespace
 
 import pytest
+from sqlalchemy import make_url
 
 from app.config import RateLimit, Settings, SettingsError, kept_secret, load_settings, with_secrets
+from app.stock.servers import read_url
 
 
 def test_defaults():
@@ -32,6 +36,56 @@ def test_a_wrong_value_is_named(name, value):
     with pytest.raises(SettingsError, match=name) as error:
         load_settings({name: value})
     assert "\n" not in str(error.value)
+
+
+PASSWORD = "Hunter-2"
+AWKWARD = ("{}", "{}/1", "1/{}", "{}?1", "{}#1", "#{}", "1@{}", "[{}", "{}]", "%{}")
+HOSTS = ("h:x", "h:70000", "h:0", "[::1", "h:1:1", "h")
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "end"),
+    [
+        ("REDIS_URL", "redis", "/0"), ("REDIS_URL", "rediss", ""), ("REDIS_URL", "redis", "/x"),
+        ("REDIS_URL", "redis+sentinel", "/name"), ("REDIS_URL", "redis+cluster", ""),
+        ("JOBS_REDIS_URL", "redis", "/1"), ("DATABASE_URL", "postgresql", "/shop"),
+    ],
+)  # fmt: skip
+def test_a_url_that_cannot_be_read_shows_nothing_of_its_password(name, start, end):
+    """Neither when it is refused nor, where it can be read, as a host or a port."""
+    for password, host in product(AWKWARD, HOSTS):
+        url = f"{start}://shop:{password.format(PASSWORD)}@{host}{end}"
+        refused = ""
+        try:
+            value = getattr(load_settings({name: url}), name.lower())
+        except SettingsError as error:
+            refused = str(error)
+        if refused:
+            assert name in refused
+            assert "\n" not in refused
+            assert PASSWORD not in refused
+        else:
+            parts = make_url(value) if name == "DATABASE_URL" else find_parts(value)
+            assert (parts.host, host) == ("h", "h")
+            assert PASSWORD in parts.password
+
+
+def find_parts(url):
+    options, find = read_url(url)
+    host = "h" if find else options.get("host", "localhost")
+    return SimpleNamespace(host=host, password=options.get("password", ""))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://", "redis://h", "redis://h/", "redis://h:6379/15", "redis://:a%2Fb%40@h/0",
+        "redis://:a@b@h", "redis://[::1]:6379", "rediss://u:p@h?ssl_cert_reqs=none",
+        "redis+sentinel://:p@h,h2:1/name?db=1", "redis+cluster://u:p@h:1,[::1]:2/", "unix:///a@b",
+    ],
+)  # fmt: skip
+def test_right_redis_urls(url):
+    assert load_settings({"REDIS_URL": url}).redis_url == url
 
 
 def test_database_urls_are_normalised():

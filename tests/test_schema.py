@@ -1,16 +1,15 @@
 """Migrations and the rules that stand in the schema itself."""
 
 import threading
-from dataclasses import replace
 
 import flask_migrate
 import pytest
 from alembic.script import ScriptDirectory
-from sqlalchemy import create_engine, text
+from older import database_of
+from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from app import create_app
-from app.extensions import db, stock
+from app.extensions import db
 from app.products.movements import totals
 
 
@@ -69,27 +68,10 @@ def test_totals_follow_every_change(app):
 @pytest.fixture
 def older(built_app, settings):
     """An app on a database of its own that stands before texts could name users."""
-    server = create_engine(settings.database_url, isolation_level="AUTOCOMMIT")
-    with server.connect() as connection:
-        connection.execute(text("CREATE DATABASE older"))
-    app = create_app(
-        replace(settings, database_url=settings.database_url.replace("/flashsale?", "/older?"))
-    )
-    with app.app_context():
-        flask_migrate.upgrade(revision="0006_pages")
-        db.session.execute(
-            text("INSERT INTO products (name, price_cents, currency) VALUES ('Lamp', 1, 'USD')")
-        )
+    with database_of(settings, "0006_pages") as app:
         db.session.execute(text(OLD_ORDER), {"id": 1})
         db.session.commit()
         yield app
-        db.session.remove()
-        db.engine.dispose()
-    with server.connect() as connection:
-        connection.execute(text("DROP DATABASE older"))
-    server.dispose()
-    # The one stock of all apps belongs to the tests' own again.
-    stock.init_app(settings)
 
 
 OLD_ORDER = (
@@ -212,4 +194,31 @@ def test_holds_come_to_a_system_that_sells(older):
     db.session.rollback()
     flask_migrate.downgrade(revision="0012_webhooks")
     db.session.execute(text(OLD_ORDER), {"id": 3})
+    db.session.rollback()
+
+
+def test_events_of_many_orders_come_to_a_system_that_sells(older):
+    """Events that wait or are numbered stay as they are, and old processes go on beside it."""
+    flask_migrate.upgrade(revision="0014_shards")
+    old = text("INSERT INTO new_events (type, body) VALUES ('order.held', '{}')")
+    db.session.execute(old)
+    rows = "SELECT ctid::text, xmin::text FROM new_events ORDER BY id"
+    before = db.session.execute(text(rows)).all()
+    db.session.commit()
+    flask_migrate.upgrade(revision="0015_ended_together")
+    flask_migrate.stamp(revision="0014_shards")
+    flask_migrate.upgrade(revision="0015_ended_together")
+    assert db.session.execute(text(rows)).all() == before
+    db.session.execute(old)
+    found = "SELECT count, movement_id FROM new_events"
+    assert db.session.execute(text(found)).all() == [(1, None)] * 2
+    together = "INSERT INTO new_events (type, count, movement_id) VALUES ('order.expired', 9, 1)"
+    db.session.execute(text(together))
+    db.session.commit()
+    with pytest.raises(DBAPIError, match="ended together"):
+        flask_migrate.downgrade(revision="0014_shards")
+    db.session.execute(text("DELETE FROM new_events WHERE movement_id IS NOT NULL"))
+    db.session.commit()
+    flask_migrate.downgrade(revision="0014_shards")
+    db.session.execute(old)
     db.session.rollback()

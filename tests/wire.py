@@ -85,6 +85,21 @@ async def serving(app) -> AsyncIterator[Process]:
         stock.loop_line = kept
 
 
+def ask(app, *requests: bytes) -> list[Reply]:
+    """Send requests, each on a connection of its own; return the replies."""
+
+    async def all_of_them() -> list[Reply]:
+        async with serving(app) as process:
+            replies = []
+            for request in requests:
+                wire = await process.connect()
+                wire.send(request)
+                replies.append(await wire.reply())
+            return replies
+
+    return asyncio.run(all_of_them())
+
+
 def purchase(user: int | str, *headers: str, **more: object) -> bytes:
     """Return a request as bytes."""
     body = json.dumps({"userId": user, "productId": 1, **more})

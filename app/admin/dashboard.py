@@ -11,6 +11,7 @@ from markupsafe import Markup
 from .. import auth
 from ..problems import InvalidRequest, Unavailable
 from ..products import brake as brakes
+from ..products.sale import to_follow
 from ..watch import monitor, samples
 from ..web.errors import api_error
 from ..web.polls import share
@@ -87,7 +88,7 @@ def brake() -> ResponseReturnValue:
     ):
         return question
     done = brakes.brake(on == "1", product_id, auth.staff_actor())
-    message = told(done, product_id)
+    message = told(done, product_id) + to_follow(done.pending)
     if product_id and forms.by_htmx():
         return products.changed(product_id, message)
     if forms.by_htmx():

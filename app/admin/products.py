@@ -14,6 +14,7 @@ from ..models import Product
 from ..orders import search
 from ..problems import InvalidRequest, KeyMismatch, Unavailable
 from ..products import catalogue, currency, importing, listing, movements, terms
+from ..products.sale import to_follow
 from ..reading import MAX_ID, MAX_RESTOCK, VALID_KEY
 from ..watch import monitor
 from ..web.pages import MOST_OF_FILE
@@ -263,12 +264,15 @@ def edit(product_id: int) -> ResponseReturnValue:
         was = product_form.shown(product)
         return show_form(was, {}, product=product, was=was, version=product.version)
     edit = product_form.Edit(request.form, product)
+    pending: tuple[int, ...] = ()
     kept = {"product": product, "was": edit.was, "version": edit.version}
     values, errors = product_form.read(request.form, edit.touched)
     if errors:
         return show_form(edit.typed, errors, 422, **kept)
     try:
-        changed, _ = catalogue.change(product_id, values, auth.staff_actor(), {edit.version})
+        changed, _, pending = catalogue.change(
+            product_id, values, auth.staff_actor(), {edit.version}
+        )
     except terms.WrongWindow:
         return show_form(edit.typed, product_form.WRONG_WINDOW, 422, **kept)
     except catalogue.SkuTaken:
@@ -296,7 +300,7 @@ def edit(product_id: int) -> ResponseReturnValue:
                 differences=differences,
             )
     return forms.done(
-        f"{changed.name} is saved. It binds the next purchase.",
+        f"{changed.name} is saved. It binds the next purchase.{to_follow(pending)}",
         url_for("products.show", product_id=product_id),
     )
 
@@ -336,8 +340,8 @@ def act(product_id: int) -> ResponseReturnValue:
     if asked and (question := forms.unconfirmed(*asked, page)):
         return question
     change, told = ACTS[name]
-    product, _ = change(product_id, auth.staff_actor())
-    return changed(product_id, state_told(product, told))
+    product, _, pending = change(product_id, auth.staff_actor())
+    return changed(product_id, state_told(product, told) + to_follow(pending))
 
 
 bp.add_app_template_global(currency.in_doubt)

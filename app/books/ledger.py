@@ -180,9 +180,8 @@ class Pending(NamedTuple):
         if part.shards == 1:
             return self.units
         if self.order_ids is not None:
-            return sum(
-                order.units for order in stock.of_each_shard(expired(self.order_ids))[part.shard]
-            )
+            orders = expired([self.movement_id])[self.movement_id]
+            return sum(order.units for order in stock.of_each_shard(orders)[part.shard])
         user = self.user_name if self.user_id is None else self.user_id
         if user is not None:
             return self.units if stock.shard_of(user).part == part else 0

@@ -29,6 +29,7 @@ from ..orders import bulk, cancelling, holds
 from ..orders.drain import BATCH_ORDERS, Row, store
 from ..problems import Conflict, Unavailable
 from ..products import catalogue, movements, sale, terms
+from ..stock.brakes import BrakeGateway
 from ..stock.entries import FAILED, STANDING, Entry, key_record
 from ..stock.place import place
 from ..stock.shard import Shard
@@ -243,6 +244,7 @@ def rebuild(actor: Actor, replace: bool = False) -> Rebuilt:
             # With their terms: what is sold the moment it is open is sold by them.
             shard.put_accounts(products[shard.part.shard], terms)
             shard.put_movements(bits)
+        stock.brakes.remake([BrakeGateway(shard) for shard in former])
         _put_bought(connection)
         keys = _put_keys(connection)
         _open(generation, loss.first_order_id, made_on)

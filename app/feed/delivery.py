@@ -14,13 +14,13 @@ from typing import Any
 
 import psycopg2
 from flask import current_app
-from sqlalchemy import select, text
+from sqlalchemy import text
 from standardwebhooks import Webhook
 
 from ..audit import SYSTEM, record
 from ..extensions import db, stock
 from ..locks import WEBHOOK_LOCKS
-from ..models import WebhookAttempt, WebhookDelivery, WebhookEndpoint
+from ..models import WebhookDelivery, WebhookEndpoint
 from ..problems import CursorExpired, Unavailable
 from . import reading, webhooks
 from .secret import Unreadable
@@ -29,7 +29,7 @@ from .sending import Outcome, Sender
 log = logging.getLogger(__name__)
 
 EVENTS_PER_DELIVERY = 100
-# So much of the feed is looked through at once for what an endpoint wants.
+# So much of the feed is read at once, and looked through for what an endpoint wants.
 LOOKED_THROUGH = 1000
 # All of a job, so that the next endpoint is not kept waiting.
 JOB_SECONDS = 5.0
@@ -49,6 +49,31 @@ class Busy(Exception):
     """Another process sends to this endpoint."""
 
 
+# What there is to be sent to an endpoint: what a person asked for, or what waits to be delivered.
+WAITING = text("""
+    SELECT coalesce(epoch, generation) AS epoch, head, floor,
+      (SELECT d.id FROM webhook_deliveries d WHERE endpoint_id = :endpoint AND wanted_at IS NOT NULL
+       ORDER BY wanted_at, d.id LIMIT 1) AS wanted,
+      (SELECT d.id FROM webhook_deliveries d WHERE endpoint_id = :endpoint AND pending) AS pending
+    FROM sale, feed
+""")
+RECORD = text("""
+    WITH sent AS (
+      SELECT id, events, pending, wanted_at IS NOT NULL AS asked_for
+      FROM webhook_deliveries WHERE id = :delivery FOR UPDATE
+    ), noted AS (
+      INSERT INTO webhook_attempts (delivery_id, milliseconds, status, error)
+      SELECT id, :milliseconds, :status, :error FROM sent
+    ), changed AS (
+      UPDATE webhook_deliveries d SET
+        wanted_at = NULL, attempts = attempts + 1, pending = d.pending AND NOT :delivered,
+        delivered_at = CASE WHEN :delivered THEN coalesce(delivered_at, now()) ELSE delivered_at END
+      FROM sent WHERE d.id = sent.id
+    )
+    SELECT events, pending, asked_for FROM sent
+""")
+
+
 class Job:
     """One turn of an endpoint. `run` sends what there is, for JOB_SECONDS at most."""
 
@@ -58,6 +83,10 @@ class Job:
         self.delivered = self.events = self.failed = 0
         # Whether there was more to send when the time was up.
         self.more = False
+        # The last attempt, as long as it is not on record: by the delivery's id.
+        self._sent: tuple[int, Outcome] | None = None
+        # Events that were read and not sent yet, and the epoch and number that they follow upon.
+        self._ahead: tuple[str, int, list[reading.Event]] = "", 0, []
 
     def run(self) -> str:
         """Send, and tell what was sent.
@@ -68,15 +97,25 @@ class Job:
         allow = current_app.config["SETTINGS"].webhook_allow_private
         with _alone(self._endpoint_id) as is_mine, self._sender or Sender(allow) as sender:
             longest = 0.0
-            # Not begun if one as slow as the slowest would not fit.
-            while time.monotonic() - started + longest < JOB_SECONDS:
-                is_mine()
-                begun = time.monotonic()
-                if not self._step(sender):
-                    break
-                longest = max(longest, time.monotonic() - begun)
-            else:
-                self.more = True
+            try:
+                # Not begun if one as slow as the slowest would not fit.
+                while time.monotonic() - started + longest < JOB_SECONDS:
+                    is_mine()
+                    begun = time.monotonic()
+                    if not self._step(sender):
+                        break
+                    longest = max(longest, time.monotonic() - begun)
+                else:
+                    self.more = True
+            except Exception:
+                # Whatever it was about, what was sent need not be sent again.
+                db.session.rollback()
+                self._record_last()
+                raise
+            self._record_last()
+        counts = {"delivered": self.delivered, "failed": self.failed, "events": self.events}
+        with suppress(Unavailable):
+            stock.board.count({f"webhook:{name}": count for name, count in counts.items() if count})
         return str(self)
 
     def __str__(self) -> str:
@@ -84,55 +123,57 @@ class Job:
         return text + (f", {self.failed} failed" if self.failed else "")
 
     def _step(self, sender: Sender) -> bool:
-        """Send one message; False when there is none to be sent now."""
-        # Locked before its deliveries are looked at, as a reset does: neither waits for the other.
-        endpoint = db.session.get(
-            WebhookEndpoint, self._endpoint_id, with_for_update=True, populate_existing=True
-        )
+        """Put the attempt before on record, and send one message; False when there is none now.
+
+        Both in one transaction, whose commit is what a delivery waits for; and none is open while
+        somebody else's server takes its time.
+        """
+        endpoint = self._lock()
         if endpoint is None:
-            return self._nothing()
-        delivery = db.session.scalar(
-            select(WebhookDelivery)
-            .where(
-                WebhookDelivery.endpoint_id == endpoint.id, WebhookDelivery.wanted_at.is_not(None)
-            )
-            .order_by(WebhookDelivery.wanted_at, WebhookDelivery.id)
-            .limit(1)
-        )
+            return self._end()
+        if self._sent:
+            self._record(endpoint, *self._sent)
+        delivery = self._next(endpoint)
         if delivery is None:
-            if endpoint.state != "on" or endpoint.next_at > datetime.now(UTC):
-                return self._nothing()
-            delivery = self._pending(endpoint)
-            if delivery is None:
-                return self._nothing()
+            return self._end()
         try:
             headers = signed(endpoint, delivery)
         except Unreadable:
             delivery.wanted_at = None
             switch_off(endpoint, "SECRET_KEY was changed: make a new secret for this endpoint")
-            db.session.commit()
-            return False
-        # No transaction is open while somebody else's server takes its time.
+            return self._end()
+        db.session.flush()
         url, body, delivery_id = endpoint.url, delivery.body.encode(), delivery.id
-        db.session.commit()
-        outcome = sender.post(url, headers, body)
-        self._record(self._endpoint_id, delivery_id, outcome)
+        self._end()
+        self._sent = delivery_id, sender.post(url, headers, body)
         return True
 
-    def _nothing(self) -> bool:
-        db.session.rollback()
+    def _lock(self) -> WebhookEndpoint | None:
+        # Read anew: meanwhile it may have been changed, or removed. Locked before its deliveries
+        # are looked at, as a reset does: neither waits for the other.
+        db.session.expunge_all()
+        return db.session.get(WebhookEndpoint, self._endpoint_id, with_for_update=True)
+
+    def _end(self) -> bool:
+        db.session.commit()
+        self._sent = None
         return False
 
-    def _pending(self, endpoint: WebhookEndpoint) -> WebhookDelivery | None:
-        """Return the delivery that comes next, committed; None when there are no events."""
-        pending = db.session.scalar(
-            select(WebhookDelivery).where(
-                WebhookDelivery.endpoint_id == endpoint.id, WebhookDelivery.pending
-            )
-        )
-        if pending:
-            return pending
-        of = reading.ends()
+    def _next(self, endpoint: WebhookEndpoint) -> WebhookDelivery | None:
+        """Return the delivery that comes next; None when there is nothing to be sent now."""
+        waiting = db.session.execute(WAITING, {"endpoint": endpoint.id}).one_or_none()
+        if waiting is None:
+            return None
+        if waiting.wanted:
+            return db.session.get_one(WebhookDelivery, waiting.wanted)
+        if endpoint.state != "on" or endpoint.next_at > datetime.now(UTC):
+            return None
+        if waiting.pending:
+            return db.session.get_one(WebhookDelivery, waiting.pending)
+        return self._new(endpoint, reading.Ends(waiting.epoch, waiting.head, waiting.floor))
+
+    def _new(self, endpoint: WebhookEndpoint, of: reading.Ends) -> WebhookDelivery | None:
+        """Return a delivery of the next events that the endpoint wants; None without any."""
         if endpoint.epoch != of.epoch:
             endpoint.epoch, endpoint.number = of.epoch, 0
         if endpoint.number < of.floor:
@@ -140,22 +181,19 @@ class Job:
             endpoint.number = of.floor
         chosen: list[reading.Event] = []
         while not chosen and endpoint.number < of.head:
-            looked = EVENTS_PER_DELIVERY if not endpoint.types else LOOKED_THROUGH
-            try:
-                page = reading.read(endpoint.number, looked, of)
-            except CursorExpired:
-                # The next turn sees where the feed begins now.
+            events = self._read(endpoint.number, of)
+            if not events:
                 break
-            for event in page.events:
+            taken = 0
+            for event in events:
                 if len(chosen) == EVENTS_PER_DELIVERY:
                     break
+                taken += 1
                 endpoint.number = event.number
                 if not endpoint.types or event.type in endpoint.types:
                     chosen.append(event)
-            if not page.events:
-                break
+            self._ahead = of.epoch, endpoint.number, events[taken:]
         if not chosen:
-            db.session.commit()
             return None
         now = datetime.now(UTC)
         delivery = WebhookDelivery(
@@ -170,46 +208,50 @@ class Job:
             pending=True,
         )
         db.session.add(delivery)
-        db.session.flush()
         return delivery
 
-    def _record(self, endpoint_id: int, delivery_id: int, outcome: Outcome) -> None:
-        """Put an attempt on record, and what follows from it."""
-        # Read anew: meanwhile both may have been changed, or removed.
-        db.session.expunge_all()
-        endpoint = db.session.get(WebhookEndpoint, endpoint_id, with_for_update=True)
-        delivery = db.session.get(WebhookDelivery, delivery_id)
-        if endpoint is None or delivery is None:
+    def _read(self, after: int, of: reading.Ends) -> list[reading.Event]:
+        """Return some events after a number: those of many deliveries are read at once."""
+        epoch, number, events = self._ahead
+        if events and (epoch, number) == (of.epoch, after):
+            return events
+        try:
+            return reading.read(after, LOOKED_THROUGH, of).events
+        except CursorExpired:
+            # The next turn sees where the feed begins now.
+            return []
+
+    def _record_last(self) -> None:
+        """Put the last attempt on record, if it is not."""
+        if self._sent:
+            endpoint = self._lock()
+            if endpoint:
+                self._record(endpoint, *self._sent)
+            self._end()
+
+    def _record(self, endpoint: WebhookEndpoint, delivery_id: int, outcome: Outcome) -> None:
+        """Put an attempt on record, and what follows from it, in the current transaction."""
+        values = {
+            "delivery": delivery_id,
+            "milliseconds": outcome.milliseconds,
+            "status": outcome.status,
+            "error": None if outcome.delivered else str(outcome),
+            "delivered": outcome.delivered,
+        }
+        sent = db.session.execute(RECORD, values).one_or_none()
+        if sent is None:
             # Removed meanwhile.
-            db.session.rollback()
             return
         now = datetime.now(UTC)
-        asked_for, delivery.wanted_at = delivery.wanted_at is not None, None
-        delivery.attempts += 1
-        db.session.add(
-            WebhookAttempt(
-                delivery_id=delivery_id,
-                milliseconds=outcome.milliseconds,
-                status=outcome.status,
-                error=None if outcome.delivered else str(outcome),
-            )
-        )
         if outcome.delivered:
             self.delivered += 1
-            self.events += delivery.events
-            delivery.delivered_at = delivery.delivered_at or now
-            if delivery.pending or not asked_for:
+            self.events += sent.events
+            if sent.pending or not sent.asked_for:
                 endpoint.failures, endpoint.failing_since, endpoint.next_at = 0, None, now
-            delivery.pending = False
         else:
             self.failed += 1
-            if delivery.pending and not asked_for:
+            if sent.pending and not sent.asked_for:
                 put_off(endpoint, outcome, now)
-        db.session.commit()
-        with suppress(Unavailable):
-            result = "delivered" if outcome.delivered else "failed"
-            events = delivery.events if outcome.delivered else 0
-            stock.board.count({f"webhook:{result}": 1, "webhook:events": events})
 
 
 def put_off(endpoint: WebhookEndpoint, outcome: Outcome, now: datetime) -> None:
@@ -263,19 +305,18 @@ def _alone(endpoint_id: int) -> Iterator[Any]:
     def ask(statement: str, *values: int) -> Any:
         with connection.cursor() as cursor:
             cursor.execute(statement, values)
-            found = cursor.fetchone()[0]
-        # Not left idle in a transaction.
-        connection.commit()
-        return found
+            return cursor.fetchone()[0]
 
     try:
+        # Not left idle in a transaction, and each question is one round trip.
+        connection.autocommit = True
         if not ask("SELECT pg_try_advisory_lock(%s, %s)", WEBHOOK_LOCKS, endpoint_id):
             raise Busy
         yield lambda: ask("SELECT 1")
     finally:
         try:
-            connection.rollback()
             ask("SELECT pg_advisory_unlock_all() IS NULL")
+            connection.autocommit = False
         except psycopg2.Error:
             # Never back to the pool with a lock.
             pooled.invalidate()

@@ -66,11 +66,13 @@ NUMBER_BATCHES = """
     SELECT count(*), coalesce(sum(orders), 0)::bigint FROM numbered
 """
 NUMBER_EVENTS = """
-    WITH seen AS (DELETE FROM new_events WHERE id = ANY(%(ids)s) RETURNING *)
-    INSERT INTO events (number, day, count, at, type, order_id, sequence, body)
-    SELECT %(head)s + row_number() OVER (ORDER BY id), %(day)s, 1, at, type, order_id, sequence,
-           body
-    FROM seen
+    WITH seen AS (DELETE FROM new_events WHERE id = ANY(%(ids)s) RETURNING *), told AS (
+      INSERT INTO events (number, day, count, at, type, order_id, sequence, body, movement_id)
+      SELECT %(head)s + sum(count) OVER (ORDER BY id), %(day)s, count, at, type, order_id, sequence,
+             body, movement_id
+      FROM seen RETURNING count
+    )
+    SELECT sum(count) FROM told
 """
 PARTITIONS = """
     SELECT child.relname FROM pg_inherits
@@ -122,9 +124,11 @@ def _number(cursor: Any, head: int, day: date) -> tuple[int, bool]:
     if batches == BATCHES_AT_ONCE:
         # An event's batch may be among those that are left.
         return orders, True
+    events = 0
     if ids:
         cursor.execute(NUMBER_EVENTS, values | {"head": head + orders})
-    return orders + len(ids), len(ids) == EVENTS_AT_ONCE
+        events = _value(cursor)
+    return orders + events, len(ids) == EVENTS_AT_ONCE
 
 
 def keep_partitions() -> list[date]:

@@ -57,20 +57,34 @@ def record_letter(kind: str, letter: DeadLetter, **more: Any) -> None:
             add([Happened(kind, {"order": order} | more, letter.order_id)])
 
 
-# As search.describe has it, of a row of orders that is called `sold`.
 MOMENT = "to_char({0} AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.MS\"Z\"')"
 NAME = """coalesce(
   (SELECT name FROM product_names n WHERE n.product_id = sold.product_id
    AND n.until > sold.claimed_at ORDER BY n.until LIMIT 1),
   (SELECT name FROM products p WHERE p.id = sold.product_id))"""
-DESCRIBED = f"""json_build_object(
-  'id', id, 'status', status, 'userId', coalesce(user_id::text, user_name),
-  'productId', product_id, 'productName', {NAME}, 'quantity', quantity,
-  'cancelledQuantity', returned_units,
-  'unitPriceCents', unit_price_cents, 'currency', currency, 'reference', reference,
-  'createdAt', {MOMENT.format("claimed_at")}, 'storedAt', {MOMENT.format("persisted_at")},
-  'endedAt', {MOMENT.format("cancelled_at")}, 'endReason', cancel_reason,
-  'heldUntil', {MOMENT.format("held_until")}, 'payment', payment)"""
+
+
+def described_in_sql(
+    status: str,
+    returned_units: str,
+    ended_at: str,
+    end_reason: str,
+    held_until: str = "sold.held_until",
+    payment: str = "NULL",
+) -> str:
+    """Return SQL for an order's JSON, as search.describe has it; its row is called `sold`.
+
+    What may be otherwise by now is given as SQL: an event tells the order as it was then.
+    """
+    return f"""(SELECT row_to_json(told)::text FROM (SELECT
+      sold.id, {status} AS status, coalesce(sold.user_id::text, sold.user_name) AS "userId",
+      sold.product_id AS "productId", {NAME} AS "productName", sold.quantity,
+      {returned_units} AS "cancelledQuantity", sold.unit_price_cents AS "unitPriceCents",
+      sold.currency, sold.reference, {MOMENT.format("sold.claimed_at")} AS "createdAt",
+      {MOMENT.format("sold.persisted_at")} AS "storedAt", {MOMENT.format(ended_at)} AS "endedAt",
+      {end_reason} AS "endReason", {MOMENT.format(held_until)} AS "heldUntil",
+      {payment} AS payment) AS told)"""  # noqa: S608
+
 
 # What this transaction has put among the dead letters: one that was read again is told of already.
 NEW_LETTERS = """

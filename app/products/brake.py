@@ -27,6 +27,8 @@ class Braked:
     still: list[int]
     sale: bool = False
     replayed: bool = False
+    # Shards that can't be reached now: a worker brings it there.
+    pending: tuple[int, ...] = ()
 
 
 def brake(on: bool, product_id: int | None, actor: Actor, key: str | None = None) -> Braked:
@@ -36,8 +38,9 @@ def brake(on: bool, product_id: int | None, actor: Actor, key: str | None = None
     KeyMismatch, stock.Unavailable.
     """
     act = {"id": uuid.uuid4().hex, "actor": actor.name, "address": actor.address}
-    products, brakes, replayed = stock.brakes.change(on, product_id, act, key)
-    return Braked(on, products, sorted(brakes.products), brakes.sale, replayed)
+    done = stock.brakes.change(on, product_id, act, key)
+    still = sorted(done.brakes.products)
+    return Braked(on, done.products, still, done.brakes.sale, done.replayed, done.pending)
 
 
 def carry_over() -> int:
@@ -62,7 +65,5 @@ def carry_over() -> int:
         insert(AuditEntry).values(rows).on_conflict_do_nothing(index_elements=["act_id"])
     )
     db.session.commit()
-    # What a shard missed that could not be reached; until it has it, the acts are kept.
-    stock.brakes.agree(acts)
     stock.brakes.forget(acts)
     return len(acts)

@@ -6,7 +6,7 @@ PostgreSQL is told first and Redis second; the sweeper finishes what a crash lea
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
@@ -17,6 +17,7 @@ from ..extensions import db, stock
 from ..models import Product, StockMovement
 from ..money import shown_digits
 from ..problems import Conflict, InvalidRequest, UnknownProduct, Unprepared
+from ..stock.spread import Pending
 from .currency import has_orders
 from .movements import apply_first_stock
 from .names import Names
@@ -192,10 +193,21 @@ def put_on_sale(ids: list[int]) -> None:
     )
 
 
+class Changed(NamedTuple):
+    """A product with its free stock; `pending` are shards in which its terms are not in force yet.
+
+    They can't be reached now, and a worker brings it there.
+    """
+
+    product: Product
+    free: int
+    pending: tuple[int, ...] = ()
+
+
 def change(
     product_id: int, values: dict[str, Any], actor: Actor, versions: Container[int] | None = None
-) -> tuple[Product, int]:
-    """Change terms of sale, given by column; return the product and its free stock.
+) -> Changed:
+    """Change terms of sale, given by column.
 
     With `versions` only a product that still has one of them is changed. Raises WrongWindow,
     StaleVersion, SkuTaken, CurrencyFixed, UnknownProduct, stock.Unavailable.
@@ -203,7 +215,7 @@ def change(
     return _change(product_id, lambda product: values, actor, versions)
 
 
-def open_now(product_id: int, actor: Actor) -> tuple[Product, int]:
+def open_now(product_id: int, actor: Actor) -> Changed:
     """Let the next purchase through: open, not paused. Errors as in `change`.
 
     A sale that is ended gets back the window that was planned, as far as it is not over. Raises
@@ -217,7 +229,7 @@ def open_now(product_id: int, actor: Actor) -> tuple[Product, int]:
     return _change(product_id, lambda product: _opened(product, now), actor)
 
 
-def end_now(product_id: int, actor: Actor) -> tuple[Product, int]:
+def end_now(product_id: int, actor: Actor) -> Changed:
     """Refuse the next purchase as ended; the planned window is set aside. Errors as in `change`."""
     now = stock.clock()
     return _change(product_id, lambda product: _ended(product, now), actor)
@@ -267,7 +279,7 @@ def _change(
     decide: Callable[[Product], dict[str, Any]],
     actor: Actor,
     versions: Container[int] | None = None,
-) -> tuple[Product, int]:
+) -> Changed:
     """Write what `decide` says of the product as it stands, which nobody else changes meanwhile."""
     require_sale()
     product = db.session.get(Product, product_id, with_for_update=True, populate_existing=True)
@@ -305,8 +317,12 @@ def _change(
         )
         _flush()
     db.session.commit()
-    publish(product)
-    return product_with_stock(product_id)
+    pending: tuple[int, ...] = ()
+    try:
+        publish(product)
+    except Pending as error:
+        pending = error.shards
+    return Changed(*product_with_stock(product_id), pending)
 
 
 def _check_currency(product: Product, values: dict[str, Any]) -> None:

@@ -4,11 +4,12 @@ PostgreSQL is told first, Redis second, and a mark in PostgreSQL says that Redis
 crash leaves in between is finished by `finish_pending`, any number of times.
 """
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sqlalchemy import inspect, select, text
 from sqlalchemy.exc import IntegrityError
@@ -22,7 +23,7 @@ from ..problems import Conflict, InvalidRequest, KeyMismatch, Unavailable, Unkno
 from ..reading import MAX_RESTOCK, MAX_STOCK
 from ..stock.entries import Entry, standing
 from ..stock.gateway import Moved
-from ..stock.moves import Ended, Expired, Movement
+from ..stock.moves import Ended, Expired, Movement, Together
 from ..times import to_ms
 from .observed import restocked
 from .sale import in_force, publish, require_sale
@@ -170,8 +171,8 @@ def apply_movement(movement: StockMovement) -> int:
 
 def _move(generation: str, movement: StockMovement) -> Moved:
     if movement.order_ids is not None:
-        orders = expired(movement.order_ids)
-        return stock.move_expired(generation, movement.id, movement.product_id, orders)
+        (moved,) = stock.move_expired(generation, _together([movement]))
+        return moved
     return stock.move(generation, *_told(movement, _ended_by(movement)))
 
 
@@ -181,16 +182,28 @@ def _told(movement: StockMovement, ended: Ended | None) -> Movement:
 
 
 EXPIRED = text("""
-SELECT user_id, user_name, returned_units, idempotency_key,
-       concat_ws(' ', id, unit_price_cents, currency, status, product_id, quantity, reference)
-FROM orders WHERE id = ANY(:ids) ORDER BY product_id, user_id, user_name
+SELECT m.id, o.user_id, o.user_name, o.returned_units, o.idempotency_key,
+       CASE WHEN o.idempotency_key IS NOT NULL THEN
+         concat_ws(' ', o.id, unit_price_cents, currency, status, o.product_id, quantity, reference)
+       END
+FROM stock_movements m JOIN orders o ON o.id = ANY(m.order_ids)
+WHERE m.id = ANY(:ids) ORDER BY o.user_id, o.user_name
 """)
 
 
-def expired(order_ids: list[int]) -> list[Expired]:
-    """Return the orders of a movement as Redis is told of them."""
-    rows = db.session.execute(EXPIRED, {"ids": order_ids})
-    return [Expired(name if number is None else number, *rest) for number, name, *rest in rows]
+def expired(movement_ids: list[int]) -> dict[int, list[Expired]]:
+    """Return the orders of each of these movements as Redis is told of them."""
+    found: dict[int, list[Expired]] = defaultdict(list)
+    for movement_id, number, name, *rest in db.session.execute(EXPIRED, {"ids": movement_ids}):
+        found[movement_id].append(Expired(name if number is None else number, *rest))
+    return found
+
+
+def _together(movements: Iterable[Any]) -> list[Together]:
+    """Return movements of orders that expired together, with the orders."""
+    told = [(movement.id, movement.product_id) for movement in movements]
+    orders = expired([movement_id for movement_id, _ in told])
+    return [Together(*of, orders[of[0]]) for of in told]
 
 
 def apply_first_stock(created: list[tuple[Product, StockMovement]]) -> None:
@@ -282,15 +295,38 @@ def apply_together(movement_ids: Sequence[int]) -> set[int]:
         generation,
         [_told(m, _ended_by(m, by_id.get(m.order_id or 0))) for m in found],
     )
+    return _mark_applied([movement.id for movement in found], moved)
+
+
+ENDED = text("""
+SELECT id, product_id FROM stock_movements
+WHERE id = ANY(:ids) AND applied_at IS NULL AND order_ids IS NOT NULL ORDER BY id FOR UPDATE
+""")
+
+
+def apply_ended(movement_ids: Sequence[int]) -> None:
+    """Carry out recorded returns of many orders each, as `apply_together` does those of one.
+
+    Raises stock.Unavailable.
+    """
+    db.session.execute(text(f"SELECT pg_advisory_xact_lock_shared({SALE_LOCK})"))
+    generation = on_record()
+    found = db.session.execute(ENDED, {"ids": list(movement_ids)}).all()
+    moved = stock.move_expired(generation, _together(found))
+    _mark_applied([movement.id for movement in found], moved)
+
+
+def _mark_applied(movement_ids: Sequence[int], moved: Sequence[Moved]) -> set[int]:
+    """Mark those that Redis has now, commit, and return them."""
     done = [
-        (movement.id, free, parts and f"{{{','.join(map(str, parts))}}}")
-        for movement, (outcome, free, parts) in zip(found, moved, strict=True)
+        (movement_id, free, parts and f"{{{','.join(map(str, parts))}}}")
+        for movement_id, (outcome, free, parts) in zip(movement_ids, moved, strict=True)
         if outcome in ("applied", "repeated")
     ]
     ids, free, parts = map(list, zip(*done, strict=True)) if done else ([], [], [])
     db.session.execute(APPLIED, {"ids": ids, "free": free, "parts": parts})
     db.session.commit()
-    return {movement_id for movement_id, _, _ in done}
+    return set(ids)
 
 
 class Finisher:

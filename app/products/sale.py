@@ -4,6 +4,7 @@ Each change of terms has a version, and Redis keeps the highest; what a crash le
 finished by `publish_stale`, any number of times.
 """
 
+from collections.abc import Sequence
 from datetime import datetime
 
 from sqlalchemy import select
@@ -12,6 +13,7 @@ from ..extensions import db, stock
 from ..generation import Held, held, on_record
 from ..models import Product
 from ..problems import Unavailable, Unprepared
+from ..stock.spread import in_words
 
 
 def require_sale() -> None:
@@ -57,6 +59,14 @@ def all_terms() -> dict[int, tuple[int, dict[str, object]]]:
 def publish(product: Product) -> bool:
     """Put the product's terms in force; False when they are already. Raises stock.Unavailable."""
     return stock.put_product(product.id, product.version, in_force(product))
+
+
+def to_follow(pending: Sequence[int]) -> str:
+    """Return what people are told of shards that a change could not reach; mostly nothing."""
+    if not pending:
+        return ""
+    where = in_words(pending)
+    return f" Not yet in {where}, out of reach now: a worker brings it there."
 
 
 def _milliseconds(moment: datetime | None) -> int | None:

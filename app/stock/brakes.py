@@ -2,9 +2,9 @@
 
 import json
 import logging
+from collections.abc import Iterable
 from typing import NamedTuple, cast
 
-from ..problems import KeyMismatch, UnknownProduct
 from .link import Link, asking
 
 # How long the Idempotency-Key of a brake is remembered.
@@ -53,43 +53,105 @@ class Act(NamedTuple):
         )
 
 
+class Mark(NamedTuple):
+    """The newest act of a brake: the greater of two is the later one, in whichever shard."""
+
+    at_ms: int
+    act_id: str
+    on: bool
+
+
+class State(NamedTuple):
+    """The brakes of one shard with their marks, by `*` or product id, and the shard's time."""
+
+    marks: dict[str, Mark]
+    now_ms: int
+    # What was asked under the Idempotency-Key that was looked for, None where it is new.
+    request: str | None
+
+
+class Changed(NamedTuple):
+    """What became of an act in one shard, see brake.lua."""
+
+    outcome: str
+    products: int
+    brakes: Brakes
+
+
+def word_of(product_id: int | None) -> str:
+    """Return how a brake is named: a product's id, or `*` for the whole sale."""
+    return WHOLE_SALE if product_id is None else str(product_id)
+
+
+def request_of(on: bool, product_id: int | None) -> str:
+    """Return what an Idempotency-Key of a brake stands for, as brake.lua keeps it."""
+    return f"{int(on)} {word_of(product_id)} "
+
+
+def newest(states: Iterable[State]) -> dict[str, Mark]:
+    """Return the newest act of each brake in any of the shards."""
+    marks: dict[str, Mark] = {}
+    for state in states:
+        for word, mark in state.marks.items():
+            marks[word] = max(mark, marks.get(word, mark))
+    return marks
+
+
 class BrakeGateway:
     """Reads and changes the brakes. Raises Unavailable when Redis can't be asked."""
 
     def __init__(self, link: Link) -> None:
         self._link, self._client, self._keys = link, link.client, link.keys
+        self.name = link.keys.brakes
 
     def read(self) -> Brakes:
         with asking():
             return Brakes.parse(cast("str | None", self._client.get(self._keys.brakes)))
 
-    def change(
-        self, on: bool, product_id: int | None, act: dict[str, str | None], key: str | None
-    ) -> tuple[int, Brakes, bool]:
-        """Set or release a brake: (products it is for, brakes now in force, repeated answer?).
+    def state(self, key: str | None = None) -> State:
+        """Return the brakes with their marks, and what was asked under an Idempotency-Key."""
+        with asking(), self._client.pipeline() as pipe:
+            pipe.get(self._keys.brakes)
+            pipe.hgetall(self._keys.brake_marks)
+            pipe.time()
+            pipe.get(self._keys.nothing if key is None else self._keys.brake_key(key))
+            brakes, marks, (seconds, microseconds), known = pipe.execute()
+        is_set = set((brakes or "").split())
+        found = {}
+        # One that was set by a version without marks is older than any act.
+        for word in is_set | marks.keys():
+            at_ms, _, act_id = marks.get(word, "0 ").partition(" ")
+            found[word] = Mark(int(at_ms), act_id, word in is_set)
+        request = known and known[: known.rindex(" ") + 1]
+        return State(found, seconds * 1000 + microseconds // 1000, request)
 
-        `act` is told to the audit: id, actor, address. Raises UnknownProduct, and KeyMismatch when
-        the Idempotency-Key was used for something else.
+    def change(
+        self, word: str, mark: Mark, told: dict[str, str | None] | None, key: str | None = None
+    ) -> Changed:
+        """Set or release a brake, unless a later act of it is known here.
+
+        `told` is what the audit is told, None where another shard has noted that.
         """
-        product = self._keys.products if product_id is None else self._keys.product(product_id)
+        product = self._keys.products if word == WHOLE_SALE else self._keys.product(int(word))
         keys = [
             self._keys.brakes,
             self._keys.brake_acts,
             self._keys.generation,
             self._keys.products,
             product,
+            self._keys.brake_marks,
         ]
         if key is not None:
             keys.append(self._keys.brake_key(key))
-        word = WHOLE_SALE if product_id is None else product_id
-        outcome, products, text = self._link.run_surely(
-            "brake", keys, [int(on), word, json.dumps(act), KEY_LIFE_MS]
-        )
-        if outcome == "unknown":
-            raise UnknownProduct(product_id)
-        if outcome == "mismatched":
-            raise KeyMismatch
-        return products, Brakes.parse(text), outcome == "repeated"
+        act = "" if told is None else json.dumps(told)
+        args = [int(mark.on), word, act, KEY_LIFE_MS, mark.at_ms, mark.act_id]
+        outcome, products, text = self._link.run_surely("brake", keys, args)
+        return Changed(outcome, products, Brakes.parse(text))
+
+    def forget_all(self) -> None:
+        """Leave nothing of what this shard had in a sale that was dealt to it before."""
+        with asking():
+            self._client.delete(self._keys.brakes, self._keys.brake_marks)
 
     def acts(self, most: int) -> list[Act]:
         """Return the oldest acts that the audit lacks; what is none is dropped."""

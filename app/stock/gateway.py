@@ -19,13 +19,13 @@ from .figures import View, merged
 from .keys import Keys
 from .link import Link
 from .loop_line import LoopLine
-from .moves import Ended, Expired, Movement, Terms
+from .moves import Ended, Expired, Movement, Terms, Together
 from .place import place
 from .pulls import MOST_SECONDS, carry_out, names_of
 from .servers import Server
 from .shard import Shard
 from .shards import Part
-from .spread import LoopLines, SpreadBrakes, ThreadLines, all_of, asked, reached
+from .spread import LoopLines, Pending, SpreadBrakes, ThreadLines, all_of, asked, away, reached
 from .thread_line import ThreadLine
 
 Answer = TypeVar("Answer")
@@ -129,8 +129,15 @@ class Stock:
         return self.brakes.read()
 
     def put_product(self, product_id: int, version: int, terms: Terms) -> bool:
-        """Publish the terms of sale; False when this or a later version is in force everywhere."""
-        return any(self.each(lambda shard: shard.put_product(product_id, version, terms)))
+        """Publish the terms of sale; False when this or a later version is in force everywhere.
+
+        Raises Pending where some shards have it now, and others can't be reached.
+        """
+        answers = self.asked(lambda shard: shard.put_product(product_id, version, terms))
+        missing = away(answers)
+        if 0 < len(missing) < len(answers):
+            raise Pending(missing, answers[missing[0]])
+        return any(all_of(answers))
 
     def put_new(
         self, generation: str | None, products: Sequence[tuple[int, int, Terms, int, int]]
@@ -256,24 +263,33 @@ class Stock:
             outcome = "repeated"
         return Moved(outcome, free, [parts.get(number, 0) for number in range(len(self.shards))])
 
-    def move_expired(
-        self, generation: str | None, movement_id: int, product_id: int, orders: Sequence[Expired]
-    ) -> Moved:
-        """Apply the movement of orders that expired together, as `move` does of one."""
-        if len(self.shards) == 1:
-            return Moved(*self.first.move_expired(generation, movement_id, product_id, orders))
-        by_shard = self.of_each_shard(orders)
+    def move_expired(self, generation: str | None, movements: Sequence[Together]) -> list[Moved]:
+        """Apply movements of orders that expired together, each at most once. See Moves.move_all.
 
-        def move(shard: Shard) -> tuple[str, int]:
-            mine = by_shard[shard.part.shard]
-            if not mine:
-                return "repeated", 0
-            return shard.move_expired(generation, movement_id, product_id, mine)
+        With one round trip to each shard.
+        """
+        if len(self.shards) == 1:
+            return [Moved(*moved) for moved in self.first.move_expired(generation, movements)]
+        of_each = [self.of_each_shard(movement.orders) for movement in movements]
+
+        def move(shard: Shard) -> dict[int, tuple[str, int]]:
+            parts = [by_shard[shard.part.shard] for by_shard in of_each]
+            mine = [index for index, orders in enumerate(parts) if orders]
+            told = [movements[index]._replace(orders=parts[index]) for index in mine]
+            return dict(zip(mine, shard.move_expired(generation, told), strict=True))
 
         moved = self.each(move)
-        self._unseal([product_id])
-        parts = {number: sum(of.units for of in mine) for number, mine in enumerate(by_shard)}
-        return self._moved(parts, moved, self._free([product_id])[product_id])
+        products = {movement.product_id for movement in movements}
+        self._unseal(products)
+        free = self._free(products)
+        return [
+            self._moved(
+                {number: sum(of.units for of in part) for number, part in enumerate(by_shard)},
+                [of[index] for of in moved if index in of],
+                free[movement.product_id],
+            )
+            for index, (movement, by_shard) in enumerate(zip(movements, of_each, strict=True))
+        ]
 
     def of_each_shard(self, orders: Iterable[Expired]) -> list[list[Expired]]:
         """Return the orders by the shards of their shoppers."""

@@ -39,8 +39,9 @@ class Keys:
         self.shelf = f"{prefix}shelf"
         # Attempts of users, addresses and networks, in two hashes by turns: see claim.lua.
         self.attempts = (f"{prefix}attempts:0", f"{prefix}attempts:1")
-        # Which brakes are set, and changes of them that the audit lacks.
+        # Which brakes are set, of each the newest act, and acts that the audit lacks.
         self.brakes = f"{prefix}brakes"
+        self.brake_marks = f"{prefix}brake-marks"
         self.brake_acts = f"{prefix}brake-acts"
         self.bought_prefix = f"{prefix}bought:"
         self.idempotency_prefix = f"{prefix}keys:"

@@ -1,7 +1,7 @@
 """What is put on sale in a shard: products with their terms, and every movement of stock."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from ..problems import Unprepared
@@ -23,6 +23,14 @@ class Expired(NamedTuple):
     units: int
     key: str | None
     record: str
+
+
+class Together(NamedTuple):
+    """The movement of orders that expired together."""
+
+    movement_id: int
+    product_id: int
+    orders: Sequence[Expired]
 
 
 class Ended(NamedTuple):
@@ -112,34 +120,34 @@ class Moves(Link):
         return _prepared(self.run_all_surely(calls))
 
     def move_expired(
-        self,
-        generation: str | None,
-        movement_id: int,
-        product_id: int,
-        orders: Iterable[Expired],
-    ) -> tuple[str, int]:
-        """Apply the movement of orders that expired together, as `move` does of one."""
-        bought: dict[str, list[str | int]] = defaultdict(list)
-        records: dict[str, list[str | int]] = defaultdict(list)
-        units = 0
-        for order in orders:
-            bucket, field = self.keys.bought(product_id, order.user)
-            bought[bucket] += field, order.units
-            units += order.units
-            if order.key is not None:
-                bucket, field = self.keys.idempotency(order.user, order.key)
-                records[bucket] += field, order.record
-        args: list[str | int] = [movement_id, units, self.named(generation), len(bought)]
-        for pairs in (*bought.values(), *records.values()):
-            args += len(pairs) // 2, *pairs
-        keys = [
-            self.keys.generation,
-            self.keys.movements,
-            self.keys.product(product_id),
-            *bought,
-            *records,
-        ]
-        return _prepared([self.run("move_expired", keys, args)])[0]
+        self, generation: str | None, movements: Iterable[Together]
+    ) -> list[tuple[str, int]]:
+        """Apply movements of orders that expired together, as `move_all` does of single ones."""
+        calls = [self._expired(generation, *movement) for movement in movements]
+        return _prepared(self.run_all_surely(calls))
+
+    def _expired(
+        self, generation: str | None, movement_id: int, product_id: int, orders: Sequence[Expired]
+    ) -> tuple[str, list[str], Args]:
+        """Return the call of move_expired.lua."""
+        bought: dict[str, dict[str, int]] = defaultdict(dict)
+        records: dict[str, Args] = defaultdict(list)
+        for user, units, key, record in orders:
+            name, field = self.keys.bought(product_id, user)
+            bucket = bought[name]
+            bucket[field] = bucket.get(field, 0) + units
+            if key is not None:
+                name, field = self.keys.idempotency(user, key)
+                records[name] += field, record
+        units = sum(order.units for order in orders)
+        args: Args = [movement_id, units, self.named(generation), len(bought)]
+        for fields in bought.values():
+            args += (len(fields), *fields, *fields.values())
+        for pairs in records.values():
+            args += (len(pairs) // 2, *pairs)
+        product = self.keys.product(product_id)
+        keys = [self.keys.generation, self.keys.movements, product, *bought, *records]
+        return "move_expired", keys, args
 
     def put_held(self, generation: str, units: dict[int, int]) -> None:
         """Note how many units of each product are held by stored orders."""

@@ -2,10 +2,11 @@
 
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from contextlib import suppress
+from typing import NamedTuple, TypeVar
 
-from ..problems import Unavailable
-from .brakes import Act, BrakeGateway, Brakes
+from ..problems import KeyMismatch, Unavailable, UnknownProduct
+from .brakes import Act, BrakeGateway, Brakes, Mark, newest, request_of, word_of
 from .claims import Claim, Request, Tell
 from .place import place
 from .pulls import LoopPulls, ThreadPulls
@@ -40,6 +41,25 @@ def all_of(answers: Sequence[Answer | Unavailable]) -> list[Answer]:
         if isinstance(answer, Unavailable):
             raise answer
     return [answer for answer in answers if not isinstance(answer, Unavailable)]
+
+
+def away(answers: Sequence[Answer | Unavailable]) -> tuple[int, ...]:
+    """Return the numbers of the parts that could not be asked."""
+    return tuple(n for n, answer in enumerate(answers) if isinstance(answer, Unavailable))
+
+
+class Pending(Unavailable):
+    """A change is in force in some shards, and waits for others, by their numbers in `shards`."""
+
+    def __init__(self, shards: tuple[int, ...], why: object) -> None:
+        super().__init__(f"{in_words(shards)}: {why}")
+        self.shards = shards
+
+
+def in_words(shards: Sequence[int]) -> str:
+    """Return shards as people are told of them, by their numbers: not empty."""
+    *most, last = map(str, shards)
+    return f"shards {', '.join(most)} and {last}" if most else f"shard {last}"
 
 
 class ThreadLines:
@@ -99,6 +119,18 @@ def _some(answers: Sequence[bool | BaseException]) -> bool:
     return all(known)
 
 
+class Spread(NamedTuple):
+    """What an act did: for how many products, what is braked after it, a repeated answer or not.
+
+    `pending` are the shards that it is still to be brought to.
+    """
+
+    products: int
+    brakes: Brakes
+    replayed: bool
+    pending: tuple[int, ...] = ()
+
+
 class SpreadBrakes:
     """The brakes of all shards. A brake is set where it is set in any."""
 
@@ -111,21 +143,36 @@ class SpreadBrakes:
 
     def change(
         self, on: bool, product_id: int | None, act: dict[str, str | None], key: str | None
-    ) -> tuple[int, Brakes, bool]:
-        """Set or release a brake in every shard. See BrakeGateway.change.
+    ) -> Spread:
+        """Set or release a brake in every shard that can be reached; `agree` brings it to others.
 
-        Raises Unavailable where one can't be reached, once all the others have it: `spread` then
-        carries it there.
+        `act` is told to the audit: id, actor, address. Raises UnknownProduct, KeyMismatch when the
+        Idempotency-Key was used for something else, and Unavailable where no shard can be reached.
         """
-        done, failed = [], None
-        for gateway in self._gateways:
-            try:
-                done.append(gateway.change(on, product_id, act, key))
-            except Unavailable as error:
-                failed = error
-        if failed:
-            raise failed
-        return done[0][0], _union([brakes for _, brakes, _ in done]), done[0][2]
+        # Before anything is changed: shards may know different keys, and different acts.
+        states = reached(asked(self._gateways, lambda gateway: gateway.state(key)))
+        if any(state.request not in (None, request_of(on, product_id)) for state in states):
+            raise KeyMismatch
+        word = word_of(product_id)
+        known = newest(states).get(word)
+        now_ms = max(state.now_ms for state in states)
+        # Later than what is known, whatever the shards' clocks say.
+        mark = Mark(max(now_ms, known.at_ms + 1 if known else 0), act["id"] or "", on)
+        answers = asked(self._gateways, lambda gateway: gateway.change(word, mark, act, key))
+        done = {n: of for n, of in enumerate(answers) if not isinstance(of, Unavailable)}
+        if any(of.outcome == "mismatched" for of in done.values()):
+            raise KeyMismatch
+        told = {n: of for n, of in done.items() if of.outcome != "unknown"}
+        if not told:
+            reached(answers)
+            raise UnknownProduct(product_id)
+        return Spread(
+            products=max(of.products for of in told.values()),
+            brakes=_union([of.brakes for of in told.values()]),
+            replayed=any(of.outcome == "repeated" for of in told.values()),
+            # One that lacks the product gets to know it, and the brake before that.
+            pending=tuple(n for n in range(len(answers)) if n not in told),
+        )
 
     def acts(self, most: int) -> list[Act]:
         """Return the oldest acts that the audit lacks, one by its id, from shards in reach."""
@@ -140,22 +187,34 @@ class SpreadBrakes:
             # Each shard has noted it by its own clock.
             gateway.forget([act for act in gateway.acts(len(acts)) if act.act_id in ids])
 
-    def agree(self, acts: list[Act]) -> None:
-        """Have the newest of the acts for each brake in force in every shard.
+    def agree(self) -> None:
+        """Bring each brake's newest act to the shards, of those in reach, that missed it.
 
-        Raises Unavailable where one can't be reached: what it missed is not to be forgotten.
+        Any number of processes may do so: a shard keeps the newest that it was told.
         """
-        newest = {act.product_id: act for act in acts}
-        all_of(asked(self._gateways, lambda gateway: self._agree(gateway, newest)))
+        if len(self._gateways) == 1:
+            return
+        states = asked(self._gateways, BrakeGateway.state)
+        marks = newest(reached(states))
+        for gateway, state in zip(self._gateways, states, strict=True):
+            if not isinstance(state, Unavailable):
+                for word, mark in marks.items():
+                    if state.marks.get(word) != mark:
+                        # One that was lost since then is told the next time.
+                        with suppress(Unavailable):
+                            gateway.change(word, mark, None)
 
-    @staticmethod
-    def _agree(gateway: BrakeGateway, newest: dict[int | None, Act]) -> None:
-        brakes = gateway.read()
-        for product_id, act in newest.items():
-            is_set = brakes.sale if product_id is None else product_id in brakes.products
-            if is_set != act.on:
-                told = {"id": act.act_id, "actor": act.actor, "address": act.address}
-                gateway.change(act.on, product_id, told, None)
+    def remake(self, former: Sequence[BrakeGateway]) -> None:
+        """Have the brakes of the shards that the sale was dealt to before. Raises Unavailable."""
+        known = {gateway.name for gateway in former}
+        for gateway in self._gateways:
+            if gateway.name not in known:
+                gateway.forget_all()
+        # Of now, too: somebody may brake while a sale is made anew.
+        states = all_of(asked([*former, *self._gateways], BrakeGateway.state))
+        for word, mark in newest(states).items():
+            for gateway in self._gateways:
+                gateway.change(word, mark, None)
 
 
 def _union(brakes: Sequence[Brakes]) -> Brakes:

@@ -1,6 +1,7 @@
 """The JSON routes beside the purchase: lookups, metrics, products, restock, health."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from flask import Blueprint, Response, current_app, g, jsonify, render_template, request, url_for
@@ -159,8 +160,15 @@ def show_product(product_id: int) -> ResponseReturnValue:
     return show(*catalogue.product_with_stock(product_id, g.actor is not None))
 
 
-def show(product: Product, free: int) -> Response:
-    return with_version(jsonify(terms.describe(product, free)), product.version)
+def show(product: Product, free: int, pending: Sequence[int] = ()) -> Response:
+    return with_version(changed(terms.describe(product, free), pending), product.version)
+
+
+def changed(answer: dict[str, Any], pending: Sequence[int]) -> Response:
+    """Return what a change came to: 202 where it waits for shards that can't be reached."""
+    response = jsonify(answer | ({"pendingShards": pending} if pending else {}))
+    response.status_code = 202 if pending else 200
+    return response
 
 
 @bp.post("/products")
@@ -218,9 +226,13 @@ def brake_sale() -> ResponseReturnValue:
     if data.get("productId") is not None:
         product_id = read_integer(data, "productId", 1, MAX_ID)
     done = brake(data["on"], product_id, g.actor, idempotency_key())
-    response = jsonify(
-        on=done.on, products=done.products, saleBraked=done.sale, stillBraked=done.still
-    )
+    told = {
+        "on": done.on,
+        "products": done.products,
+        "saleBraked": done.sale,
+        "stillBraked": done.still,
+    }
+    response = changed(told, done.pending)
     if done.replayed:
         response.headers["Idempotent-Replayed"] = "true"
     return response

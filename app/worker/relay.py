@@ -115,7 +115,10 @@ class Numberer:
 
 
 class Sampler:
-    """Once a second, with Redis alone: says that this worker is alive, and samples the sale."""
+    """Once a second, with Redis alone: says that this worker is alive, and samples the sale.
+
+    A shard that missed a brake while it was away is told of it here, whatever PostgreSQL does.
+    """
 
     def __init__(self, worker: str) -> None:
         self._worker = worker
@@ -126,6 +129,7 @@ class Sampler:
         stock.board.alive(self._worker)
         view = stock.view(stock.product_ids())
         stock.board.sample(samples.sample(view))
+        stock.brakes.agree()
         self._keep_counts(view)
         stopped.wait(max(0.0, started + SWEEP_SECONDS - time.monotonic()))
 

@@ -15,7 +15,7 @@ from app.events import Happened, add
 from app.extensions import db, stock
 from app.feed import numbering, reading
 from app.locks import EVENTS_LOCK
-from app.orders import cancelling, deadletters
+from app.orders import cancelling, deadletters, expiry, holds, listing
 from app.orders.drain import drain_batch
 from app.products import movements
 from app.products.observed import Observer
@@ -110,6 +110,52 @@ def test_a_product_is_called_as_it_was_when_it_was_sold(
     listed = client.get("/orders", headers=admin_headers).json["orders"]
     assert [order["productName"] for order in listed] == [now, former]
     assert waiting["productName"] == now
+
+
+def test_holds_that_end_together_are_an_event_for_each(
+    app, client, admin_headers, buy, drain, number, feed
+):
+    """As the end left each of them, in SQL's words; whatever is done with it later."""
+    body = {"holdSeconds": 300}
+    assert client.patch("/products/1", json=body, headers=admin_headers).status_code == 200
+    for user in (7, 8, 9):
+        buy(user)
+    buy("anna@example.com", quantity=2, reference='cart"\\9"', key="k")
+    drain()
+    with app.app_context():
+        holds.extend(2, 9, CLI)
+        db.session.execute(text("UPDATE orders SET held_until = now() - interval '10 s'"))
+        db.session.commit()
+        assert expiry.expire(10) == 4
+        shown = {order: listing.one(order) for order in (1, 2, 3, 4)}
+        acts = dict(db.session.execute(text("SELECT id, acts FROM orders")).all())
+        db.session.rollback()
+    body = {"name": "Renamed"}
+    assert client.patch("/products/1", json=body, headers=admin_headers).status_code == 200
+    number()
+    with app.app_context():
+        # Paid too late, it stands again, and is cancelled.
+        assert holds.confirm(holds.Confirm(3, CLI, "late")).reclaimed
+        cancelling.cancel(3, "asked for", CLI)
+    buy(10)
+    drain()
+    number()
+    whole = follow(feed)
+    ended = [event for event in whole if event["type"] == "order.expired"]
+    assert [event["order"]["id"] for event in ended] == [1, 2, 3, 4]
+    for event in ended:
+        told = event["order"]
+        assert told == {name: shown[told["id"]][name] for name in told}
+        assert list(told) == list(shown[told["id"]])[: len(told)]
+        assert event["sequence"] == acts[told["id"]]
+    assert acts == {1: 1, 2: 2, 3: 1, 4: 1}
+    for limit in (1, 2, 3, 5):
+        assert follow(feed, limit) == whole
+    with app.app_context():
+        for order in (1, 2, 3, 4, 5):
+            mine = [event for event in whole if event.get("order", {}).get("id") == order]
+            assert [json.loads(event.json) for event in reading.of_order(order)] == mine
+            assert [event["sequence"] for event in mine] == list(range(len(mine)))
 
 
 def test_small_batches_come_in_their_order(app, buy, drain, number, feed):

@@ -10,10 +10,13 @@ from sqlalchemy import event, text
 
 from app.audit import CLI
 from app.books import ledger
+from app.config import NO_LIMIT
 from app.extensions import db, stock
-from app.orders import expiry, holds, intents, listing
+from app.orders import expiry, holds, intents, states
+from app.orders.drain import drain_batch
 from app.problems import KeyMismatch, Unavailable
 from app.products import catalogue
+from app.stock.keys import KEYS
 
 
 @pytest.fixture
@@ -101,28 +104,65 @@ def test_the_product_s_row_of_totals_is_locked_by_the_last_statement(app, held):
         assert not any("UPDATE orders" in statement for statement in seen[:-1])
 
 
-def test_what_is_told_of_an_ended_hold_is_what_lists_show(app, buy, drain, client, admin_headers):
-    """One of the two descriptions is written in SQL."""
-    body = {"holdSeconds": 300}
-    assert client.patch("/products/1", json=body, headers=admin_headers).status_code == 200
-    buy(7)
-    buy("anna@example.com", quantity=2, reference="cart-9", key="k")
-    drain()
+def test_more_than_a_script_takes_end_in_several_movements(app, held, monkeypatch):
+    """And an order's own movement is found, whichever of them it is."""
+    end = states.EXPIRE.text
+    assert f"/ {states.ENDED_TOGETHER} " in end
+    monkeypatch.setattr(states, "EXPIRE", text(end.replace(f"/ {states.ENDED_TOGETHER} ", "/ 20 ")))
+    monkeypatch.setattr(expiry, "BATCH_ORDERS", 45)
     with app.app_context():
+        ids = held(52)
+        end_all()
+        assert expiry.Expiry().step() is False
+        assert statuses() == {"EXPIRED"}
+        sizes = text("SELECT cardinality(order_ids) FROM stock_movements WHERE order_ids <> '{}'")
+        assert sorted(db.session.scalars(sizes)) == [5, 7, 20, 20]
+        assert ledger.check(rows=True).ok
+        for order in (ids[0], ids[44], ids[-1]):
+            assert order in states.movement_of(states.lock(order)).order_ids
+            db.session.rollback()
+        assert stock.view([1]).products[1]["free"] == 100
+
+
+def test_in_a_sale_of_several_shards_each_shopper_s_gets_the_units(make_app):
+    """A movement's orders are told to their own shards, which may be some of them."""
+    app = make_app(shards=6, purchase_user_limit=NO_LIMIT)
+    with app.app_context():
+        catalogue.change(1, {"hold_seconds": 60}, CLI)
+        for user in (1, 2, 3, "anna"):
+            stock.claim(user, 1, 2, f"cart-{user}", "10.0.0.1")
+        drain_batch("test", "test")
+        end_all()
+        assert expiry.expire(3) == 3
+        stock.claim(4, 1, 1, None, "10.0.0.1")
+        drain_batch("test", "test")
         end_all()
         assert expiry.expire(10) == 2
-        told = db.session.execute(
-            text(
-                "SELECT body->'order', sequence FROM new_events WHERE type = 'order.expired'"
-                " ORDER BY order_id"
-            )
-        ).all()
-        assert [order["userId"] for order, _ in told] == ["7", "anna@example.com"]
-        for order, sequence in told:
-            shown = listing.one(order["id"])
-            assert order == {name: shown[name] for name in order}
-            assert list(order) == list(shown)[: len(order)]
-            assert sequence == 1
+        assert stock.view([1]).products[1]["free"] == 100
+        parts = db.session.scalars(
+            text("SELECT parts FROM stock_movements WHERE order_ids <> '{}'")
+        )
+        assert [sum(each) for each in parts] == [6, 3]
+        db.session.rollback()
+        assert ledger.check(rows=True).ok
+
+
+def test_what_is_bought_is_counted_down_once_for_each_order(app, client, drain, buy, admin_headers):
+    """Of one user two orders end together, and a third one is paid."""
+    body = {"holdSeconds": 300}
+    assert client.patch("/products/1", json=body, headers=admin_headers).status_code == 200
+    for key in ("a", "b", "c"):
+        buy(7, quantity=2, key=key)
+    buy("anna", key="a")
+    drain()
+    with app.app_context():
+        holds.confirm(holds.Confirm(2, CLI))
+        end_all()
+        assert expiry.expire(10) == 3
+        assert ledger.check(rows=True).ok
+        bucket, field = KEYS.bought(1, 7)
+        assert stock.client.hgetall(bucket) == {field: "2"}
+        assert not stock.client.exists(KEYS.bought(1, "anna")[0])
 
 
 def test_early_confirmations_are_accepted_together_and_done_together(app, held, drain):

@@ -1,14 +1,13 @@
 """Order states: every status has totals, parts come back once, and 0.1.0 goes on beside them."""
 
 import threading
-from dataclasses import replace
 
 import flask_migrate
 import pytest
-from sqlalchemy import create_engine, text
+from older import database_of
+from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from app import create_app
 from app.audit import CLI
 from app.books import ledger, recovery
 from app.extensions import db, stock
@@ -173,27 +172,10 @@ def test_a_rebuild_between_a_return_and_its_units_gives_the_cap_back_once(app):
 @pytest.fixture
 def older(built_app, settings):
     """An app on a database of its own that stands as it was before orders had parts."""
-    server = create_engine(settings.database_url, isolation_level="AUTOCOMMIT")
-    with server.connect() as connection:
-        connection.execute(text("CREATE DATABASE older"))
-    app = create_app(
-        replace(settings, database_url=settings.database_url.replace("/flashsale?", "/older?"))
-    )
-    with app.app_context():
-        flask_migrate.upgrade(revision="0007_user_names")
-        db.session.execute(
-            text("INSERT INTO products (name, price_cents, currency) VALUES ('Lamp', 1, 'USD')")
-        )
+    with database_of(settings, "0007_user_names") as app:
         db.session.execute(text(INSERT))
         db.session.commit()
         yield app
-        db.session.remove()
-        db.engine.dispose()
-    with server.connect() as connection:
-        connection.execute(text("DROP DATABASE older"))
-    server.dispose()
-    # The one stock of all apps belongs to the tests' own again.
-    stock.init_app(settings)
 
 
 def cancel_as_before(order_id):

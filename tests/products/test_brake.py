@@ -14,10 +14,12 @@ from app.books import recovery
 from app.config import NO_LIMIT, RateLimit
 from app.extensions import db, stock
 from app.models import AuditEntry
-from app.problems import Conflict
+from app.problems import Conflict, KeyMismatch, UnknownProduct
 from app.products import catalogue, sale
-from app.products.brake import brake, carry_over
+from app.products.brake import ACTS_AT_ONCE, brake, carry_over
+from app.stock.brakes import Brakes, Mark, newest
 from app.stock.keys import KEYS
+from app.stock.spread import SpreadBrakes
 from app.worker.relay import Sweeper
 
 LAMP = {"name": "Lamp", "priceCents": 1999, "currency": "EUR", "stock": 3}
@@ -168,6 +170,108 @@ def test_a_seed_clears_the_brakes_and_loses_no_entry_of_the_audit(app, runner, b
     with app.app_context():
         assert carry_over() == 1
         assert entries()[-1] == ("sale.brake", "sale", "token ADMIN_API_TOKEN", {"braked": True})
+        # What the audit is told late sets nothing once more.
+        stock.brakes.agree()
+        assert stock.braked() == Brakes(False, frozenset())
+
+
+@pytest.fixture
+def six(make_app):
+    app = make_app(shards=6, purchase_user_limit=NO_LIMIT)
+    with app.app_context():
+        yield app
+
+
+def in_all() -> list[Brakes]:
+    return [gateway.read() for gateway in stock.brakes._gateways]
+
+
+def without_the_last() -> SpreadBrakes:
+    """Return the brakes of a sale as they are changed while its last shard is out of reach."""
+    return SpreadBrakes(stock.brakes._gateways[:-1])
+
+
+def told_as(name: str) -> dict:
+    return {"id": name, "actor": "a", "address": None}
+
+
+def test_a_shard_that_missed_acts_gets_the_newest(six):
+    most = without_the_last()
+    for number, on in enumerate((True, False, True)):
+        for product_id in (None, 1):
+            most.change(on, product_id, told_as(f"{number} {product_id}"), None)
+            stock.brakes.agree()
+            assert len(set(in_all())) == 1
+            assert stock.brakes.agree() is None
+    assert in_all() == [Brakes(True, frozenset({1}))] * 6
+    # More than the audit takes at once.
+    for number in range(ACTS_AT_ONCE // 2):
+        most.change(False, None, told_as(f"release {number}"), None)
+        most.change(True, None, told_as(f"brake {number}"), None)
+    most.change(False, None, told_as("last"), None)
+    assert carry_over() == ACTS_AT_ONCE
+    stock.brakes.agree()
+    assert in_all() == [Brakes(False, frozenset({1}))] * 6
+
+
+def test_an_older_act_that_comes_late_changes_nothing(six):
+    """Whoever spreads an act may be slow, and another one come meanwhile."""
+    states = [gateway.state() for gateway in stock.brakes._gateways]
+    assert newest(states) == {}
+    brake(True, None, CLI)
+    (late,) = newest([stock.brakes._gateways[0].state()]).values()
+    brake(False, None, CLI)
+    for gateway in stock.brakes._gateways:
+        assert gateway.change("*", late, None).outcome == "outdated"
+    assert in_all() == [Brakes(False, frozenset())] * 6
+    # By a clock that is ahead; an operator's act is later all the same.
+    ahead = Mark(stock.brakes._gateways[0].state().now_ms + 60_000, "z", True)
+    assert stock.brakes._gateways[3].change("*", ahead, None).outcome == "done"
+    assert not brake(False, None, CLI).sale
+    stock.brakes.agree()
+    assert in_all() == [Brakes(False, frozenset())] * 6
+
+
+def test_a_shard_that_lacks_the_product_is_pending(six):
+    """It is braked all the same, before it is told the terms; a sweep does not stumble over it."""
+    last = stock.shards[-1]
+    last.client.delete(last.keys.product(1))
+    assert brake(True, 1, CLI).pending == (5,)
+    stock.brakes.agree()
+    assert in_all() == [Brakes(False, frozenset({1}))] * 6
+    with pytest.raises(UnknownProduct):
+        brake(True, 77, CLI)
+    assert in_all() == [Brakes(False, frozenset({1}))] * 6
+
+
+def test_a_key_that_some_shards_know_for_something_else_changes_nothing(six):
+    without_the_last().change(True, None, told_as("first"), "k")
+    for on, product_id in ((False, None), (True, 1)):
+        with pytest.raises(KeyMismatch):
+            brake(on, product_id, CLI, "k")
+    assert in_all()[-1] == Brakes(False, frozenset())
+    repeated = brake(True, None, CLI, "k")
+    assert (repeated.replayed, repeated.pending) == (True, ())
+    assert in_all() == [Brakes(True, frozenset())] * 6
+
+
+def test_a_brake_outlives_another_number_of_shards(make_app, settings):
+    """All of them are braked; what a shard knew of a sale long ago does not come back."""
+    with make_app(shards=6).app_context():
+        brake(True, None, CLI)
+        brake(True, 1, CLI)
+    with create_app(replace(settings, shards=1)).app_context():
+        recovery.rebuild(CLI)
+        assert in_all() == [Brakes(True, frozenset({1}))]
+        brake(False, None, CLI)
+    with create_app(replace(settings, shards=3)).app_context():
+        recovery.rebuild(CLI)
+        assert in_all() == [Brakes(False, frozenset({1}))] * 3
+    with create_app(replace(settings, shards=6)).app_context():
+        recovery.rebuild(CLI)
+        assert in_all() == [Brakes(False, frozenset({1}))] * 6
+        stock.brakes.agree()
+        assert in_all() == [Brakes(False, frozenset({1}))] * 6
 
 
 def test_the_audit_is_told_once_each(app, post):

@@ -151,7 +151,7 @@ def test_everything_works_again_within_two_seconds(app, pair, client, admin_head
         return answers[-1] == 200
 
     for act in acts:
-        assert seconds_until(lambda act=act: works(act)) < WITHIN_SECONDS
+        assert seconds_until(lambda act=act: works(act)) < patience(WITHIN_SECONDS)
     assert [act() for act in acts * 3] == [200] * 12
     # Nothing was asked twice: what was answered is what there is.
     view = stock.view([1])
@@ -179,7 +179,7 @@ def test_the_event_loop_sells_again(app, pair):
             return time.monotonic() - started, replies, [await ask(3) for _ in range(20)]
 
     seconds, replies, after = asyncio.run(talk())
-    assert seconds < WITHIN_SECONDS
+    assert seconds < patience(WITHIN_SECONDS)
     # The old primary said that it did nothing, and so do we.
     assert all(reply.json["executed"] is False for reply in replies[:-1])
     assert {reply.status for reply in after} == {200}

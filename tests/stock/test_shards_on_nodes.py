@@ -2,12 +2,16 @@
 
 import contextlib
 import threading
+from contextvars import Context
 from dataclasses import replace
+from functools import partial
 from unittest.mock import patch
 
 import pytest
+from documented import DocumentedClient
 from flask import render_template
 from nodes import Cluster
+from people import create_person, csrf_token, sign_in
 from sqlalchemy import text
 from test_shards import buy_all, drained, is_even
 from waiting import wait_until
@@ -21,6 +25,7 @@ from app.orders import cancelling
 from app.problems import Unavailable
 from app.products import brake, movements
 from app.stock.board import Noticeboard
+from app.stock.brakes import Brakes
 from app.stock.keys import KEYS
 from app.stock.link import Link
 from app.stock.servers import Server
@@ -33,6 +38,9 @@ from app.worker import relay
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     cluster = Cluster("valkey", tmp_path_factory.mktemp("cluster"))
+    for node in (cluster.x, cluster.y, cluster.a):
+        # As the documentation asks: the others sell on when a node is lost for good.
+        node.client.config_set("cluster-require-full-coverage", "no")
     yield cluster
     cluster.stop()
 
@@ -140,8 +148,7 @@ def test_a_sweep_does_all_that_needs_no_lost_node(cluster, shop):
         # The oldest of what is pending waits for the node.
         with pytest.raises(Unavailable):
             movements.restock(1, 6, None, CLI)
-        with pytest.raises(Unavailable):
-            brake.brake(True, None, CLI)
+        assert set(brake.brake(True, None, CLI).pending) == dead
         assert stock.braked().sale
         with contextlib.suppress(Unavailable):
             cancelling.cancel(away, "changed their mind", CLI)
@@ -170,11 +177,76 @@ def test_a_sweep_does_all_that_needs_no_lost_node(cluster, shop):
     wait_until(lambda: not stock.view([1]).missing, 30, "the node to be back")
     sweeper.run_once(threading.Event())
     assert db.session.scalar(pending) == 0
+    relay.Sampler("test").run_once(threading.Event())
     assert all(of.read().sale for of in stock.brakes._gateways)
     assert is_even().free == 100 + 6 - 40 + 2
     brake.brake(False, None, CLI)
     sweeper.run_once(threading.Event())
     assert not stock.braked().sale
+
+
+def test_terms_and_brakes_are_in_force_where_they_can_be(cluster, shop, admin_headers):
+    """202 and which shards are to follow; a worker brings it there, and the audit is told once."""
+    shop.test_client_class = DocumentedClient
+    client, runner = shop.test_client(), shop.test_cli_runner()
+    person = shop.test_client()
+    email = create_person(shop, "admin")
+    # Apart from the test's own context, whose `g` every request would share.
+    Context().run(sign_in, person, email)
+    dead = {of.part.shard for of in stock.shards if of.server.address()[1] == cluster.x.port}
+    buyers = {
+        is_dead: next(u for u in range(1, 99) if (stock.shard_of(u).part.shard in dead) is is_dead)
+        for is_dead in (True, False)
+    }
+
+    def change(terms: dict) -> tuple[int, list[int]]:
+        answer = client.patch("/products/1", json=terms, headers=admin_headers)
+        return answer.status_code, answer.json.get("pendingShards", [])
+
+    def by_page(path: str, **form: str) -> str:
+        form["csrf_token"] = Context().run(csrf_token, person)
+        return Context().run(partial(person.post, path, data=form, follow_redirects=True)).text
+
+    def braked(**body: object) -> tuple[int, list[int], bool]:
+        headers = admin_headers | {"Idempotency-Key": "k"}
+        answer = client.post("/sale/brake", json=body, headers=headers)
+        told = answer.json
+        return answer.status_code, told.get("pendingShards", []), told["saleBraked"]
+
+    cluster.x.kill()
+    try:
+        assert change({"perUserLimit": 1}) == (202, sorted(dead))
+        assert change({"perUserLimit": 1}) == (202, sorted(dead))
+        claims = [stock.claim(buyers[False], 1, 1, None, "a").outcome for _ in range(2)]
+        assert claims == [b"accepted", b"capped"]
+        assert braked(on=True) == (202, sorted(dead), True)
+        assert braked(on=True) == (202, sorted(dead), True)
+        assert stock.claim(buyers[False], 1, 1, None, "a").outcome == b"paused"
+        where = " and ".join(map(str, sorted(dead)))
+        told = f"Not yet in shards {where}, out of reach now"
+        assert told in runner.invoke(args=["brake", "1", "--yes"]).output
+        assert told in by_page("/admin/products/1/sale", act="pause")
+        assert told in by_page("/admin/brake", on="0", product="1")
+    finally:
+        cluster.x.start()
+    wait_until(lambda: not stock.view([1]).missing, 30, "the node to be back")
+    relay.Sampler("test").run_once(threading.Event())
+    relay.Sweeper().run_once(threading.Event())
+    for gateway in stock.brakes._gateways:
+        assert gateway.read() == Brakes(True, frozenset())
+    for shard in stock.shards:
+        assert shard.view([1]).products[1]["cap"] == 1
+        assert shard.view([1]).products[1]["pause"] == 1
+    assert braked(on=True) == (200, [], True)
+    assert change({"paused": False}) == (200, [])
+    assert brake.brake(False, None, CLI).pending == ()
+    assert stock.claim(buyers[True], 1, 1, None, "a").outcome == b"accepted"
+    acts = text("SELECT action FROM audit_log WHERE action ~ :kind ORDER BY id")
+    relay.Sweeper().run_once(threading.Event())
+    assert db.session.scalars(acts, {"kind": "sale.(brake|release)"}).all() == [
+        "sale.brake", "sale.brake", "sale.release", "sale.release",
+    ]  # fmt: skip
+    assert len(db.session.scalars(acts, {"kind": "product.change"}).all()) == 3
 
 
 def test_dashboard_and_metrics_tell_each_shard(cluster, shop):

@@ -236,9 +236,10 @@ OK, UNVERIFIED = (200, {"status": "ok"}), (200, {"status": "ok", "unverified": T
 class TestSaleOnTheEventLoop:
     def test_before_the_first_purchase(self, app):
         async def talk(probe):
-            return await probe()
+            # Where PostgreSQL had no time for it, it is asked again after a few seconds.
+            await until(probe, OK)
 
-        assert probing(app, talk) == OK
+        probing(app, talk)
 
     def test_unverified_until_postgres_can_tell(self, app):
         """It sells meanwhile, as ever, and compares as soon as it can."""

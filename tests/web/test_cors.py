@@ -3,12 +3,14 @@
 import asyncio
 import threading
 import time
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import jwt
 import pytest
 from people import API_TOKEN
 from system import start_system, stop_system
+from wire import ask as ask_app
 from wire import post, serving
 
 from app.config import SettingsError, load_settings, with_secrets
@@ -29,21 +31,7 @@ TOKEN = jwt.encode(
 @pytest.fixture
 def ask(make_app):
     """Send requests to a process that knows the origins; return the replies."""
-    app = make_app(**JWT, cors_origins=(SHOP, "http://localhost:3000"))
-
-    def send(*requests: bytes) -> list:
-        async def all_of_them():
-            async with serving(app) as process:
-                replies = []
-                for request in requests:
-                    wire = await process.connect()
-                    wire.send(request)
-                    replies.append(await wire.reply())
-                return replies
-
-        return asyncio.run(all_of_them())
-
-    return send
+    return partial(ask_app, make_app(**JWT, cors_origins=(SHOP, "http://localhost:3000")))
 
 
 def request(method: str, path: str, origin: str | None = SHOP, *lines: str) -> bytes:

@@ -6,13 +6,12 @@ import json
 import random
 import subprocess
 import sys
-import time
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 
 import pytest
 from call import call
-from waiting import patience
+from waiting import patience, wait_until
 
 users = itertools.count(random.randrange(10**9, 2**52))
 
@@ -232,9 +231,12 @@ def test_orders_are_found_and_given_back(generated, product):
     ]
     assert answers[0].parsed == answers[1].parsed
     assert answers[1].headers["Idempotent-Replayed"] == "true"
-    soon = time.monotonic() + patience(20)
-    while (order := generated.show_order.sync(order_id, client=client)).cancelled_quantity == 0:
-        assert time.monotonic() < soon
+
+    def returned():
+        order = generated.show_order.sync(order_id, client=client)
+        return order if order.cancelled_quantity else None
+
+    order = wait_until(returned, 20, "the unit to come back")
     assert (order.status, order.quantity, order.cancelled_quantity) == ("CONFIRMED", 2, 1)
     refused = generated.cancel_order.sync(
         order_id, client=client, body=models.Cancel(reason="x", quantity=2)
@@ -246,9 +248,11 @@ def test_many_orders_are_cancelled(generated, product):
     models, client = generated.models, generated.client
     body = models.Purchase(user_id=next(users), product_id=product.id, quantity=2)
     order_id = generated.purchase.sync(client=client, body=body).order_id
-    soon = time.monotonic() + patience(20)
-    while generated.show_order.sync(order_id, client=client).status == "QUEUED":
-        assert time.monotonic() < soon
+
+    def is_stored() -> bool:
+        return generated.show_order.sync(order_id, client=client).status != "QUEUED"
+
+    wait_until(is_stored, 20, "the order to be stored")
     dry = models.BulkCancel(product_id=product.id, dry_run=True)
     plan = generated.start_bulk_cancel.sync(client=client, body=dry)
     assert (plan.orders, plan.units) == (1, 2)
@@ -261,6 +265,10 @@ def test_many_orders_are_cancelled(generated, product):
             reason="recall",
         ),
     )
-    while (bulk := generated.show_bulk_cancel.sync(begun.id, client=client)).status == "running":
-        assert time.monotonic() < soon + patience(20)
+
+    def ended():
+        bulk = generated.show_bulk_cancel.sync(begun.id, client=client)
+        return bulk if bulk.status != "running" else None
+
+    bulk = wait_until(ended, 20, "the orders to be cancelled")
     assert (bulk.status, bulk.cancelled_units) == ("done", 2)

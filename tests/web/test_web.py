@@ -6,27 +6,12 @@ from contextlib import suppress
 
 import pytest
 from waiting import patience
-from wire import post, purchase, serving
+from wire import ask, post, purchase, serving
 
 from app.extensions import stock
 from app.stock.keys import KEYS
 
 JSON = "Content-Type: application/json"
-
-
-def on_wire(app, *requests: bytes) -> list:
-    """Send requests, each on a connection of its own; return the replies."""
-
-    async def send_all():
-        async with serving(app) as process:
-            replies = []
-            for request in requests:
-                wire = await process.connect()
-                wire.send(request)
-                replies.append(await wire.reply())
-            return replies
-
-    return asyncio.run(send_all())
 
 
 def test_both_ways_in_answer_alike(app, client):
@@ -52,7 +37,7 @@ def test_both_ways_in_answer_alike(app, client):
         body.pop("orderId", None)
         return status, {k: v for k, v in headers.items() if k in kept}, body
 
-    replies = on_wire(app, *(post(body, *headers) for body, headers in cases))
+    replies = ask(app, *(post(body, *headers) for body, headers in cases))
     stock.client.delete(*KEYS.attempts, KEYS.idempotency(3, "k")[0])
     for (body, lines), reply in zip(cases, replies, strict=True):
         headers = dict(line.split(": ") for line in lines)
@@ -64,7 +49,7 @@ def test_both_ways_in_answer_alike(app, client):
 
 
 def test_other_paths_are_flasks(app):
-    metrics, nowhere, encoded, slashed = on_wire(
+    metrics, nowhere, encoded, slashed = ask(
         app,
         b"GET /purchase/metrics?productId=1 HTTP/1.1\r\nHost: a\r\n\r\n",
         b"GET /nowhere HTTP/1.1\r\nHost: a\r\n\r\n",
@@ -291,7 +276,7 @@ def test_a_head_without_end(app):
 
 
 def test_no_request_at_all(app):
-    (reply,) = on_wire(app, b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n")
+    (reply,) = ask(app, b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n")
     assert (reply.status, reply.json["code"]) == (400, "invalid_request")
     assert reply.headers["connection"] == "close"
 

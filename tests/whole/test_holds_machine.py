@@ -464,8 +464,8 @@ PLANTED = {
     },
     "two returns": {
         (states, "EXPIRE"): (
-            "FROM expired GROUP BY product_id",
-            "FROM expired, generate_series(1, 2) AS twice GROUP BY product_id, twice",
+            "FROM parted GROUP BY product_id, part",
+            "FROM parted, generate_series(1, 2) AS twice GROUP BY product_id, part, twice",
         ),
     },
     "an end that does not compare the state": {

@@ -4,17 +4,16 @@ Nothing that was answered is lost or doubled, nobody has to rebuild, and the sal
 """
 
 import contextlib
-import json
 import threading
 import time
 from itertools import count
 
 import psycopg2
 import pytest
-from checker import OK, REFUSED, UNKNOWN, Attempt, History, Restock, Stored, check
+from checker import OK, UNKNOWN, History, Restock, Stored, check
 from drills import often
 from nodes import DOWN_AFTER_MS, KINDS, Cluster, Node, Pair
-from rush import stored_by
+from rush import attempt, stored_by
 from system import start_system, stop_system
 from waiting import patience, wait_until
 
@@ -51,20 +50,9 @@ class Rush:
                 time.sleep(0.1)
 
     def attempt(self, user: int) -> str:
-        body = {"userId": user, "productId": 1}
-        try:
-            status, _, content, _ = self.server.call(
-                "POST", "/purchase", body, **{"Idempotency-Key": "k"}
-            )
-            answer = json.loads(content)
-        except OSError:
-            status, answer = 0, {}
-        outcome = OK if status == 200 else REFUSED if 400 <= status < 500 else UNKNOWN
+        outcome = attempt(self.server, self.history, user)
         if outcome == OK:
             self.sold.append(time.monotonic())
-        self.history.attempts.append(
-            Attempt(user, 1, 1, "k", outcome, status, answer.get("orderId"))
-        )
         return outcome
 
     def sells_since(self, moment: float) -> bool:

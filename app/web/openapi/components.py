@@ -32,6 +32,12 @@ def json_content(schema: dict[str, Any], **examples: object) -> dict[str, Any]:
 
 
 ID = integer(1, MAX_ID, examples=[1])
+PENDING_SHARDS = {
+    "type": "array",
+    "items": integer(0, 23),
+    "minItems": 1,
+    "description": "shards, by number from 0, in which it is not in force yet",
+}
 # No control characters but tab and ends of lines, and something besides blanks.
 _TEXT = r"\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f"
 NOT_BLANK = rf"^[^{_TEXT}]*[^\s{_TEXT}\ufeff][^{_TEXT}]*$"
@@ -278,6 +284,13 @@ SCHEMAS = {
         ["on"],
         additionalProperties=False,
     ),
+    # As it is answered while shards are out of reach.
+    "ProductPending": {
+        "allOf": [ref("schemas", "Product"), json_object({"pendingShards": PENDING_SHARDS})]
+    },
+    "BrakedPending": {
+        "allOf": [ref("schemas", "Braked"), json_object({"pendingShards": PENDING_SHARDS})]
+    },
     "Braked": json_object(
         {
             "on": {"type": "boolean"},

@@ -307,6 +307,12 @@ def _paths() -> dict[str, Any]:
                         product,
                         (*LIMIT_HEADERS, "ETag"),
                     ),
+                    "202": ok(
+                        "The product, changed; shards in `pendingShards` can't be reached and sell "
+                        "on the terms of before, until a worker has told them",
+                        json_content(ref("schemas", "ProductPending")),
+                        (*LIMIT_HEADERS, "ETag"),
+                    ),
                     **failures(400, 401, 403, 404, 408, 409, 413, 415, 429, 431, 503),
                 },
                 description="Sent again, it changes nothing more: it needs no Idempotency-Key.",
@@ -352,6 +358,21 @@ def _paths() -> dict[str, Any]:
                                 "products": 3,
                                 "saleBraked": True,
                                 "stillBraked": [],
+                            },
+                        ),
+                        (*LIMIT_HEADERS, "Idempotent-Replayed"),
+                    ),
+                    "202": ok(
+                        "Done but in the shards in `pendingShards`, which can't be reached: a "
+                        "worker brings it there within seconds of their return",
+                        json_content(
+                            ref("schemas", "BrakedPending"),
+                            stopped={
+                                "on": True,
+                                "products": 3,
+                                "saleBraked": True,
+                                "stillBraked": [],
+                                "pendingShards": [1, 4],
                             },
                         ),
                         (*LIMIT_HEADERS, "Idempotent-Replayed"),
