@@ -370,23 +370,23 @@ def another_primary(drill: Drill, node: Node) -> Node:
     return next(each for each in drill.nodes if each is not node and promoted(each))
 
 
-def move_a_shard(drill: Drill, shard: int, to: Node | None = None) -> None:
+def move_a_shard(drill: Drill, shard: int) -> None:
     """Move a shard's slot at once, as Valkey 9 does it."""
     source = drill.find(shard)
-    target = to or another_primary(drill, source)
+    target = another_primary(drill, source)
 
     def act() -> None:
         slot, identity = slot_of(shard), target.ask("CLUSTER MYID")
         source.ask("CLUSTER MIGRATESLOTS", "SLOTSRANGE", slot, slot, "NODE", identity)
         wait_until(lambda: drill.find(shard) is target, 60, "the slot to move")
 
-    drill.watch("MIGRATESLOTS" if to is None else "moved to a new node", [shard], act)
+    drill.watch("MIGRATESLOTS", [shard], act)
 
 
-def move_a_shard_by_hand(drill: Drill, shard: int) -> None:
+def move_a_shard_by_hand(drill: Drill, shard: int, to: Node | None = None) -> None:
     """Move a shard's slot key by key, as every version does it."""
     source = drill.find(shard)
-    target = another_primary(drill, source)
+    target = to or another_primary(drill, source)
 
     def act() -> None:
         slot, ids = slot_of(shard), [each.ask("CLUSTER MYID") for each in (source, target)]
@@ -400,14 +400,15 @@ def move_a_shard_by_hand(drill: Drill, shard: int) -> None:
             node.ask("CLUSTER SETSLOT", slot, "NODE", ids[1])
         wait_until(lambda: drill.find(shard) is target, 60, "the slot to move")
 
-    drill.watch("SETSLOT", [shard], act)
+    drill.watch("SETSLOT" if to is None else "moved to a new node", [shard], act)
 
 
 def add_nodes(drill: Drill, shard: int) -> None:
     """A primary and its replica come to the cluster, and a shard moves there."""
     if len(drill.nodes) > len(drill.cluster.nodes):
         return
-    primary, replica = (Node(drill.folder, port) for port in free_ports(2))
+    kind = type(drill.nodes[0])
+    primary, replica = (kind(drill.folder, port) for port in free_ports(2))
     for node in (primary, replica):
         drill.nodes.append(node)
         node.start()
@@ -418,7 +419,7 @@ def add_nodes(drill: Drill, shard: int) -> None:
     replica.await_answer("master_link_status:up", "INFO REPLICATION")
     for node in drill.nodes:
         node.await_answer(identity, "CLUSTER NODES")
-    move_a_shard(drill, shard, to=primary)
+    move_a_shard_by_hand(drill, shard, to=primary)
 
 
 def rebuild(drill: Drill, _: int) -> None:
