@@ -2,8 +2,8 @@ VENV = .venv/bin
 PYTHON = python3
 PIP = $(VENV)/pip install --quiet --disable-pip-version-check --require-hashes --requirement
 
-# Tests at a time, each with servers of its own: one more than cores, for much of a test is waiting.
-JOBS = 3
+# Tests at a time, each with servers of its own: two for a core, for much of a test is waiting.
+JOBS = 4
 PYTEST = $(VENV)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
 # What is compiled is kept for the processes to come, of which tests and a run start many.
@@ -22,7 +22,7 @@ cluster: .venv/installed
 test: .venv/installed-dev
 	$(PYTEST) -m "not drill" $(args)
 
-# make drills LONG=1: by the hundred, for hours. No third at a time: drills measure outages.
+# make drills LONG=1: by the hundred, for hours. No more at a time: drills measure outages.
 drills: JOBS = 2
 drills: .venv/installed-dev
 	LONG=$(LONG) $(PYTEST) -m drill $(args)

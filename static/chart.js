@@ -65,6 +65,10 @@
     });
     return (moment) => format.format(new Date(moment * 1000));
   };
+  // A label that the right edge would cut is left out; half of one is at most so wide.
+  const LABEL_PX = 36;
+  const fits = (plot, moment) =>
+    !(plot.over.offsetLeft + plot.valToPos(moment, "x") + LABEL_PX > plot.width);
   const numbers = (_, splits) => splits.map(short);
 
   const draw = (chart) => {
@@ -87,7 +91,10 @@
           size: 28,
           space: 90,
           incrs: STEPS,
-          values: (_, splits, _at, _space, step) => splits.map(clock(step)),
+          values: (plot, splits, _at, _space, step) => {
+            const label = clock(step);
+            return splits.map((moment) => (fits(plot, moment) ? label(moment) : ""));
+          },
         }),
         axis({ size: 46, values: numbers, stroke: colour(two ? chart.series[0].ink : "--ink-2") }),
         ...(two

@@ -147,7 +147,7 @@ class Server:
 
     @contextlib.contextmanager
     def product(self, name: str, stock: int) -> Iterator[int]:
-        """Make a product to sell, and end its sale when the test is over; gives its id."""
+        """Make a product to sell; end its sale and archive it after the test. Gives its id."""
         admin = {"Authorization": f"Bearer {self.token}"}
         body = {"name": name, "priceCents": 100, "currency": "USD", "stock": stock}
         made = self.call("POST", "/products", body, **admin)
@@ -160,7 +160,7 @@ class Server:
             yield made.body["id"]
         finally:
             now = datetime.now(UTC).isoformat(timespec="milliseconds")
-            ended = self.call("PATCH", path, {"closesAt": now}, **admin)
+            ended = self.call("PATCH", path, {"closesAt": now, "archived": True}, **admin)
             if ended.status != 200:
                 print(f"PATCH {path} answered {ended.outcome}: still on sale", file=sys.stderr)
 

@@ -24,8 +24,8 @@ from app.run.embedded import PostgresServer, RedisServer
 from app.staff import people
 
 HASH = people.generate_password_hash
-# What fails a test that leaves something behind or skips, and the fixtures of a real browser.
-pytest_plugins = ["leftovers", "strict", "browser"]
+# What fails a test that leaves something behind or skips, who runs what, and a real browser.
+pytest_plugins = ["leftovers", "strict", "order", "browser"]
 
 
 @pytest.fixture(scope="session")

@@ -46,6 +46,8 @@ def init_app(app: Flask) -> None:
     # It would unpickle what is in Redis, and open new connections for every request.
     web.config.serializer = JSONSerializer
     web.Worker = _Worker
+    # Its own page for that is bare, and a 200.
+    web.RedisConnectionError = ()
     web.from_url = lambda *_, **__: (None, stock.jobs_raw_client)
     # Shown on its pages, so not the URL, which may hold a password.
     app.config["RQ_DASHBOARD_REDIS_URL"] = ("this sale's Redis",)

@@ -100,7 +100,7 @@ def rows(ids: list[int]) -> dict[str, Any]:
     items, live = monitor.items(among=ids)
     known = {item.product.id: item for item in items}
     shown = [known[product_id] for product_id in ids if product_id in known]
-    return {"items": shown, "redis_error": live.error}
+    return {"items": shown, "redis_error": live.error, "postgres_error": live.postgres_error}
 
 
 @bp.get("/<id:product_id>")

@@ -61,7 +61,7 @@ class Item:
     counters: dict[str, int] = field(default_factory=dict)
     # Whether it has a brake of its own; the whole sale's may bind it, too.
     own_brake: bool = False
-    # Whether its terms can be changed now, which takes both servers.
+    # Whether its terms can be changed now, which takes both servers, and this sale in Redis.
     changeable: bool = True
     # The ledger's proof: None when nothing is known.
     balanced: bool | None = None
@@ -277,7 +277,7 @@ def _item(product: Product, totals: ProductTotals, live: "_Live") -> Item:
         closes_in=_seconds_until(product.closes_at, now),
         counters=figures or {},
         own_brake=product.id in live.brakes.products,
-        changeable=not live.error and not live.postgres_error,
+        changeable=not live.error and not live.postgres_error and not live.foreign,
         balanced=proof.get("ok"),
         difference=proof.get("difference", 0),
     )

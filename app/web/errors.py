@@ -92,7 +92,7 @@ def _error_page(status: int, message: str) -> str:
     limit = limits.told() if status == 429 else None
     wait = in_words(limit.seconds) if limit else "in a minute"
     person = g.get("_login_user")
-    if status < 500 and person is not None and person.is_authenticated:
+    if status in (*range(500), 503) and person is not None and person.is_authenticated:
         return render_template(
             "error.html", status=status, message=message, wait=wait, person=person
         )

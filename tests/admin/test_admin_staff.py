@@ -406,6 +406,15 @@ def test_jobs_that_redis_does_not_show_are_a_503_and_rubbish_is_a_404(app, admin
     assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
 
 
+@pytest.mark.parametrize("path", ["", "0/view/jobs/orders/finished/8/dsc/1", "0/view/workers"])
+def test_pages_of_jobs_without_redis_are_a_503_with_the_menu(app, admin, monkeypatch, path):
+    away = redis.Redis.from_url("redis://127.0.0.1:1")
+    monkeypatch.setattr(stock, "jobs_raw_client", away)
+    answer = admin.get(f"/admin/rq/{path}")
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+    assert 'href="/admin/ledger/"' in answer.text
+
+
 def test_jobs_are_shown_with_their_result(app, admin, buy):
     buy(7)
     with app.app_context():

@@ -69,9 +69,11 @@ def test_no_table_is_cut_off(open_page, shop):
     page = open_page("/admin/")
     for path in [path for path in PAGES if "/rq/" not in path] + [f"/admin/products/{product}"]:
         page.goto(path)
-        for width in WIDTHS:
+        tables = page.locator(".table-wrap")
+        # To lay a page out anew takes longest.
+        for width in WIDTHS if tables.count() else ():
             page.set_viewport_size({"width": width, "height": 900})
-            found = page.locator(".table-wrap").evaluate_all(CUT_OFF)
+            found = tables.evaluate_all(CUT_OFF)
             assert found == [], f"{path}, {width} px wide"
 
 

@@ -119,10 +119,28 @@ class TestWithoutPostgres:
             assert "PostgreSQL is away" in answer.text
             assert "<b data-free>95</b>" in answer.text
 
+    def test_no_page_leads_to_what_needs_it(self, page, admin):
+        products = admin.get("/admin/products/").text
+        assert "PostgreSQL is unreachable. Selling goes on" in products
+        for path in ("/admin/products/", "/admin/products/1", "/admin/ledger/"):
+            shown = admin.get(path).text
+            for words in ("New product", "Import", "Edit", ">Rebuild<", "/restock"):
+                assert words not in shown, (path, words)
+
+    def test_the_worker_is_not_blamed_for_the_missing_proof(self, page, admin):
+        stock.board.client.delete(KEYS.ledger)
+        shown = admin.get("/admin/ledger/").text
+        assert "PostgreSQL is unreachable, so nothing can be proved." in shown
+        for text in (shown, live(admin)):
+            assert "It is made from Redis and PostgreSQL, and PostgreSQL is away." in text
+            assert "A worker makes one" not in text
+
     def test_pages_that_need_it_say_so(self, page, admin):
         for path in ("orders/", "audit/", "orders/orders.csv", "audit/audit.csv"):
             answer = admin.get(f"/admin/{path}")
             assert (answer.status_code, answer.headers.get("Retry-After")) == (503, "1"), path
+        # Whoever Redis vouches for keeps the menu.
+        assert 'href="/admin/ledger/"' in admin.get("/admin/orders/").text
 
     def test_the_brake_works(self, page, admin, buy, app):
         press(admin, on="1", confirmed="yes")
@@ -236,10 +254,21 @@ class TestWithoutRedis:
         counters = re.search(r'<dl class="counters">(.*?)</dl>', page, re.DOTALL)[1]
         assert set(re.findall("<dd>(.*?)</dd>", counters)) == {"–"}
 
+    def test_the_lists_say_so_and_lead_to_nothing_that_needs_it(self, stop, admin):
+        stop()
+        for path in ("/admin/", "/admin/products/", "/admin/ledger/"):
+            page = admin.get(path).text
+            assert "Redis is unreachable" in page, path
+            for words in ("New product", "Import", ">Rebuild<"):
+                assert words not in page, (path, words)
+
     def test_another_sale_tells_nothing_of_this_one(self, app, admin):
         stock.client.set(KEYS.generation, "somebody-else")
         page = live(admin)
         assert "This Redis does not hold this sale." in page
+        assert '<a href="/admin/ledger/">Rebuild it</a>' in page
+        for button in ("Pause", "Restock", "Open now"):
+            assert button not in page, button
         assert "<b data-free>–</b> free" in page
 
     def test_both_away_is_a_503_page(self, stop, without_postgres, admin):

@@ -389,13 +389,13 @@ def test_slow_readers_hold_no_thread(app, path):
 def test_what_is_sent_ahead_is_bounded(app, held_pages):
     async def conversation(process):
         wire = await process.connect()
-        wire.send(get("/held") + get("/healthz") * 5000)
+        wire.send(get("/held") + get("/healthz") * 2000)
         await until(lambda: held_pages.entered == 1 and the(process).rest)
         connection = the(process)
         piece = protocol.PIECE_BYTES // len(get("/healthz")) + 1
         waiting, rest = len(connection.queue), len(connection.rest)
         held_pages.release()
-        statuses = {(await wire.reply()).status for _ in range(5001)}
+        statuses = {(await wire.reply()).status for _ in range(2001)}
         return waiting <= MAX_AHEAD + piece, rest <= protocol.READ_BYTES, statuses
 
     assert talk(app, conversation) == (True, True, {200})

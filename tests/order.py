@@ -1,0 +1,63 @@
+"""In what order a parallel run takes the files, and which of them share a running system."""
+
+import gc
+from collections import Counter
+
+import pytest
+
+# The fixture `server` is a whole system: it costs as much as fifty tests to start, and goes on
+# costing while it runs. Each group is run by one process, before all others: these take longest.
+SYSTEMS = (
+    (
+        "tests/admin/test_browser.py",
+        "tests/admin/test_accessibility.py",
+        "tests/web/test_shop_page.py",
+        "tests/web/test_clients.py",
+    ),
+    (
+        "tests/admin/test_browser_pages.py",
+        "tests/web/test_security.py",
+        "tests/feed/test_feed.py",
+        "tests/web/test_checkout.py",
+        "tests/web/test_generated_client.py",
+        "tests/whole/test_stress_finds.py",
+        "tests/watch/test_telemetry.py",
+    ),
+)
+SYSTEM_OF = {file: number for number, files in enumerate(SYSTEMS) for file in files}
+
+
+def file_of(nodeid: str) -> str:
+    return nodeid.partition("::")[0]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Have the systems' files first, then those with the most tests: the last ones are short."""
+    tests = Counter(file_of(item.nodeid) for item in items)
+
+    def rank(item: pytest.Item) -> tuple[int, int]:
+        file = file_of(item.nodeid)
+        return SYSTEM_OF.get(file, len(SYSTEMS)), -tests[file]
+
+    items.sort(key=rank)
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector all that is imported by now, and stays."""
+    gc.freeze()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """Run each file's tests, and those of one system's files, by one process after the other."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = file_of(nodeid)
+            return f"system {SYSTEM_OF[file]}" if file in SYSTEM_OF else file
+
+    config.option.loadscopereorder = False
+    return Scheduling(config, log)
