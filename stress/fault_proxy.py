@@ -1,6 +1,8 @@
-"""A proxy between two Unix sockets that misbehaves on command: cuts, lost replies, delays.
+"""A proxy between two sockets that misbehaves on command: cuts, lost replies, delays.
 
     python fault_proxy.py LISTEN TARGET [SEED]
+
+LISTEN and TARGET are paths of Unix sockets, or TCP ports of this machine.
 
 Commands come as lines on standard input:
 
@@ -47,7 +49,11 @@ class Proxy:
             writer.transport.abort()
             return
         try:
-            server_reader, server_writer = await asyncio.open_unix_connection(self.target)
+            server_reader, server_writer = await (
+                asyncio.open_connection("127.0.0.1", int(self.target))
+                if self.target.isdecimal()
+                else asyncio.open_unix_connection(self.target)
+            )
         except OSError:
             writer.transport.abort()
             return
@@ -84,9 +90,12 @@ class Proxy:
 
 async def main(listen: str, target: str, seed: int) -> None:
     proxy = Proxy(target, seed)
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(listen)
-    server = await asyncio.start_unix_server(proxy.serve, listen, backlog=1024)
+    if listen.isdecimal():
+        server = await asyncio.start_server(proxy.serve, "127.0.0.1", int(listen), backlog=1024)
+    else:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(listen)
+        server = await asyncio.start_unix_server(proxy.serve, listen, backlog=1024)
     commands = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(
         lambda: asyncio.StreamReaderProtocol(commands), sys.stdin

