@@ -3,9 +3,9 @@
 import json
 import logging
 from collections.abc import Iterable
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple
 
-from .link import Link, asking
+from .link import Link, Question, asking
 
 # How long the Idempotency-Key of a brake is remembered.
 KEY_LIFE_MS = 24 * 60 * 60 * 1000
@@ -101,27 +101,37 @@ class BrakeGateway:
     """Reads and changes the brakes. Raises Unavailable when Redis can't be asked."""
 
     def __init__(self, link: Link) -> None:
-        self._link, self._client, self._keys = link, link.client, link.keys
+        self.link, self._client, self._keys = link, link.client, link.keys
         self.name = link.keys.brakes
 
     def read(self) -> Brakes:
-        with asking():
-            return Brakes.parse(cast("str | None", self._client.get(self._keys.brakes)))
+        return self.link.ask(self.reading())
+
+    def reading(self) -> Question[Brakes]:
+        return Question([("GET", self._keys.brakes)], lambda answers: Brakes.parse(answers[0]))
 
     def state(self, key: str | None = None) -> State:
         """Return the brakes with their marks, and what was asked under an Idempotency-Key."""
-        with asking(), self._client.pipeline() as pipe:
-            pipe.get(self._keys.brakes)
-            pipe.hgetall(self._keys.brake_marks)
-            pipe.time()
-            pipe.get(self._keys.nothing if key is None else self._keys.brake_key(key))
-            brakes, marks, (seconds, microseconds), known = pipe.execute()
-        is_set = set((brakes or "").split())
-        found = {}
+        return self.link.ask(self.asking_state(key))
+
+    def asking_state(self, key: str | None = None) -> Question[State]:
+        kept = self._keys.nothing if key is None else self._keys.brake_key(key)
+        commands = [
+            ("GET", self._keys.brakes),
+            ("HGETALL", self._keys.brake_marks),
+            ("TIME",),
+            ("GET", kept),
+        ]
+        return Question(commands, self._state)
+
+    @staticmethod
+    def _state(answers: list[Any]) -> State:
+        brakes, marks, (seconds, microseconds), known = answers
         # One that was set by a version without marks is older than any act.
-        for word in is_set | marks.keys():
-            at_ms, _, act_id = marks.get(word, "0 ").partition(" ")
-            found[word] = Mark(int(at_ms), act_id, word in is_set)
+        found = {word: Mark(0, "", True) for word in (brakes or "").split()}
+        for word, mark in marks.items():
+            at_ms, on, act_id = mark.split(" ", 2)
+            found[word] = Mark(int(at_ms), act_id, on == "1")
         request = known and known[: known.rindex(" ") + 1]
         return State(found, seconds * 1000 + microseconds // 1000, request)
 
@@ -145,7 +155,7 @@ class BrakeGateway:
             keys.append(self._keys.brake_key(key))
         act = "" if told is None else json.dumps(told)
         args = [int(mark.on), word, act, KEY_LIFE_MS, mark.at_ms, mark.act_id]
-        outcome, products, text = self._link.run_surely("brake", keys, args)
+        outcome, products, text = self.link.run_surely("brake", keys, args)
         return Changed(outcome, products, Brakes.parse(text))
 
     def forget_all(self) -> None:
@@ -153,15 +163,18 @@ class BrakeGateway:
         with asking():
             self._client.delete(self._keys.brakes, self._keys.brake_marks)
 
-    def acts(self, most: int) -> list[Act]:
-        """Return the oldest acts that the audit lacks; what is none is dropped."""
+    def asking_acts(self, most: int) -> Question[list[Act]]:
+        """Ask for the oldest acts that the audit lacks; what is none is dropped."""
+        return Question([("LRANGE", self._keys.brake_acts, 0, most - 1)], self._acts)
+
+    def _acts(self, answers: list[Any]) -> list[Act]:
         acts = []
-        with asking():
-            for text in cast("list[str]", self._client.lrange(self._keys.brake_acts, 0, most - 1)):
-                try:
-                    acts.append(Act.parse(text))
-                except (ValueError, KeyError, TypeError):
-                    log.error("not a brake's act, dropped: %.200s", text)
+        for text in answers[0]:
+            try:
+                acts.append(Act.parse(text))
+            except (ValueError, KeyError, TypeError):
+                log.error("not a brake's act, dropped: %.200s", text)
+                with asking():
                     self._client.lrem(self._keys.brake_acts, 1, text)
         return acts
 

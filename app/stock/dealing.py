@@ -10,6 +10,7 @@ shards, and get the answers, so that threads, event loops and the tests' model s
 """
 
 from collections.abc import Generator, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 # How long a shard refuses without asking the others, from when they were asked. A unit that comes
@@ -208,6 +209,25 @@ def _seal(names: Sequence[str], product_id: int, scan: list[Reading | None], fin
         for shard, reading in enumerate(scan)
         if reading
     ]
+
+
+def abreast(many: Sequence[Steps]) -> Steps:
+    """Take the steps of several side by side, none of which pauses; return what each comes to."""
+    results: list[Any] = [None] * len(many)
+    waiting: dict[int, Answers | None] = dict.fromkeys(range(len(many)))
+    while True:
+        asks: dict[int, list[Ask]] = {}
+        for number, answers in waiting.items():
+            try:
+                step = many[number].send(answers)  # type: ignore[arg-type]  # None starts it
+                assert isinstance(step, list)
+                asks[number] = step
+            except StopIteration as stop:
+                results[number] = stop.value
+        if not asks:
+            return results
+        found = iter((yield [ask for step in asks.values() for ask in step]))
+        waiting = {number: list(islice(found, len(step))) for number, step in asks.items()}
 
 
 def unseal(shards: int, product_id: int) -> Steps:

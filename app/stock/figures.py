@@ -3,11 +3,13 @@
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 from ..problems import Unavailable
 from .brakes import Brakes
 from .entries import Entry
-from .link import Link, asking
+from .link import Link, Question, asking
 from .outcomes import REFUSALS
 
 
@@ -104,10 +106,14 @@ class Accounts:
 class Figures(Link):
     """Reads them, and sets them right. Every method raises Unavailable."""
 
+    def asking_product_ids(self) -> Question[list[int]]:
+        return Question(
+            [("SMEMBERS", self.keys.products)], lambda answers: sorted(map(int, answers[0]))
+        )
+
     def product_ids(self) -> list[int]:
         """Return the ids of the products on sale in Redis, ascending."""
-        with asking():
-            return sorted(map(int, self.client.smembers(self.keys.products)))
+        return self.ask(self.asking_product_ids())
 
     def view(
         self,
@@ -122,6 +128,15 @@ class Figures(Link):
         `movement_ids` which of these movements are applied. Unknown products are left out.
         `surely` waits until replicas have it all.
         """
+        question = self.asking_view(product_ids, stored_through, movement_ids)
+        return self.ask(self.surely(question) if surely else question)
+
+    def asking_view(
+        self,
+        product_ids: Sequence[int],
+        stored_through: int | None = None,
+        movement_ids: Sequence[int] = (),
+    ) -> Question[View]:
         keys = [
             self.keys.generation,
             self.keys.movements,
@@ -131,10 +146,12 @@ class Figures(Link):
         ]
         keys += [self.keys.product(product_id) for product_id in product_ids]
         through = "" if stored_through is None else stored_through
-        run = self.run_surely if surely else self.run
-        generation, last, waiting, head, applied, overlap, brakes, hashes = run(
-            "view", keys, [through, *movement_ids]
+        return self.asking_script(
+            "view", keys, [through, *movement_ids], partial(self._view, product_ids)
         )
+
+    def _view(self, product_ids: Sequence[int], answer: Any) -> View:
+        generation, last, waiting, head, applied, overlap, brakes, hashes = answer
         products = {}
         for product_id, flat in zip(product_ids, hashes, strict=True):
             if flat:
@@ -217,10 +234,10 @@ class Figures(Link):
         args = [self.named(generation), take, *(word for pair in amounts.items() for word in pair)]
         return int(self.run("mend", [self.keys.generation, self.keys.product(product_id)], args))
 
-    def keep_counts(self, product_ids: list[int]) -> None:
-        """Write these products' counts of refusals, as they stand, to Redis's log."""
+    def keeping_counts(self, product_ids: list[int]) -> Question[None]:
+        """Ask to write these products' counts of refusals, as they stand, to Redis's log."""
         keys = [self.keys.refused, *map(self.keys.product, product_ids)]
-        self.run("keep", keys, list(REFUSALS))
+        return self.asking_script("keep", keys, list(REFUSALS), lambda _: None)
 
     def turn_away(self, refusals: dict[int, int]) -> None:
         """Count refusals for the user's limit that Redis was not asked about, by product id."""

@@ -12,12 +12,13 @@ from ..reading import User
 from .board import Noticeboard
 from .brakes import BrakeGateway, Brakes
 from .claims import Claim, Request
-from .dealing import ask_once, finish, pull, unseal
+from .dealing import abreast, ask_once, finish, pull, unseal
 from .doorkeeper import Doorkeeper
 from .entries import Entry
 from .figures import View, merged
+from .gather import all_of, asked, away, gathered, reached
 from .keys import Keys
-from .link import Link
+from .link import Link, Question
 from .loop_line import LoopLine
 from .moves import Ended, Expired, Movement, Terms, Together
 from .place import place
@@ -25,7 +26,7 @@ from .pulls import MOST_SECONDS, carry_out, names_of
 from .servers import Server
 from .shard import Shard
 from .shards import Part
-from .spread import LoopLines, Pending, SpreadBrakes, ThreadLines, all_of, asked, away, reached
+from .spread import LoopLines, Pending, SpreadBrakes, ThreadLines
 from .thread_line import ThreadLine
 
 Answer = TypeVar("Answer")
@@ -107,6 +108,20 @@ class Stock:
         """Have it done in every shard; return what each answered, or why it could not."""
         return asked(self.shards, do)
 
+    def gathered(self, question: Callable[[Shard], Question[Answer]]) -> list[Answer | Unavailable]:
+        """Ask every shard, in one round trip for each node; answers as those of `asked`."""
+        return gathered(self.shards, [question(shard) for shard in self.shards])
+
+    def gathered_of_all(self, question: Callable[[Shard], Question[Answer]]) -> list[Answer]:
+        """Ask every shard as `gathered`. Raises Unavailable where one can't be reached."""
+        answers = self.gathered(question)
+        return all_of(answers)
+
+    def gathered_in_reach(self, question: Callable[[Shard], Question[Answer]]) -> list[Answer]:
+        """Ask every shard as `gathered`. Raises Unavailable where none can be reached."""
+        answers = self.gathered(question)
+        return reached(answers)
+
     def claim(
         self,
         user: User,
@@ -133,7 +148,7 @@ class Stock:
 
         Raises Pending where some shards have it now, and others can't be reached.
         """
-        answers = self.asked(lambda shard: shard.put_product(product_id, version, terms))
+        answers = self.gathered(lambda shard: shard.putting_product(product_id, version, terms))
         missing = away(answers)
         if 0 < len(missing) < len(answers):
             raise Pending(missing, answers[missing[0]])
@@ -216,9 +231,9 @@ class Stock:
         if len(self.shards) == 1:
             return 0
         names = names_of(self.shards, generation)
-        return sum(
-            carry_out(self.shards, finish(names, source)) for source in range(len(self.shards))
-        )
+        sources = range(len(self.shards))
+        done = carry_out(self.shards, abreast([finish(names, source) for source in sources]))
+        return sum(done or ())
 
     def _move_parts(self, generation: str | None, movements: Sequence[Movement]) -> list[Moved]:
         parts = [self.parts_of(movement) for movement in movements]
@@ -300,7 +315,21 @@ class Stock:
 
     def put_held(self, generation: str, units: dict[int, int]) -> None:
         """Note how many units of each product are held by stored orders, in whichever shard."""
-        self.reachable(lambda shard: shard.put_held(generation, units))
+        self.gathered_in_reach(lambda shard: shard.putting_held(generation, units))
+
+    def keep_counts(self, product_ids: list[int]) -> None:
+        """Write products' counts of refusals, as they stand, to the log of shards in reach."""
+        self.gathered_in_reach(lambda shard: shard.keeping_counts(product_ids))
+
+    def try_write(self) -> None:
+        """Find out whether shards take writes. Raises Unavailable where none does."""
+        self.gathered_in_reach(Shard.asking_to_write)
+
+    def first_waiting(self) -> dict[int, bytes]:
+        """Return the first order's stream id of each shard in reach in which one waits."""
+        found = self.gathered(Shard.asking_first)
+        reached(found)
+        return {n: head for n, head in enumerate(found) if isinstance(head, bytes)}
 
     def queued_orders(self, user: User, most: int) -> list[tuple[int, Entry]]:
         """Return the user's orders that wait to be persisted, newest first."""
@@ -337,35 +366,42 @@ class Stock:
         """
         if len(self.shards) == 1:
             return self.first.view(product_ids)
-        views = self.asked(lambda shard: shard.view(product_ids))
+        views = self.gathered(lambda shard: shard.asking_view(product_ids))
         reached(views)
         return merged(dict(enumerate(views)))
 
     def product_ids(self) -> list[int]:
         """Return the ids of the products on sale in Redis, ascending."""
-        return sorted({of for ids in self.reachable(Shard.product_ids) for of in ids})
+        found = self.gathered_in_reach(Shard.asking_product_ids)
+        return sorted({product_id for ids in found for product_id in ids})
 
     def waiting(self) -> int:
         """Return the number of orders claimed and not yet taken out of the outbox."""
-        return sum(self.each(Shard.waiting))
+        return sum(self.gathered_of_all(Shard.asking_waiting))
 
     def generation(self) -> str | None:
         """Return the name of the sale that the shards hold, None when they hold none.
 
         Of those that can be reached: one that is closed has none, and does not keep others from it.
         """
-        names = {name for name in self.reachable(Shard.generation) if name}
+        names = {name for name in self.gathered_in_reach(Shard.asking_generation) if name}
         return " or ".join(sorted(names)) or None
 
     def require_all(self, generation: str) -> None:
         """Raise Unavailable unless every shard holds the sale, so that a change is in force."""
-        for held in self.each(Shard.generation):
+        for held in self.gathered_of_all(Shard.asking_generation):
             if held != generation:
                 raise Unprepared("the sale is not in every shard")
 
     def clock(self) -> datetime:
         """Return the time by which claims are judged, in whole milliseconds, rounded down."""
-        return self.reachable(Shard.clock)[0]
+        failed = None
+        for shard in self.shards:
+            try:
+                return shard.clock()
+            except Unavailable as error:
+                failed = failed or error
+        raise failed or Unavailable
 
     def turn_away(self, refusals: dict[int, int]) -> None:
         """Count refusals for the user's limit that Redis was not asked about, by product id."""

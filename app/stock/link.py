@@ -1,19 +1,34 @@
 """The ordinary road to a shard: its keys, its clients, its scripts."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from importlib import resources
-from typing import Any, cast
+from typing import Any, Generic, TypeVar
 
 import redis
 
 from ..problems import Unavailable
 from .keys import Keys
-from .replicas import Replicas
+from .replicas import Replicas, Unreplicated
 from .servers import Server
 from .shards import Part
+
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True)
+class Question(Generic[Answer]):
+    """Commands that may be sent again, and together with others', and what their answers mean.
+
+    `read` may raise Unavailable. `script` is the one that the commands run, if they do.
+    """
+
+    commands: Sequence[tuple[Any, ...]]
+    read: Callable[[list[Any]], Answer]
+    script: str | None = None
 
 
 @cache
@@ -33,6 +48,16 @@ def asking() -> Iterator[None]:
         yield
     except redis.RedisError as error:
         raise Unavailable(str(error)) from error
+
+
+def piped(client: Any, commands: Sequence[tuple[Any, ...]], **how: bool) -> list[Any]:
+    """Return the answers to commands that are sent in one go. Raises redis.RedisError."""
+    if len(commands) == 1 and not how:
+        return [client.execute_command(*commands[0])]
+    with client.pipeline(transaction=False) as pipe:
+        for words in commands:
+            pipe.execute_command(*words)
+        return list(pipe.execute(**how))
 
 
 class Link:
@@ -80,6 +105,39 @@ class Link:
                 self._scripts[name](keys=keys, args=args, client=pipe)
             return self.replicas.run(pipe)
 
+    def asking_script(
+        self, name: str, keys: list[str], args: list[Any], read: Callable[[Any], Answer]
+    ) -> Question[Answer]:
+        """Return the question that a script answers."""
+        words = ("EVALSHA", self._scripts[name].sha, len(keys), *keys, *args)
+        return Question([words], lambda answers: read(answers[0]), name)
+
+    def surely(self, question: Question[Answer]) -> Question[Answer]:
+        """Return it with what makes sure that replicas have what was read. See run_surely."""
+        if not self.replicas.count:
+            return question
+        fence = self.replicas.commands
+
+        def read(answers: list[Any]) -> Answer:
+            _, fenced, copied = answers[-len(fence) :]
+            if fenced != 1 or not self.replicas.enough(copied):
+                raise Unreplicated(copied)
+            return question.read(answers[: -len(fence)])
+
+        return Question([*question.commands, *fence], read, question.script)
+
+    def ask(self, question: Question[Answer]) -> Answer:
+        """Return what is answered. Raises Unavailable."""
+        with asking():
+            try:
+                answers = piped(self.client, question.commands)
+            except redis.exceptions.NoScriptError:
+                if not question.script:
+                    raise
+                self.client.script_load(scripts()[question.script])
+                answers = piped(self.client, question.commands)
+        return question.read(answers)
+
     def check_replicas(self) -> None:
         """Raise Unavailable unless as many replicas as are asked for have all that there is."""
         if self.replicas.count:
@@ -90,8 +148,10 @@ class Link:
 
         Refused as any write is: out of memory, out of disk, as a replica.
         """
-        with asking():
-            self.client.set(self.keys.nothing, "1", xx=True)
+        self.ask(self.asking_to_write())
+
+    def asking_to_write(self) -> Question[None]:
+        return Question([("SET", self.keys.nothing, "1", "XX")], lambda _: None)
 
     def attached_replicas(self) -> int:
         """Return how many replicas Redis has, in step or not."""
@@ -108,11 +168,14 @@ class Link:
         """Return how a script is told which sale, by its name on record, it is run for."""
         return self.part.generation(sale) if sale else ""
 
+    def asking_generation(self) -> Question[str | None]:
+        return Question(
+            [("GET", self.keys.generation)], lambda held: held[0] and self.part.sale_of(held[0])
+        )
+
     def generation(self) -> str | None:
         """Return the name of the sale that Redis holds, as on record; None when it holds none."""
-        with asking():
-            held = cast("str | None", self.client.get(self.keys.generation))
-        return held and self.part.sale_of(held)
+        return self.ask(self.asking_generation())
 
     def clock(self) -> datetime:
         """Return the time by which claims are judged, in whole milliseconds, rounded down."""

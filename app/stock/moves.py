@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from ..problems import Unprepared
 from ..reading import User
-from .link import Link
+from .link import Link, Question
 
 Args = list[Any]
 # Of a product as Redis obeys them, by the names of TERMS: opens and closes in ms since 1970, None
@@ -67,10 +67,16 @@ class Moves(Link):
 
     def put_product(self, product_id: int, version: int, terms: Terms) -> bool:
         """Publish the terms of sale; False when this or a later version is in force already."""
-        outcome = self.run("put_product", *self._publication(product_id, version, terms))
-        if outcome == "unprepared":
-            raise Unprepared("the sale is not in Redis")
-        return bool(outcome == "published")
+        return self.ask(self.putting_product(product_id, version, terms))
+
+    def putting_product(self, product_id: int, version: int, terms: Terms) -> Question[bool]:
+        def read(outcome: str) -> bool:
+            if outcome == "unprepared":
+                raise Unprepared("the sale is not in Redis")
+            return outcome == "published"
+
+        publication = self._publication(product_id, version, terms)
+        return self.asking_script("put_product", *publication, read)
 
     def _publication(self, product_id: int, version: int, terms: Terms) -> tuple[list[str], Args]:
         """Return keys and arguments of put_product.lua."""
@@ -149,7 +155,8 @@ class Moves(Link):
         keys = [self.keys.generation, self.keys.movements, product, *bought, *records]
         return "move_expired", keys, args
 
-    def put_held(self, generation: str, units: dict[int, int]) -> None:
-        """Note how many units of each product are held by stored orders."""
+    def putting_held(self, generation: str, units: dict[int, int]) -> Question[None]:
+        """Ask to note how many units of each product are held by stored orders."""
         keys = [self.keys.generation, *map(self.keys.product, units)]
-        self.run("put_held", keys, [self.named(generation), *units.values()])
+        args = [self.named(generation), *units.values()]
+        return self.asking_script("put_held", keys, args, lambda _: None)

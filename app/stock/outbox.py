@@ -7,7 +7,7 @@ from typing import Any, cast
 from ..problems import Unprepared
 from ..reading import User
 from .entries import FAILED, Entry, former_key_record, key_record
-from .link import Link, asking
+from .link import Link, Question, asking
 from .place import queued_score
 
 # (stream id, fields) each, undecoded.
@@ -17,15 +17,24 @@ RawEntries = list[tuple[bytes, dict[bytes, bytes]]]
 class Outbox(Link):
     """Reads them, and takes out what is stored. Every method raises Unavailable."""
 
+    def asking_waiting(self) -> Question[int]:
+        return Question([("XLEN", self.keys.outbox)], lambda answers: int(answers[0]))
+
     def waiting(self) -> int:
         """Return the number of orders claimed and not yet taken out of the outbox."""
-        with asking():
-            return self.client.xlen(self.keys.outbox)
+        return self.ask(self.asking_waiting())
+
+    def asking_first(self) -> Question[bytes | None]:
+        """Ask for the stream id of the first order, as first_waiting does without waiting."""
+        return Question(
+            [("XRANGE", self.keys.outbox, "-", "+", "COUNT", 1)],
+            lambda answers: answers[0][0][0].encode() if answers[0] else None,
+        )
 
     def first_waiting(self, wait_ms: int) -> bytes | None:
-        """Return the stream id of the first order; wait so long for one, 0 for not at all."""
+        """Return the stream id of the first order; wait so long for one."""
         with asking():
-            streams = self.raw_client.xread({self.keys.outbox: "0"}, count=1, block=wait_ms or None)
+            streams = self.raw_client.xread({self.keys.outbox: "0"}, count=1, block=wait_ms)
         found = cast("list[tuple[bytes, RawEntries]]", streams)
         return found[0][1][0][0] if found else None
 

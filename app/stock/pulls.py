@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 from ..problems import Unavailable
 from .claims import DRY, Batch, Claim, Request, Tell, tell_one
 from .dealing import AWAY, Answers, Ask, Pulled, Steps, ask_once, pull
+from .gather import asked, gathered
 from .keys import Keys
-from .link import scripts
+from .link import Question, scripts
 from .servers import pack
 from .shard import Shard
 
@@ -52,7 +53,7 @@ def carry_out(shards: Sequence[Shard], steps: Steps, seconds: float = 60.0) -> A
             if isinstance(step, float):
                 time.sleep(step)
             else:
-                answers = [_answer(shards[ask.shard], ask) for ask in step]
+                answers = _answers(shards, step)
             step = steps.send(answers)
     except StopIteration as stop:
         return stop.value
@@ -61,13 +62,25 @@ def carry_out(shards: Sequence[Shard], steps: Steps, seconds: float = 60.0) -> A
     return None
 
 
-def _answer(shard: Shard, ask: Ask) -> Any:
-    keys, args = KEYS_OF[ask.script](shard.keys, ask), list(ask.args)
+def _answers(shards: Sequence[Shard], asks: Sequence[Ask]) -> Answers:
+    """Ask; together where there are several, all of which may be asked twice (a take is alone)."""
+    if len(asks) == 1:
+        answers = asked(asks, lambda ask: _run(shards[ask.shard], ask))
+    else:
+        questions = [_question(shards[ask.shard], ask) for ask in asks]
+        answers = gathered([shards[ask.shard] for ask in asks], questions)
+    return [None if isinstance(answer, Unavailable) else answer for answer in answers]
+
+
+def _run(shard: Shard, ask: Ask) -> Any:
     run = shard.run_surely if ask.sure else shard.run
-    try:
-        return run(ask.script, keys, args)
-    except Unavailable:
-        return None
+    return run(ask.script, KEYS_OF[ask.script](shard.keys, ask), list(ask.args))
+
+
+def _question(shard: Shard, ask: Ask) -> Question[Any]:
+    keys = KEYS_OF[ask.script](shard.keys, ask)
+    question = shard.asking_script(ask.script, keys, list(ask.args), lambda answer: answer)
+    return shard.surely(question) if ask.sure else question
 
 
 def names_of(shards: Sequence[Shard], sale: str) -> list[str]:

@@ -40,9 +40,10 @@ class Replicas:
         wait: Command = ("WAIT", str(count), str(WAIT_MS))
         # Follows a claim, which is a write or a fence itself.
         self.wait = pack(*wait) if count else b""
-        self._commands = (make_fence, fence, wait)
+        # In one go, on the connection that has read or written what is to be sure.
+        self.commands = (make_fence, fence, wait)
         # What a new connection is asked first; 3 answers.
-        self.fence = b"".join(pack(*command) for command in self._commands)
+        self.fence = b"".join(pack(*command) for command in self.commands)
 
     def enough(self, answer: object) -> bool:
         """Return whether this answer to WAIT says that enough replicas have it."""
@@ -55,7 +56,7 @@ class Replicas:
         """
         if not self.count:
             return list(pipe.execute())
-        for command in self._commands:
+        for command in self.commands:
             pipe.execute_command(*command)
         *answers, _, fenced, copied = pipe.execute(raise_on_error=False)
         for answer in (*answers, fenced, copied):

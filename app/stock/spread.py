@@ -1,51 +1,20 @@
 """What goes to one shard of several, or to all of them: claims and brakes."""
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import NamedTuple, TypeVar
 
 from ..problems import KeyMismatch, Unavailable, UnknownProduct
 from .brakes import Act, BrakeGateway, Brakes, Mark, newest, request_of, word_of
 from .claims import Claim, Request, Tell
+from .gather import all_of, asked, gathered, reached
+from .link import Question
 from .place import place
 from .pulls import LoopPulls, ThreadPulls
 from .shard import Shard
 
-Of = TypeVar("Of")
 Answer = TypeVar("Answer")
-
-
-def asked(parts: Iterable[Of], do: Callable[[Of], Answer]) -> list[Answer | Unavailable]:
-    """Have it done in every part; return what each answered, or why it could not."""
-    answers: list[Answer | Unavailable] = []
-    for part in parts:
-        try:
-            answers.append(do(part))
-        except Unavailable as error:
-            answers.append(error)
-    return answers
-
-
-def reached(answers: Sequence[Answer | Unavailable]) -> list[Answer]:
-    """Return the answers of those that could be asked. Raises Unavailable where none could."""
-    found = [answer for answer in answers if not isinstance(answer, Unavailable)]
-    if not found:
-        all_of(answers)
-    return found
-
-
-def all_of(answers: Sequence[Answer | Unavailable]) -> list[Answer]:
-    """Return the answers. Raises Unavailable where one could not be asked."""
-    for answer in answers:
-        if isinstance(answer, Unavailable):
-            raise answer
-    return [answer for answer in answers if not isinstance(answer, Unavailable)]
-
-
-def away(answers: Sequence[Answer | Unavailable]) -> tuple[int, ...]:
-    """Return the numbers of the parts that could not be asked."""
-    return tuple(n for n, answer in enumerate(answers) if isinstance(answer, Unavailable))
 
 
 class Pending(Unavailable):
@@ -137,9 +106,16 @@ class SpreadBrakes:
     def __init__(self, gateways: Sequence[BrakeGateway]) -> None:
         self._gateways = gateways
 
+    def _gathered(
+        self, question: Callable[[BrakeGateway], Question[Answer]]
+    ) -> list[Answer | Unavailable]:
+        links = [gateway.link for gateway in self._gateways]
+        return gathered(links, [question(gateway) for gateway in self._gateways])
+
     def read(self) -> Brakes:
         """Return which are set, as far as shards can be reached. Raises Unavailable."""
-        return _union(reached(asked(self._gateways, BrakeGateway.read)))
+        found = self._gathered(BrakeGateway.reading)
+        return _union(reached(found))
 
     def change(
         self, on: bool, product_id: int | None, act: dict[str, str | None], key: str | None
@@ -150,7 +126,8 @@ class SpreadBrakes:
         Idempotency-Key was used for something else, and Unavailable where no shard can be reached.
         """
         # Before anything is changed: shards may know different keys, and different acts.
-        states = reached(asked(self._gateways, lambda gateway: gateway.state(key)))
+        found = self._gathered(lambda gateway: gateway.asking_state(key))
+        states = reached(found)
         if any(state.request not in (None, request_of(on, product_id)) for state in states):
             raise KeyMismatch
         word = word_of(product_id)
@@ -176,16 +153,18 @@ class SpreadBrakes:
 
     def acts(self, most: int) -> list[Act]:
         """Return the oldest acts that the audit lacks, one by its id, from shards in reach."""
-        answers = reached(asked(self._gateways, lambda gateway: gateway.acts(most)))
-        found = [act for acts in answers for act in acts]
+        answers = self._gathered(lambda gateway: gateway.asking_acts(most))
+        found = [act for acts in reached(answers) for act in acts]
         return list({act.act_id: act for act in sorted(found, key=lambda act: act.at_ms)}.values())
 
     def forget(self, acts: list[Act]) -> None:
         """Take out acts that the audit has. Safe to repeat, and for two at once."""
         ids = {act.act_id for act in acts}
-        for gateway in self._gateways:
-            # Each shard has noted it by its own clock.
-            gateway.forget([act for act in gateway.acts(len(acts)) if act.act_id in ids])
+        theirs = self._gathered(lambda gateway: gateway.asking_acts(len(acts)))
+        for gateway, found in zip(self._gateways, theirs, strict=True):
+            if not isinstance(found, Unavailable):
+                # Each shard has noted it by its own clock.
+                gateway.forget([act for act in found if act.act_id in ids])
 
     def agree(self) -> None:
         """Bring each brake's newest act to the shards, of those in reach, that missed it.
@@ -194,7 +173,7 @@ class SpreadBrakes:
         """
         if len(self._gateways) == 1:
             return
-        states = asked(self._gateways, BrakeGateway.state)
+        states = self._gathered(BrakeGateway.asking_state)
         marks = newest(reached(states))
         for gateway, state in zip(self._gateways, states, strict=True):
             if not isinstance(state, Unavailable):

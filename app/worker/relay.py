@@ -95,8 +95,7 @@ class Relay:
         if len(stock.shards) == 1:
             head = stock.first.first_waiting(WATCH_MS)
             return {} if head is None else {0: head}
-        found = stock.reachable(lambda shard: (shard.part.shard, shard.first_waiting(0)))
-        heads = {shard: head for shard, head in found if head is not None}
+        heads = stock.first_waiting()
         if not heads:
             # A command that waits names keys of one node: they are looked at in turn.
             stopped.wait(LOOK_SECONDS)
@@ -140,7 +139,7 @@ class Sampler:
             for product_id, figures in view.products.items()
         }
         changed = [p for p in counts if counts[p] != self._kept.get(p)]
-        stock.reachable(lambda shard: shard.keep_counts(changed))
+        stock.keep_counts(changed)
         self._kept = counts
 
 
@@ -208,10 +207,13 @@ ISSUED_OF_ALL = text("""
 UPDATE sale SET last_order_id = greatest(last_order_id, :last), sampled_at = now()
 WHERE generation = :generation
 """)
-ISSUED_OF_SHARD = text("""
+ISSUED_OF_SHARDS = text("""
 INSERT INTO sale_shards AS known (shard, last_order_id, sampled_at)
-SELECT CAST(:shard AS integer), CAST(:last AS bigint), now()
-FROM sale WHERE generation = :generation
+SELECT found.shard, found.last, now()
+FROM unnest(CAST(:shards AS integer[]), CAST(:lasts AS bigint[]), CAST(:generations AS text[]))
+     AS found (shard, last, generation)
+JOIN sale ON sale.generation = found.generation
+ORDER BY found.shard
 ON CONFLICT (shard) DO UPDATE SET
   last_order_id = greatest(known.last_order_id, excluded.last_order_id), sampled_at = now()
 """)
@@ -222,26 +224,25 @@ def record_issued() -> None:
 
     Not those that replicas lack: one that is promoted would seem to have forgotten them.
     """
-    for shard in stock.shards:
-        try:
-            view = shard.view([], surely=True)
-        except Unreplicated as error:
+    found = stock.gathered(lambda shard: shard.surely(shard.asking_view([])))
+    issued = {n: of for n, of in enumerate(found) if isinstance(of, View) and of.generation}
+    for error in found:
+        if isinstance(error, Unreplicated):
             log.warning("no order ids are put on record: %s", error)
-            continue
-        except Unavailable:
-            if len(stock.shards) == 1:
-                raise
-            continue
-        if view.generation:
-            db.session.execute(
-                ISSUED_OF_ALL if len(stock.shards) == 1 else ISSUED_OF_SHARD,
-                {
-                    "last": view.last_order_id,
-                    "generation": view.generation,
-                    "shard": shard.part.shard,
-                },
-            )
-            db.session.commit()
+        elif isinstance(error, Unavailable) and len(found) == 1:
+            raise error
+    if len(found) == 1:
+        for view in issued.values():
+            told = {"last": view.last_order_id, "generation": view.generation}
+            db.session.execute(ISSUED_OF_ALL, told)
+    elif issued:
+        told = {
+            "shards": list(issued),
+            "lasts": [view.last_order_id for view in issued.values()],
+            "generations": [view.generation for view in issued.values()],
+        }
+        db.session.execute(ISSUED_OF_SHARDS, told)
+    db.session.commit()
 
 
 def run_forever(

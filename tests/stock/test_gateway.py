@@ -33,7 +33,7 @@ ASKED = {
     "queued_ids": lambda stock: stock.first.queued_ids(),
     "unapplied_movements": lambda stock: stock.first.unapplied_movements([1]),
     "mend": lambda stock: stock.first.mend("g", 1, 1, {}),
-    "keep_counts": lambda stock: stock.first.keep_counts([1]),
+    "keep_counts": lambda stock: stock.keep_counts([1]),
     "turn_away": lambda stock: stock.turn_away({1: 1}),
     "close": lambda stock: stock.first.close("g"),
     "open": lambda stock: stock.first.open("g", 1),

@@ -23,7 +23,7 @@ from app.problems import Unavailable
 from app.stock import claims, replicas
 from app.stock.claims import Request
 from app.stock.keys import KEYS
-from app.stock.link import scripts
+from app.stock.link import Link, Question, scripts
 from app.stock.loop_line import LoopLine
 from app.stock.servers import Server
 from app.stock.shard import Shard
@@ -124,12 +124,23 @@ def forget_the_fence(monkeypatch, app):
     def run(self, pipe):
         # A connection that has written nothing yet, as most have not since the replica's last word.
         pipe.connection_pool.disconnect(inuse_connections=False)
-        *answers, copied = pipe.execute_command(*self._commands[-1]).execute()
+        *answers, copied = pipe.execute_command(*self.commands[-1]).execute()
         if not self.enough(copied):
             raise replicas.Unreplicated(copied)
         return answers
 
+    def surely(self, question):
+        self.client.connection_pool.disconnect(inuse_connections=False)
+
+        def read(answers):
+            if not self.replicas.enough(answers[-1]):
+                raise replicas.Unreplicated(answers[-1])
+            return question.read(answers[:-1])
+
+        return Question([*question.commands, self.replicas.commands[-1]], read, question.script)
+
     monkeypatch.setattr(replicas.Replicas, "run", run)
+    monkeypatch.setattr(Link, "surely", surely)
 
 
 @pytest.mark.parametrize(

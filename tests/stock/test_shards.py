@@ -1,10 +1,12 @@
 """A sale of several shards: the same promises as one of one."""
 
+import threading
 from collections import Counter
 from dataclasses import replace
 
 import pytest
 import redis
+from redis.connection import AbstractConnection
 from redis.crc import key_slot
 from sqlalchemy import text
 from waiting import wait_until
@@ -78,6 +80,54 @@ def six(make_app):
     app = make_app(shards=6, purchase_user_limit=NO_LIMIT)
     with app.app_context():
         yield app
+
+
+@pytest.fixture
+def round_trips(monkeypatch):
+    """Return a function that counts what is sent to Redis while another one runs."""
+    send = AbstractConnection.send_packed_command
+
+    def counted(do) -> int:
+        sent = []
+
+        def note(connection, *arguments, **options):
+            sent.append(connection)
+            return send(connection, *arguments, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(AbstractConnection, "send_packed_command", note)
+            do()
+        return len(sent)
+
+    return counted
+
+
+def test_all_shards_of_a_node_are_asked_at_once(make_app, round_trips):
+    """Also one that was promoted a moment ago, and knows no script; what it can't answer, alone."""
+    with make_app(shards=24, purchase_user_limit=NO_LIMIT).app_context():
+        buy_all(range(50))
+        for do in (
+            lambda: stock.view([1]), stock.product_ids, stock.generation, stock.waiting,
+            stock.first_waiting, stock.braked, stock.clock, stock.brakes.agree, stock.try_write,
+        ):  # fmt: skip
+            do()
+            assert round_trips(do) == 1
+        sampler, stopped = relay.Sampler("test"), threading.Event()
+        stopped.set()
+        sampler.run_once(stopped)
+        assert round_trips(lambda: sampler.run_once(stopped)) <= 8
+        stock.client.script_flush()
+        assert stock.view([1]).waiting == 50
+        assert round_trips(lambda: stock.view([1])) == 1
+        stock.client.set(stock.shards[7].keys.outbox, "of another type")
+        view = stock.view([1])
+        assert view.missing == (7,)
+        assert "WRONGTYPE" in str(view.parts[7])
+        assert stock.first_waiting().keys() == {
+            number for number in range(24) if number != 7 and view.parts[number].waiting
+        }
+        with pytest.raises(Unavailable):
+            stock.waiting()
 
 
 def buy_all(users, quantity=1, key=None):

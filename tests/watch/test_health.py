@@ -45,6 +45,7 @@ def worker(app):
 def redis_away(monkeypatch):
     away = redis.Redis.from_url("redis://127.0.0.1:1")
     monkeypatch.setattr(stock.board, "client", away)
+    monkeypatch.setattr(stock.first, "client", away)
     for script in stock.first._scripts.values():
         monkeypatch.setattr(script, "registered_client", away)
 

@@ -32,13 +32,13 @@ end
 
 local mark = redis.call('HGET', KEYS[6], ARGV[2])
 if mark then
-  local known_at, known_id = string.match(mark, '^(%d+) (.*)$')
+  local known_at, known_id = string.match(mark, '^(%d+) %d (.*)$')
   known_at = tonumber(known_at)
   if known_at > at or known_at == at and known_id >= ARGV[6] then
     return { 'outdated', products, brakes }
   end
 end
-redis.call('HSET', KEYS[6], ARGV[2], ARGV[5] .. ' ' .. ARGV[6])
+redis.call('HSET', KEYS[6], ARGV[2], ARGV[5] .. ' ' .. ARGV[1] .. ' ' .. ARGV[6])
 
 local first, last = string.find(brakes, word, 1, true)
 if on ~= (first ~= nil) then
