@@ -198,6 +198,7 @@ def prepare_pages(shop: Shop, page: Page) -> dict[str, str]:
         page.click("button:has-text('Add')")
         page.wait_for_selector("#secret")
     page.fill("#f-name", "checkout")
+    page.check("[name=scope][value='orders:read']")
     page.click("button:has-text('Create token')")
     page.wait_for_selector("text=The token checkout")
     return {

@@ -193,7 +193,7 @@ class Connection(asyncio.BufferedProtocol):
         self.rest = b""
         self.url = b""
         self.headers: list[tuple[bytes, bytes]] = []
-        # Of the newest request, counted from the piece on in which it begins.
+        # Of the newest request, counted after the piece in which it begins.
         self.wire_bytes = 0
         # The bytes of the head that begin the body again, after an offer to upgrade.
         self.begin_body: bytes | None = None
@@ -425,9 +425,13 @@ class Connection(asyncio.BufferedProtocol):
         if self.reading is BODY:
             return
         headers, self.headers = self.headers, []
-        if len(headers) > MAX_HEADERS:
-            raise Stop(HEAD_TOO_LARGE)
         parser, url = self.parser, self.url
+        if len(headers) > MAX_HEADERS or (
+            # Pieces are counted but for the first, and the last may hold more than the head.
+            self.wire_bytes > MAX_HEAD_BYTES - PIECE_BYTES
+            and _size_of(url, headers) > MAX_HEAD_BYTES
+        ):
+            raise Stop(HEAD_TOO_LARGE)
         method, version = parser.get_method().decode(), parser.get_http_version()
         environ = {"REQUEST_METHOD": method, "REMOTE_ADDR": self.address}
         for name, value in headers:
@@ -654,6 +658,11 @@ class Connection(asyncio.BufferedProtocol):
         self.read.set()
         if self.answering is WAITING:
             self._go_on()
+
+
+def _size_of(url: bytes, headers: list[tuple[bytes, bytes]]) -> int:
+    """Return how many bytes of a head are its address and its headers."""
+    return len(url) + sum(len(name) + len(b": \r\n") + len(value) for name, value in headers)
 
 
 def _check_framing(method: str, version: str, environ: dict[str, str]) -> int:

@@ -8,6 +8,7 @@ import time
 from datetime import UTC, datetime, timedelta
 
 import pytest
+import sqlalchemy
 from consumer import Consumer, drip, endless, garbage, hang, number, reset
 from people import API_TOKEN
 from sqlalchemy import text
@@ -93,6 +94,27 @@ def more_stock(app) -> None:
     body = {"productId": 1, "amount": 1000}
     app.test_client().post("/products/restock", json=body, headers=HEADERS)
     number()
+
+
+def test_a_further_delivery_costs_a_handful_of_statements(shop, sell, consumer, monkeypatch):
+    """Its events were read with those of the ones before, whose outcome its transaction records."""
+    monkeypatch.setattr(delivery, "EVENTS_PER_DELIVERY", 2)
+    endpoint, _ = make(consumer)
+    counts = []
+    for deliveries in (2, 6):
+        sell(2 * deliveries)
+        db.session.execute(text("SELECT 1"))
+        seen = []
+
+        def note(connection, cursor, statement, *_, seen=seen):
+            seen.append(statement)
+
+        sqlalchemy.event.listen(db.engine, "before_cursor_execute", note)
+        run(endpoint)
+        sqlalchemy.event.remove(db.engine, "before_cursor_execute", note)
+        counts.append(len(seen))
+    assert len(consumer.received) == 8
+    assert (counts[1] - counts[0]) / 4 <= 6, counts
 
 
 def test_a_failing_delivery_is_repeated_as_it_was(shop, sell, consumer):

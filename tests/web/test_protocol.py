@@ -325,7 +325,7 @@ def test_old_versions_are_answered_and_closed(app):
 
 
 def test_heads_are_bounded_in_one_write_too(app):
-    for size, status in ((60_000, 200), (100_000, 431), (200_000, 431)):
+    for size, status in ((65_000, 200), (65_600, 431), (100_000, 431), (200_000, 431)):
         (reply,) = replies_to(app, get("/healthz", "X-A: " + "x" * size), 1, closed=status == 431)
         assert reply.status == status
 
