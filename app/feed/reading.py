@@ -13,7 +13,7 @@ import msgspec
 from sqlalchemy import TextClause, text
 
 from ..extensions import db
-from ..orders.events import described_in_sql
+from ..orders.events import DESCRIBED
 from ..problems import Conflict, CursorExpired, InvalidRequest
 from ..times import utc_text
 
@@ -60,8 +60,12 @@ PARTS = """
 """
 # Orders as the drain stored them, whatever has become of them.
 STATUS = "CASE WHEN sold.held_until IS NULL THEN 'CONFIRMED' ELSE 'HELD' END"
-AS_STORED = described_in_sql(
-    STATUS, "0", "NULL::timestamptz", "NULL", "coalesce(sold.extended_from, sold.held_until)"
+AS_STORED = DESCRIBED.format(
+    status=STATUS,
+    returned_units="0",
+    ended_at="NULL::timestamptz",
+    end_reason="NULL",
+    held_until="coalesce(sold.extended_from, sold.held_until)",
 )
 SELECT_STORED = text(f"""
     SELECT part.place, {STATUS} AS status, 0 AS sequence, {AS_STORED} AS told
@@ -73,7 +77,13 @@ SELECT_STORED = text(f"""
 """)  # noqa: S608
 # Orders as the end of their hold left them. An order that is held can have been extended before,
 # and nothing else.
-AS_ENDED = described_in_sql("'EXPIRED'", "sold.quantity", "m.created_at", "m.reason")
+AS_ENDED = DESCRIBED.format(
+    status="'EXPIRED'",
+    returned_units="sold.quantity",
+    ended_at="m.created_at",
+    end_reason="m.reason",
+    held_until="sold.held_until",
+)
 SELECT_ENDED = text(f"""
     SELECT part.place, 'EXPIRED' AS status, 1 + (sold.extended_from IS NOT NULL)::int AS sequence,
            {AS_ENDED} AS told

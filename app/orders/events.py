@@ -64,26 +64,16 @@ NAME = """coalesce(
   (SELECT name FROM products p WHERE p.id = sold.product_id))"""
 
 
-def described_in_sql(
-    status: str,
-    returned_units: str,
-    ended_at: str,
-    end_reason: str,
-    held_until: str = "sold.held_until",
-    payment: str = "NULL",
-) -> str:
-    """Return SQL for an order's JSON, as search.describe has it; its row is called `sold`.
-
-    What may be otherwise by now is given as SQL: an event tells the order as it was then.
-    """
-    return f"""(SELECT row_to_json(told)::text FROM (SELECT
-      sold.id, {status} AS status, coalesce(sold.user_id::text, sold.user_name) AS "userId",
-      sold.product_id AS "productId", {NAME} AS "productName", sold.quantity,
-      {returned_units} AS "cancelledQuantity", sold.unit_price_cents AS "unitPriceCents",
-      sold.currency, sold.reference, {MOMENT.format("sold.claimed_at")} AS "createdAt",
-      {MOMENT.format("sold.persisted_at")} AS "storedAt", {MOMENT.format(ended_at)} AS "endedAt",
-      {end_reason} AS "endReason", {MOMENT.format(held_until)} AS "heldUntil",
-      {payment} AS payment) AS told)"""  # noqa: S608
+# An order's JSON, as search.describe has it; its row is called `sold`. What may be otherwise by now
+# is to be given as SQL: an event tells the order as it was then.
+DESCRIBED = f"""(SELECT row_to_json(told)::text FROM (SELECT
+  sold.id, {{status}} AS status, coalesce(sold.user_id::text, sold.user_name) AS "userId",
+  sold.product_id AS "productId", {NAME} AS "productName", sold.quantity,
+  {{returned_units}} AS "cancelledQuantity", sold.unit_price_cents AS "unitPriceCents",
+  sold.currency, sold.reference, {MOMENT.format("sold.claimed_at")} AS "createdAt",
+  {MOMENT.format("sold.persisted_at")} AS "storedAt", {MOMENT.format("{ended_at}")} AS "endedAt",
+  {{end_reason}} AS "endReason", {MOMENT.format("{held_until}")} AS "heldUntil",
+  NULL AS payment) AS told)"""  # noqa: S608
 
 
 # What this transaction has put among the dead letters: one that was read again is told of already.

@@ -8,7 +8,8 @@ import time
 from datetime import datetime
 from typing import Any, TypeVar
 
-from sqlalchemy import DateTime, Select, select
+from sqlalchemy import DateTime, Select, select, true
+from sqlalchemy.orm import aliased
 
 from ..extensions import Base, db, stock
 from ..models import Product, ProductTotals
@@ -40,12 +41,14 @@ class Shelf:
 
 
 def products_and_totals() -> Select[Product, ProductTotals]:
-    """Return the query of every product with its sums, by id."""
-    return (
-        select(Product, ProductTotals)
-        .join(ProductTotals, ProductTotals.product_id == Product.id)
-        .order_by(Product.id)
-    )
+    """Return the query of every product with its sums, by id.
+
+    The sums are looked up by id, whatever PostgreSQL expects: with statistics from before a large
+    import it would go through all of them for each product.
+    """
+    sums = select(ProductTotals).where(ProductTotals.product_id == Product.id).offset(0)
+    totals = aliased(ProductTotals, sums.lateral())
+    return select(Product, totals).join(totals, true()).order_by(Product.id)
 
 
 def read() -> list[Row]:
