@@ -7,8 +7,8 @@ slower than `make run`.
 import contextlib
 import json
 import os
-import random
 import re
+import secrets
 import shlex
 import shutil
 import socket
@@ -124,7 +124,10 @@ def free_ports(count: int) -> list[int]:
     """
     ports: list[int] = []
     while len(ports) < count:
-        port = random.randrange(7000, 17_000)
+        # Two processes at once are not to draw the same, whatever seeds their `random`.
+        port = 7000 + secrets.randbelow(10_000)
+        if port in ports:
+            continue
         with contextlib.suppress(OSError), socket.socket() as one, socket.socket() as bus:
             one.bind(("127.0.0.1", port))
             bus.bind(("127.0.0.1", port + 10_000))
