@@ -55,12 +55,12 @@ SABOTAGES = {
                 "        connection.commit()\n",
                 "        import time\n"
                 "        _settle(shard, generation, rows, dead)\n"
-                "        time.sleep(0.1)\n"
+                "        time.sleep(1)\n"
                 "        connection.commit()\n",
             ),
         ],
-        # Each hits a drain between the two steps only mostly.
-        ("--kinds", "cut postgres", "--kills", "20"),
+        # So long between the two steps that nearly each cut hits it.
+        ("--kinds", "cut postgres", "--kills", "10"),
         {"lost"},
     ),
     "a claim without an answer is sent again": (
@@ -92,7 +92,12 @@ def broken(tmp_path_factory):
         tree = trees[name]
         changes, arguments, _ = SABOTAGES[name]
         break_copy(tree, changes)
-        return name, run_chaos(*arguments, "--quick", "--faults", "0", "--seed", "7", tree=tree)
+        # When exactly a fault hits is left to chance, so that a run may miss what is broken.
+        for seed in ("7", "8", "9"):
+            result = run_chaos(*arguments, "--quick", "--faults", "0", "--seed", seed, tree=tree)
+            if result.returncode:
+                break
+        return name, result
 
     with ThreadPoolExecutor(len(SABOTAGES)) as pool:
         return dict(pool.map(run, SABOTAGES))
