@@ -1,5 +1,7 @@
 """A shop whose webhooks may be sent to this machine, and somebody who takes them."""
 
+from dataclasses import replace
+
 import pytest
 from consumer import Consumer, number
 from sqlalchemy import text
@@ -25,9 +27,9 @@ def forget() -> None:
 
 
 @pytest.fixture
-def shop(make_app):
-    """The app, whose webhooks may be sent to this machine; no endpoint is left of another test."""
-    app = make_app(webhook_allow_private=True)
+def shop(app, settings, monkeypatch):
+    """The app, whose webhooks may be sent to this machine; its endpoints' ids begin with 1."""
+    monkeypatch.setitem(app.config, "SETTINGS", replace(settings, webhook_allow_private=True))
     with app.app_context():
         forget()
         yield app
