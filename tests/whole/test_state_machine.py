@@ -433,7 +433,8 @@ def free_and_lent() -> int:
     """Return the free units of all shards, none of them below zero, and those on their way."""
     units = 0
     for shard in stock.shards:
-        (free,), (lent,) = shard.client.hmget(shard.keys.product(1), "free"), shard.lent([1])
+        (free,) = shard.client.hmget(shard.keys.product(1), "free")
+        (lent,) = shard.ask(shard.asking_lent([1]))
         assert int(free) >= 0
         units += int(free)
         for name, figure in lent.items():
