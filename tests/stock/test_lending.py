@@ -253,15 +253,17 @@ def test_a_rush_of_200_for_100_units_on_24_shards_sells_exactly_100(sale, settin
 async def wait_for_units(sales: list[Sale], seed: int, units: int) -> list[float]:
     """Have shoppers ask without a pause, and put units on sale, each once the one before is sold.
 
-    Nobody is told that they have come. Returns after how many seconds each was sold.
+    They come to shards that have no shoppers, and nobody is told. Returns after how many seconds
+    each was sold.
     """
-    chance, users, loop = random.Random(seed), count(1), asyncio.get_running_loop()
+    chance, loop = random.Random(seed), asyncio.get_running_loop()
+    users = (user for user in count(1) if place(user, 24).shard >= 12)
     for each in sales:
         LoopPulls(each.shards)
     put_at, sold = math.inf, asyncio.Event()
 
     async def shop(sale: Sale) -> None:
-        while True:
+        while not putting.done():
             asked_at = loop.time()
             if await outcome_of(sale, next(users)) == b"accepted":
                 sold.set()
@@ -276,7 +278,7 @@ async def wait_for_units(sales: list[Sale], seed: int, units: int) -> list[float
             await asyncio.sleep(chance.random() * 0.5)
             sold.clear()
             put_at = loop.time()
-            at = chance.randrange(24)
+            at = chance.randrange(12)
             sales[0].put(*[int(number == at) for number in range(24)])
             await sold.wait()
             seconds.append(loop.time() - put_at)
@@ -284,12 +286,7 @@ async def wait_for_units(sales: list[Sale], seed: int, units: int) -> list[float
         return seconds
 
     putting = asyncio.create_task(put())
-    shopping = [asyncio.create_task(shop(sales[number % 2])) for number in range(8)]
-    await asyncio.wait([putting, *shopping], return_when=asyncio.FIRST_COMPLETED)
-    for task in shopping:
-        if task.done():
-            task.result()
-        task.cancel()
+    await asyncio.gather(*[shop(sales[number % 2]) for number in range(8)])
     return await putting
 
 
