@@ -152,9 +152,12 @@ def forget_the_fence(monkeypatch, app):
         (
             forget_wait,
             [
-                "a claim is accepted", "a replay is replayed", "it is stored", "it is on record",
+                "a claim is accepted",
+                "a replay is replayed",
+                "it is stored",
+                "it is on record",
                 "the sale is closed",
-            ],  # fmt: skip
+            ],
         ),
         (forget_the_replay_s_write, ["a replay is replayed"]),
         (forget_the_fence, ["it is stored", "it is on record"]),
