@@ -392,11 +392,11 @@ def _count_in_transit(result: Check) -> None:
     there = [number for number in range(len(stock.shards)) if number not in result.missing]
     shards = [stock.shards[number] for number in there]
 
-    def lent() -> dict[int, list[dict[str, int]]]:
+    def told() -> dict[int, list[dict[str, int]]]:
         answers = gathered(shards, [shard.asking_lent(ids) for shard in shards])
         return dict(zip(there, all_of(answers), strict=True))
 
-    received, sent = lent(), lent()
+    received, sent = told(), told()
     for index, product_id in enumerate(ids):
         product, in_transit = result.products[product_id], 0
         for source, target in permutations(there, 2):
