@@ -9,6 +9,7 @@ from waiting import patience
 
 from app.config import NO_LIMIT, RateLimit
 from app.extensions import stock
+from app.stock.claims import Claim
 from app.stock.keys import KEYS
 
 BOUGHT = {"status": "queued", "orderId": 1, "unitPriceCents": 99_999, "currency": "USD"}
