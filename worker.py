@@ -28,6 +28,7 @@ from rq.serializers import JSONSerializer
 
 from app.extensions import stock
 from app.problems import Unavailable
+from app.run.collector import spare_what_is_loaded
 from app.watch.telemetry import Meter
 from app.worker.alive import Heartbeat
 from app.worker.jobs import orders_queue
@@ -130,6 +131,7 @@ def run(
     replaces: str = "",
 ) -> None:
     """Work on a queue, with the steps beside it each in a thread, until a signal comes."""
+    spare_what_is_loaded()
     meter = Meter(role)
     if replaces:
         meter.count(f"worker-restart:{replaces}")

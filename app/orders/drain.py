@@ -105,7 +105,8 @@ class Row:
     def __init__(self, stream_id: bytes, fields: dict[bytes, bytes]) -> None:
         self.stream_id = stream_id.decode()
         self.order_id = int(self.stream_id.partition("-")[0])
-        self.payload = fields.get(b"order", repr(fields).encode()).decode("utf-8", "replace")
+        order = fields.get(b"order")
+        self.payload = repr(fields) if order is None else order.decode("utf-8", "replace")
         # Nothing, if it is no order.
         self.parts: Columns | None = split(self.payload)
 

@@ -66,6 +66,10 @@ class Item:
     # The ledger's proof: None when nothing is known.
     balanced: bool | None = None
     difference: int = 0
+    # Shards out of reach, so that these figures are without theirs; and whether the proof is
+    # without some.
+    away: tuple[int, ...] = ()
+    partly_proved: bool = False
 
     @property
     def figures(self) -> tuple[object, ...]:
@@ -280,6 +284,8 @@ def _item(product: Product, totals: ProductTotals, live: "_Live") -> Item:
         changeable=not live.error and not live.postgres_error and not live.foreign,
         balanced=proof.get("ok"),
         difference=proof.get("difference", 0),
+        away=live.away,
+        partly_proved=bool(live.ledger.missing),
     )
 
 
@@ -315,6 +321,7 @@ class _Live:
         self.samples: list[tuple[int, dict[str, Any]]] = []
         self.jobs_error: str | None = None
         self.shards: list[ShardState] = []
+        self.away: tuple[int, ...] = ()
         news: News | None = None
         try:
             view = stock.view(product_ids)
@@ -332,6 +339,7 @@ class _Live:
             return
         self.products = view.products
         self.waiting = view.waiting
+        self.away = view.missing
         now = self.now.timestamp()
         if view.oldest_claimed_ms is not None:
             self.oldest_seconds = max(0.0, now - view.oldest_claimed_ms / 1000)

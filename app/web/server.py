@@ -5,7 +5,6 @@ protocol.py's; purchases go from there to the lane, everything else through page
 """
 
 import asyncio
-import gc
 import logging
 import resource
 import socket
@@ -17,6 +16,7 @@ from flask import Flask
 
 from ..extensions import stock
 from ..run import serve
+from ..run.collector import spare_what_is_loaded
 from .alive import Heartbeat
 from .pages import Pages
 from .protocol import MAX_CONNECTIONS, Connection, State
@@ -105,12 +105,7 @@ def _config(pages: Pages) -> uvicorn.Config:
 
 def run(app: Flask, listener: int, neighbour: int, pulse: int) -> None:
     """Serve the app at a listening socket; the numbers are file descriptors, see `Server`."""
-    # What was loaded so far lives as long as the process: no need to look it over again and again.
-    # A request's own objects go by reference count: collecting every 700 of them cost 5 % of the
-    # CPU.
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000)
+    spare_what_is_loaded()
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     beside = None if neighbour == listener else socket.socket(fileno=neighbour)
     if beside:

@@ -11,7 +11,7 @@ import pytest
 from documented import DocumentedClient
 from flask import render_template
 from nodes import Cluster
-from people import create_person, csrf_token, sign_in
+from people import create_person, csrf_token, sign_in, sign_in_once
 from sqlalchemy import text
 from test_shards import buy_all, drained, is_even
 from waiting import wait_until
@@ -106,6 +106,8 @@ def test_a_node_s_death_refuses_its_own_shoppers_alone(cluster, shop):
     }
     assert len(dead) == 2
     of = {user: stock.shard_of(user).part.shard for user in range(100, 160)}
+    browser = shop.test_client()
+    sign_in_once(shop, browser, "admin")
     cluster.x.kill()
     try:
         told: dict[int, set[str]] = {}
@@ -124,6 +126,12 @@ def test_a_node_s_death_refuses_its_own_shoppers_alone(cluster, shop):
         assert set(view.missing) == dead
         assert health.check(shop)["redis"]["state"] == "2 of 6 shards unreachable"
         assert view.products[1]["free"] >= 0
+        ledger.keep_proof()
+        lacking = f"Shards {', '.join(map(str, sorted(dead)))} can’t be reached"
+        for path in ("/admin/products/", "/admin/products/live?id=1", "/admin/products/1"):
+            assert lacking in browser.get(path).text, path
+        assert "Ledger partly proved" in browser.get("/admin/products/1").text
+        assert "Partly proved" in browser.get("/admin/ledger/").text
     finally:
         cluster.x.start()
     wait_until(lambda: not stock.view([1]).missing, 30, "the node to be back")
