@@ -1,6 +1,7 @@
 """A shop whose webhooks may be sent to this machine, and somebody who takes them."""
 
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 from consumer import Consumer, number
@@ -27,10 +28,10 @@ def forget() -> None:
 
 
 @pytest.fixture
-def shop(app, settings, monkeypatch):
+def shop(app, settings):
     """The app, whose webhooks may be sent to this machine; its endpoints' ids begin with 1."""
-    monkeypatch.setitem(app.config, "SETTINGS", replace(settings, webhook_allow_private=True))
-    with app.app_context():
+    allowed = {"SETTINGS": replace(settings, webhook_allow_private=True)}
+    with app.app_context(), patch.dict(app.config, allowed):
         forget()
         yield app
         db.session.remove()
