@@ -53,6 +53,7 @@ def _serve_requests(app: Flask, settings: Settings) -> None:
     from werkzeug.middleware.proxy_fix import ProxyFix
 
     from . import admin, logs
+    from .breaker import one_request
     from .extensions import csrf, limiter, login, stock
     from .web import api, errors, events, front, headers, orders, webhooks
     from .web.identity import Shoppers
@@ -80,7 +81,8 @@ def _serve_requests(app: Flask, settings: Settings) -> None:
     app.extensions["polls"] = Polls()
     shoppers = Shoppers(settings) if settings.shopper_auth == "jwt" else None
     app.extensions["shoppers"] = shoppers
-    lane = PurchaseLane(app.wsgi_app, stock, settings, shoppers)
+    # What a page waits for a server has a bound for all its questions together.
+    lane = PurchaseLane(one_request()(app.wsgi_app), stock, settings, shoppers)
     app.extensions["lane"] = lane
     app.wsgi_app = lane  # type: ignore[method-assign]  # Flask's own way for middleware
     if settings.trusted_proxies:

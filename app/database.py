@@ -22,6 +22,8 @@ from .breaker import Breaker
 
 # With one second for Redis this keeps the slowest refusal below two seconds.
 REQUEST_WAIT_SECONDS = 0.9
+# All waits of one request together: many statements, of which few may be slow.
+REQUEST_WAITS_SECONDS = 5.0
 # Of a server that has just let somebody wait in vain: requests have gathered meanwhile, and whoever
 # tries has waited for a thread.
 TRY_WAIT_SECONDS = 0.4
@@ -178,7 +180,7 @@ class _Answers:
     last = -math.inf
 
 
-_breaker = Breaker(REQUEST_WAIT_SECONDS)
+_breaker = Breaker(REQUEST_WAIT_SECONDS, REQUEST_WAITS_SECONDS)
 _answers = _Answers()
 _thread = threading.local()
 
@@ -203,11 +205,14 @@ def _wait(connection: extensions.connection) -> None:
 
 
 def _wait_in_request(connection: extensions.connection) -> None:
+    if not _breaker.has_time():
+        raise Unanswered("PostgreSQL took all the time that this request has")
     if not _breaker.admits():
         raise Unanswered("PostgreSQL did not answer a moment ago")
     seconds = TRY_WAIT_SECONDS if _breaker.is_tried() else REQUEST_WAIT_SECONDS
     try:
-        _wait_for(connection, seconds)
+        with _breaker.waiting():
+            _wait_for(connection, min(seconds, _breaker.left()))
     except Unanswered:
         # One that answers others lets this one wait for a row that somebody holds.
         if time.monotonic() - _answers.last > WELL_SECONDS:

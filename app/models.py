@@ -22,10 +22,11 @@ from sqlalchemy import (
     String,
     Text,
     func,
+    select,
     text,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB, TIMESTAMP
-from sqlalchemy.orm import Mapped, mapped_column
+from sqlalchemy.orm import Mapped, aliased, mapped_column
 
 from .extensions import Model
 from .reading import MAX_QUANTITY, User
@@ -199,6 +200,16 @@ class ProductTotals(SumColumns, Model):
     __table_args__ = ({"info": {"is_view": True}},)
 
     product_id: Mapped[int] = mapped_column(primary_key=True)
+
+
+def sums_by_id() -> type[ProductTotals]:
+    """Return the sums for a join of Product `ON true`: each is looked up by its product's id.
+
+    Whatever PostgreSQL expects: with statistics from before a large import it would go through all
+    of them for each product.
+    """
+    sums = select(ProductTotals).where(ProductTotals.product_id == Product.id).offset(0)
+    return aliased(ProductTotals, sums.lateral())
 
 
 class StockMovement(OfUser, Model):

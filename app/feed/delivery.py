@@ -9,12 +9,12 @@ import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import psycopg2
 from flask import current_app
-from sqlalchemy import text
+from sqlalchemy import Row, text
 from standardwebhooks import Webhook
 
 from ..audit import SYSTEM, record
@@ -50,8 +50,10 @@ class Busy(Exception):
 
 
 # What there is to be sent to an endpoint: what a person asked for, or what waits to be delivered.
+# All moments are of PostgreSQL's clock: a single process whose own is ahead would put an endpoint
+# off for all of them.
 WAITING = text("""
-    SELECT coalesce(epoch, generation) AS epoch, head, floor,
+    SELECT clock_timestamp() AS now, coalesce(epoch, generation) AS epoch, head, floor,
       (SELECT d.id FROM webhook_deliveries d WHERE endpoint_id = :endpoint AND wanted_at IS NOT NULL
        ORDER BY wanted_at, d.id LIMIT 1) AS wanted,
       (SELECT d.id FROM webhook_deliveries d WHERE endpoint_id = :endpoint AND pending) AS pending
@@ -70,7 +72,7 @@ RECORD = text("""
         delivered_at = CASE WHEN :delivered THEN coalesce(delivered_at, now()) ELSE delivered_at END
       FROM sent WHERE d.id = sent.id
     )
-    SELECT events, pending, asked_for FROM sent
+    SELECT events, pending, asked_for, clock_timestamp() AS now FROM sent
 """)
 
 
@@ -133,11 +135,12 @@ class Job:
             return self._end()
         if self._sent:
             self._record(endpoint, *self._sent)
-        delivery = self._next(endpoint)
-        if delivery is None:
+        waiting = db.session.execute(WAITING, {"endpoint": endpoint.id}).one_or_none()
+        delivery = self._next(endpoint, waiting) if waiting else None
+        if waiting is None or delivery is None:
             return self._end()
         try:
-            headers = signed(endpoint, delivery)
+            headers = signed(endpoint, delivery, waiting.now)
         except Unreadable:
             delivery.wanted_at = None
             switch_off(endpoint, "SECRET_KEY was changed: make a new secret for this endpoint")
@@ -159,20 +162,20 @@ class Job:
         self._sent = None
         return False
 
-    def _next(self, endpoint: WebhookEndpoint) -> WebhookDelivery | None:
+    def _next(self, endpoint: WebhookEndpoint, waiting: Row[Any]) -> WebhookDelivery | None:
         """Return the delivery that comes next; None when there is nothing to be sent now."""
-        waiting = db.session.execute(WAITING, {"endpoint": endpoint.id}).one_or_none()
-        if waiting is None:
-            return None
         if waiting.wanted:
             return db.session.get_one(WebhookDelivery, waiting.wanted)
-        if endpoint.state != "on" or endpoint.next_at > datetime.now(UTC):
+        if endpoint.state != "on" or endpoint.next_at > waiting.now:
             return None
         if waiting.pending:
             return db.session.get_one(WebhookDelivery, waiting.pending)
-        return self._new(endpoint, reading.Ends(waiting.epoch, waiting.head, waiting.floor))
+        ends = reading.Ends(waiting.epoch, waiting.head, waiting.floor)
+        return self._new(endpoint, ends, waiting.now)
 
-    def _new(self, endpoint: WebhookEndpoint, of: reading.Ends) -> WebhookDelivery | None:
+    def _new(
+        self, endpoint: WebhookEndpoint, of: reading.Ends, now: datetime
+    ) -> WebhookDelivery | None:
         """Return a delivery of the next events that the endpoint wants; None without any."""
         if endpoint.epoch != of.epoch:
             endpoint.epoch, endpoint.number = of.epoch, 0
@@ -195,7 +198,6 @@ class Job:
             self._ahead = of.epoch, endpoint.number, events[taken:]
         if not chosen:
             return None
-        now = datetime.now(UTC)
         delivery = WebhookDelivery(
             endpoint_id=endpoint.id,
             kind="events",
@@ -242,16 +244,15 @@ class Job:
         if sent is None:
             # Removed meanwhile.
             return
-        now = datetime.now(UTC)
         if outcome.delivered:
             self.delivered += 1
             self.events += sent.events
             if sent.pending or not sent.asked_for:
-                endpoint.failures, endpoint.failing_since, endpoint.next_at = 0, None, now
+                endpoint.failures, endpoint.failing_since, endpoint.next_at = 0, None, sent.now
         else:
             self.failed += 1
             if sent.pending and not sent.asked_for:
-                put_off(endpoint, outcome, now)
+                put_off(endpoint, outcome, sent.now)
 
 
 def put_off(endpoint: WebhookEndpoint, outcome: Outcome, now: datetime) -> None:
@@ -277,9 +278,8 @@ def switch_off(endpoint: WebhookEndpoint, reason: str) -> None:
     log.error("webhook %d is switched off: %s", endpoint.id, reason)
 
 
-def signed(endpoint: WebhookEndpoint, delivery: WebhookDelivery) -> dict[str, str]:
+def signed(endpoint: WebhookEndpoint, delivery: WebhookDelivery, now: datetime) -> dict[str, str]:
     """Return the headers of an attempt that is made now (Standard Webhooks). Raises Unreadable."""
-    now = datetime.now(UTC)
     signatures = [
         Webhook(secret).sign(delivery.message_id, now, delivery.body)
         for secret in webhooks.secrets_of(endpoint)

@@ -13,7 +13,7 @@ import msgspec
 from sqlalchemy import TextClause, text
 
 from ..extensions import db
-from ..orders.events import DESCRIBED
+from ..orders.events import as_json
 from ..problems import Conflict, CursorExpired, InvalidRequest
 from ..times import utc_text
 
@@ -60,11 +60,11 @@ PARTS = """
 """
 # Orders as the drain stored them, whatever has become of them.
 STATUS = "CASE WHEN sold.held_until IS NULL THEN 'CONFIRMED' ELSE 'HELD' END"
-AS_STORED = DESCRIBED.format(
+AS_STORED = as_json(
     status=STATUS,
     returned_units="0",
     ended_at="NULL::timestamptz",
-    end_reason="NULL",
+    end_reason="NULL::text",
     held_until="coalesce(sold.extended_from, sold.held_until)",
 )
 SELECT_STORED = text(f"""
@@ -77,7 +77,7 @@ SELECT_STORED = text(f"""
 """)  # noqa: S608
 # Orders as the end of their hold left them. An order that is held can have been extended before,
 # and nothing else.
-AS_ENDED = DESCRIBED.format(
+AS_ENDED = as_json(
     status="'EXPIRED'",
     returned_units="sold.quantity",
     ended_at="m.created_at",
@@ -252,7 +252,7 @@ def _of_parts(parts: Sequence[_Part], of: Ends) -> list[list[Event]]:
             "skipped": [part.skipped for part in chosen],
             "most": [part.most for part in chosen],
         }
-        for place, status, sequence, order in db.session.execute(select, given):
+        for place, status, sequence, order in db.session.execute(select, given).all():
             part, told = parts[place], events[place]
             number, kind = part.number + len(told), TYPES[status]
             at = utc_text(part.at)

@@ -152,7 +152,7 @@ def change(endpoint_id: int, values: Mapping[str, Any], actor: Actor) -> Webhook
         setattr(endpoint, name, value)
     if "url" in values:
         # Another address may well answer at once.
-        endpoint.next_at = datetime.now(UTC)
+        endpoint.next_at = func.now()
     now = _audited(endpoint)
     if endpoint.url != former and now["url"] == before["url"]:
         now["url"] += " (another query)"
@@ -171,7 +171,7 @@ def switch(endpoint_id: int, on: bool, actor: Actor) -> WebhookEndpoint:
     if (endpoint.state == "on") is not on:
         endpoint.state, endpoint.off_reason = ("on" if on else "off"), None
         endpoint.failures, endpoint.failing_since = 0, None
-        endpoint.next_at = datetime.now(UTC)
+        endpoint.next_at = func.now()
         _note(actor, "webhook.on" if on else "webhook.off", endpoint)
     db.session.commit()
     return endpoint

@@ -57,23 +57,56 @@ def record_letter(kind: str, letter: DeadLetter, **more: Any) -> None:
             add([Happened(kind, {"order": order} | more, letter.order_id)])
 
 
-MOMENT = "to_char({0} AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.MS\"Z\"')"
+def _moment(sql: str) -> str:
+    written = f"to_char({sql} AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.MS\"Z\"')"
+    return _plain(written)
+
+
+def _plain(sql: str) -> str:
+    """Return SQL of a JSON string, of a text that has nothing to be escaped."""
+    return f"""coalesce('"' || ({sql}) || '"', 'null')"""
+
+
+def _escaped(sql: str) -> str:
+    return f"coalesce(to_json({sql})::text, 'null')"
+
+
+# Few products are ever renamed: which were is found out once for a statement, not for each order.
 NAME = """coalesce(
-  (SELECT name FROM product_names n WHERE n.product_id = sold.product_id
-   AND n.until > sold.claimed_at ORDER BY n.until LIMIT 1),
+  CASE WHEN sold.product_id IN (SELECT product_id FROM product_names) THEN
+    (SELECT name FROM product_names n WHERE n.product_id = sold.product_id
+     AND n.until > sold.claimed_at ORDER BY n.until LIMIT 1) END,
   (SELECT name FROM products p WHERE p.id = sold.product_id))"""
 
 
-# An order's JSON, as search.describe has it; its row is called `sold`. What may be otherwise by now
-# is to be given as SQL: an event tells the order as it was then.
-DESCRIBED = f"""(SELECT row_to_json(told)::text FROM (SELECT
-  sold.id, {{status}} AS status, coalesce(sold.user_id::text, sold.user_name) AS "userId",
-  sold.product_id AS "productId", {NAME} AS "productName", sold.quantity,
-  {{returned_units}} AS "cancelledQuantity", sold.unit_price_cents AS "unitPriceCents",
-  sold.currency, sold.reference, {MOMENT.format("sold.claimed_at")} AS "createdAt",
-  {MOMENT.format("sold.persisted_at")} AS "storedAt", {MOMENT.format("{ended_at}")} AS "endedAt",
-  {{end_reason}} AS "endReason", {MOMENT.format("{held_until}")} AS "heldUntil",
-  NULL AS payment) AS told)"""  # noqa: S608
+def as_json(
+    status: str, returned_units: str, ended_at: str, end_reason: str, held_until: str
+) -> str:
+    """Return SQL of an order's JSON, as search.describe has it; its row is called `sold`.
+
+    What may be otherwise by now is given as SQL: an event tells the order as it was then. It is put
+    together as text: row_to_json takes more than twice as long.
+    """
+    members = {
+        "id": "sold.id",
+        "status": _plain(status),
+        "userId": _plain("coalesce(sold.user_id::text, sold.user_name)"),
+        "productId": "sold.product_id",
+        "productName": _escaped(NAME),
+        "quantity": "sold.quantity",
+        "cancelledQuantity": returned_units,
+        "unitPriceCents": "sold.unit_price_cents",
+        "currency": _plain("sold.currency"),
+        "reference": _escaped("sold.reference"),
+        "createdAt": _moment("sold.claimed_at"),
+        "storedAt": _moment("sold.persisted_at"),
+        "endedAt": _moment(ended_at),
+        "endReason": _escaped(end_reason),
+        "heldUntil": _moment(held_until),
+        "payment": "'null'",
+    }
+    parts = ", ',".join(f"""\"{name}":', {sql}""" for name, sql in members.items())
+    return f"concat('{{{parts}, '}}')"
 
 
 # What this transaction has put among the dead letters: one that was read again is told of already.

@@ -9,11 +9,19 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NoReturn, cast
 
-from sqlalchemy import CursorResult, Row, select, update
+from sqlalchemy import CursorResult, Row, select, true, update
 
 from ..audit import Actor, record
 from ..extensions import db, stock
-from ..models import STANDING_STATUSES, AuditEntry, DeadLetter, Order, Product, ProductTotals
+from ..models import (
+    STANDING_STATUSES,
+    AuditEntry,
+    DeadLetter,
+    Order,
+    Product,
+    ProductTotals,
+    sums_by_id,
+)
 from ..money import USUAL_DIGITS, decimal, digits_of
 from ..problems import Conflict, UnknownProduct
 from ..stock.entries import STANDING
@@ -68,9 +76,10 @@ def has_orders(product_id: int) -> bool:
 
 def doubts() -> list[Doubt]:
     """Return the products about which somebody has to say it, by id."""
+    sums = sums_by_id()
     rows = db.session.execute(
-        select(Product, ProductTotals)
-        .join(ProductTotals, ProductTotals.product_id == Product.id)
+        select(Product, sums)
+        .join(sums, true())
         .where(Product.minor_units.is_(None))
         .order_by(Product.id)
     )

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, case, func, or_, select
+from sqlalchemy import ColumnElement, Select, case, func, or_, select, true
 
 from ..extensions import db
-from ..models import Product, ProductTotals
+from ..models import Product, ProductTotals, sums_by_id
 from ..reading import MAX_ID
 
 PAGE_PRODUCTS = 50
@@ -51,17 +51,17 @@ def find(wanted: Wanted, number: int = 1) -> Page:
     States are those that PostgreSQL knows: units count as free until their order is stored, so a
     product that has just sold out may be among the live ones for a second.
     """
-    now = datetime.now(UTC)
-    found = _matching(wanted, now)
+    now, sums = datetime.now(UTC), sums_by_id()
+    found = _matching(wanted, now, sums)
     total = db.session.scalar(select(func.count()).select_from(found.subquery())) or 0
     number = max(1, min(number, -(-total // PAGE_PRODUCTS)))
-    page = found.order_by(*_order(wanted.sort, now)).limit(PAGE_PRODUCTS)
+    page = found.order_by(*_order(wanted.sort, now, sums)).limit(PAGE_PRODUCTS)
     ids = list(db.session.scalars(page.offset((number - 1) * PAGE_PRODUCTS)))
     return Page(ids, total, number)
 
 
-def _matching(wanted: Wanted, now: datetime) -> Select[int]:
-    query = select(Product.id).join(ProductTotals, ProductTotals.product_id == Product.id)
+def _matching(wanted: Wanted, now: datetime, sums: type[ProductTotals]) -> Select[int]:
+    query = select(Product.id).join(sums, true())
     if wanted.text:
         matches = [
             Product.name.icontains(wanted.text, autoescape=True),
@@ -72,23 +72,23 @@ def _matching(wanted: Wanted, now: datetime) -> Select[int]:
             matches.append(Product.id == int(number))
         query = query.where(or_(*matches))
     if wanted.state:
-        query = query.where(_rank(now) == STATES.index(wanted.state))
+        query = query.where(_rank(now, sums) == STATES.index(wanted.state))
     else:
         query = query.where(Product.archived.is_(False))
     return query
 
 
-def _order(sort: str, now: datetime) -> tuple[ColumnElement[Any], ...]:
+def _order(sort: str, now: datetime, sums: type[ProductTotals]) -> tuple[ColumnElement[Any], ...]:
     newest = Product.id.desc()
     return {
-        "live": (_rank(now), newest),
+        "live": (_rank(now, sums), newest),
         "newest": (newest,),
         "name": (func.lower(Product.name), newest),
-        "stock": (_free(), newest),
+        "stock": (_free(sums), newest),
     }[sort]
 
 
-def _rank(now: datetime) -> ColumnElement[int]:
+def _rank(now: datetime, sums: type[ProductTotals]) -> ColumnElement[int]:
     """Return the place of a product's state in STATES, decided in the claim's order."""
     return case(
         (Product.archived, STATES.index("archived")),
@@ -96,13 +96,12 @@ def _rank(now: datetime) -> ColumnElement[int]:
         (Product.closes_at <= now, STATES.index("ended")),
         (Product.paused, STATES.index("paused")),
         (Product.opens_at > now, STATES.index("scheduled")),
-        (_free() <= 0, STATES.index("sold out")),
+        (_free(sums) <= 0, STATES.index("sold out")),
         else_=STATES.index("live"),
     )
 
 
-def _free() -> ColumnElement[int]:
+def _free(sums: type[ProductTotals]) -> ColumnElement[int]:
     """Return the units put on sale less those of stored orders and dead letters."""
-    t = ProductTotals
-    taken = t.stored_units + t.dead_units + t.abandoned_units
-    return t.moved_units - taken
+    taken = sums.stored_units + sums.dead_units + sums.abandoned_units
+    return sums.moved_units - taken

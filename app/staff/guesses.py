@@ -44,6 +44,9 @@ class Guess:
         ]
         if not counted_as.startswith("device"):
             self._counts.insert(0, (ADDRESS_LIMIT, client_of(address)))
+        # A Redis that hangs does later what it was sent: it is found out by a question that counts
+        # nothing, or its tries would shut out whoever has the right password.
+        limiter.limiter.test(PERSON_LIMIT, "limits", "passwords", *self._counts[-1][1:])
         for number, (limit, *names) in enumerate(self._counts):
             if not limiter.limiter.hit(limit, "limits", "passwords", *names):
                 self._counts = self._counts[:number]

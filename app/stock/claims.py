@@ -69,7 +69,8 @@ class Claim(NamedTuple):
     where its record is of 0.1.0), and the one in force where it is price_changed. A price may be
     followed by the end of the order's hold, in ms. Of an order_ended it is the order's status, and
     `detail` its id; of sold_out and insufficient b"held" where units may come back, and b"away"
-    where a shard out of reach may have some. A dry one's is the sale, as the shard names it.
+    where a shard out of reach may have some; of not_open in how many ms it opens. A dry one's is
+    the sale, as the shard names it.
     """
 
     outcome: bytes

@@ -21,6 +21,9 @@ from .keys import KEYS
 # A shopper gets an answer within 2 s even from a dead Redis; a healthy one needs about 1 ms.
 CONNECT_TIMEOUT_SECONDS = 0.5
 COMMAND_TIMEOUT_SECONDS = 1.0
+# All that one page waits for one Redis, however many its questions.
+PAGE_WAITS_SECONDS = 2.0
+SHORTEST_WAIT_SECONDS = 0.001
 # Who may know the primary's address is asked one after the other: two that are dead must not use up
 # the second.
 ASK_SECONDS = 0.25
@@ -51,6 +54,10 @@ def pack(*words: str) -> bytes:
     return bytes(hiredis.pack_command(words))  # type: ignore[arg-type]  # it takes any number
 
 
+def _new_breaker() -> Breaker:
+    return Breaker(COMMAND_TIMEOUT_SECONDS, PAGE_WAITS_SECONDS)
+
+
 Address = tuple[str, int]
 
 
@@ -62,7 +69,7 @@ class Server:
 
     def __init__(self, url: str) -> None:
         """`url` is a REDIS_URL. Raises ValueError when it can't be one."""
-        self._breaker = Breaker(COMMAND_TIMEOUT_SECONDS)
+        self._breaker = _new_breaker()
         # How often it was told to be unfit; a connection older than the last time is not used.
         self.unfit = 0
         self.options, self._find = read_url(url)
@@ -75,7 +82,7 @@ class Server:
         if not isinstance(self._find, Cluster):
             return self
         other = copy(self)
-        other._breaker, other._slot = Breaker(COMMAND_TIMEOUT_SECONDS), key_slot(prefix.encode())
+        other._breaker, other._slot = _new_breaker(), key_slot(prefix.encode())
         return other
 
     @property
@@ -228,7 +235,7 @@ class Cluster:
         self._breakers: dict[Address, Breaker] = {}
 
     def breaker_of(self, node: Address) -> Breaker:
-        return self._breakers.setdefault(node, Breaker(COMMAND_TIMEOUT_SECONDS))
+        return self._breakers.setdefault(node, _new_breaker())
 
     def primary_of(self, slot: int) -> Address:
         """Return where a slot is now. Raises redis.ConnectionError when nobody can tell."""
@@ -312,7 +319,8 @@ class _Cautious(_Found):
     def _connect(self) -> Any:
         self._admitted()
         try:
-            return super()._connect()
+            with self.server.breaker.waiting():
+                return super()._connect()
         except OSError as error:
             self._failed(error)
             raise
@@ -329,17 +337,24 @@ class _Cautious(_Found):
             raise
 
     def read_response(self, *arguments: Any, **options: Any) -> Any:
+        breaker = self.server.breaker
+        if (left := breaker.left()) < COMMAND_TIMEOUT_SECONDS:
+            # None at all would mean: don't wait for the rest of what is on its way.
+            options["timeout"] = max(left, SHORTEST_WAIT_SECONDS)
         try:
-            response = super().read_response(*arguments, **options)
+            with breaker.waiting():
+                response = super().read_response(*arguments, **options)
         except redis.RedisError as error:
             self._failed(error)
             if code_of(error) in UNFIT:
                 self.server.leave()
             raise
-        self.server.breaker.answered()
+        breaker.answered()
         return response
 
     def _admitted(self) -> None:
+        if not self.server.breaker.has_time():
+            raise Refused("Redis took all the time that this request has")
         if not self.server.breaker.admits():
             raise Refused("Redis did not answer a moment ago")
 

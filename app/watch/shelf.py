@@ -9,10 +9,9 @@ from datetime import datetime
 from typing import Any, TypeVar
 
 from sqlalchemy import DateTime, Select, select, true
-from sqlalchemy.orm import aliased
 
 from ..extensions import Base, db, stock
-from ..models import Product, ProductTotals
+from ..models import Product, ProductTotals, sums_by_id
 
 # Redis may lose what was kept; so all of it is written again so often.
 ALL_SECONDS = 30
@@ -41,14 +40,9 @@ class Shelf:
 
 
 def products_and_totals() -> Select[Product, ProductTotals]:
-    """Return the query of every product with its sums, by id.
-
-    The sums are looked up by id, whatever PostgreSQL expects: with statistics from before a large
-    import it would go through all of them for each product.
-    """
-    sums = select(ProductTotals).where(ProductTotals.product_id == Product.id).offset(0)
-    totals = aliased(ProductTotals, sums.lateral())
-    return select(Product, totals).join(totals, true()).order_by(Product.id)
+    """Return the query of every product with its sums, by id."""
+    sums = sums_by_id()
+    return select(Product, sums).join(sums, true()).order_by(Product.id)
 
 
 def read() -> list[Row]:

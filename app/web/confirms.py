@@ -10,6 +10,7 @@ import logging
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import NamedTuple
 
 import msgspec
@@ -34,6 +35,9 @@ log = logging.getLogger(__name__)
 PATH = re.compile(r"/orders/([1-9][0-9]{0,15})/confirm", re.ASCII).fullmatch
 # So many are one transaction, of some 30 ms.
 MOST_AT_ONCE = 200
+# Programs that were answered together ask for the next together, one after the other: so long the
+# first of them waits for the others. Who asks alone never waits.
+GATHER_SECONDS = 0.003
 # Of those that wait for the one before; the view's own queue takes others, or refuses them.
 MOST_WAITING = 2000
 STATUS = {200: "200 OK", 202: "202 Accepted", 503: "503 Service Unavailable"}
@@ -64,6 +68,9 @@ class Confirms:
         self._gathers = not app.config["SETTINGS"].api_token_limit
         self._thread = ThreadPoolExecutor(1, "confirm")
         self._waiting: Gathered = []
+        # How many the last turn answered; and set when as many wait again.
+        self._expected = 1
+        self._gathered = asyncio.Event()
         self._decides: asyncio.Task[None] | None = None
 
     async def answer(self, request: Request, address: str) -> Answer | None:
@@ -74,6 +81,8 @@ class Confirms:
         loop = asyncio.get_running_loop()
         told: asyncio.Future[Told | None] = loop.create_future()
         self._waiting.append((asked, told))
+        if len(self._waiting) >= self._expected:
+            self._gathered.set()
         if self._decides is None:
             self._decides = loop.create_task(self._decide_all())
         found = await told
@@ -113,7 +122,12 @@ class Confirms:
     async def _decide_all(self) -> None:
         loop = asyncio.get_running_loop()
         while self._waiting:
+            if len(self._waiting) < self._expected:
+                self._gathered.clear()
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._gathered.wait(), GATHER_SECONDS)
             turn, self._waiting = self._waiting[:MOST_AT_ONCE], self._waiting[MOST_AT_ONCE:]
+            self._expected = len(turn)
             asked = [each for each, _ in turn]
             found: Sequence[Told | None]
             try:

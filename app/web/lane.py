@@ -8,7 +8,6 @@ to Redis.
 
 import logging
 from collections.abc import Callable, Iterable
-from datetime import UTC, datetime
 from time import perf_counter
 from typing import Any
 
@@ -219,8 +218,9 @@ class PurchaseLane:
             return "409 Conflict", body, self.limits(claim)
         status, told = REFUSALS[outcome]
         body = told(claim.detail) if callable(told) else told
-        for word in claim.text.split():
-            body = body[:-1] + REMARKS[word]
+        if outcome != b"not_open":
+            for word in claim.text.split():
+                body = body[:-1] + REMARKS[word]
         return status, body, self.limits(claim)
 
     def refuse(self, error: Exception) -> Told:
@@ -254,7 +254,7 @@ class PurchaseLane:
 
     def limits(self, claim: Claim) -> list[tuple[str, str]]:
         """Return the rate-limit headers of an answer (draft-ietf-httpapi-ratelimit-headers-10)."""
-        outcome, detail, left, reset_ms, _ = claim
+        outcome, _, left, reset_ms, text = claim
         # Rounded up: who waits so long is surely let in.
         seconds = -(-reset_ms // 1000)
         headers = []
@@ -269,8 +269,8 @@ class PurchaseLane:
         elif outcome in (b"unprepared", b"overloaded"):
             headers.append(UNAVAILABLE_RETRY)
         elif outcome == b"not_open":
-            wait_ms = detail - datetime.now(UTC).timestamp() * 1000
-            headers.append(("Retry-After", str(max(1, -int(-wait_ms // 1000)))))
+            # By Redis's clock, which opens the sale; this machine's may be wrong.
+            headers.append(("Retry-After", str(-(-int(text) // 1000))))
         return headers
 
 

@@ -117,6 +117,34 @@ def test_a_further_delivery_costs_a_handful_of_statements(shop, sell, consumer, 
     assert (counts[1] - counts[0]) / 4 <= 6, counts
 
 
+@pytest.mark.parametrize("ahead", [timedelta(hours=1), timedelta(hours=-1)])
+def test_a_worker_whose_clock_is_wrong_puts_nobody_off(shop, sell, consumer, monkeypatch, ahead):
+    class Wrong(datetime):
+        @classmethod
+        def now(cls, zone=None):
+            return datetime.now(zone) + ahead
+
+    endpoint, _ = make(consumer)
+    with monkeypatch.context() as patched:
+        patched.setattr(delivery, "datetime", Wrong)
+        patched.setattr(webhooks, "datetime", Wrong)
+        webhooks.switch(endpoint, False, CLI)
+        webhooks.switch(endpoint, True, CLI)
+        sell(1)
+        run(endpoint)
+        consumer.statuses = [500]
+        sell(1)
+        run(endpoint)
+    stamps = [int(headers["webhook-timestamp"]) for headers, _ in consumer.received]
+    assert len(stamps) == 2
+    assert all(abs(time.time() - stamp) < patience(60) for stamp in stamps)
+    # The pause of a first failure, which is over at once.
+    assert state(endpoint).next_at - datetime.now(UTC) < timedelta(minutes=1)
+    now_due(endpoint)
+    run(endpoint)
+    assert [event["order"]["id"] for event in consumer.events] == [1, 2, 2]
+
+
 def test_a_failing_delivery_is_repeated_as_it_was(shop, sell, consumer):
     endpoint, secret = make(consumer)
     sell(2)

@@ -71,12 +71,23 @@ def test_a_sold_out_product_stops_no_other_sale(client, buy, sold_out, bounded):
 
 
 def test_known_shoppers_are_limited_where_new_ones_can_t_be_noted(buy, sold_out, bounded):
-    for _ in range(3):
-        buy(700, product_id=sold_out)
-    bounded(MEGABYTE)
-    refuse(20_000)
-    statuses = [buy(700, product_id=sold_out).status_code for _ in range(3)]
+    # Of one turn of the hashes: in the next one everybody is new. A busy machine may need a second.
+    for user in range(700, 710):
+        began = turn()
+        for _ in range(3):
+            buy(user, product_id=sold_out)
+        bounded(MEGABYTE)
+        refuse(20_000)
+        statuses = [buy(user, product_id=sold_out).status_code for _ in range(3)]
+        if turn() == began:
+            break
+        bounded(100 * MEGABYTE)
     assert statuses == [200, 200, 429]
+
+
+def turn() -> int:
+    """Return the number of the attempts' turn, which is two of an address's windows long."""
+    return stock.client.time()[0] // 120
 
 
 def test_a_full_redis_refuses_truly_and_replays(buy, sold_out, bounded):

@@ -8,10 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from people import API_TOKEN
 from sqlalchemy import text
+from waiting import patience
 
 from app.audit import CLI
 from app.extensions import db, stock
 from app.products import catalogue
+from app.web import confirms
 from app.web.confirms import Confirms
 from app.web.request import Request
 
@@ -49,8 +51,8 @@ def answers(confirms: Confirms, *requests: Request) -> list:
 
 
 def test_those_of_a_moment_are_answered_as_the_view_does(app, client, admin_headers, held):
-    confirms = Confirms(app)
-    told = answers(confirms, *(asked(order, key=f"k{order}") for order in held[:2]))
+    gathers = Confirms(app)
+    told = answers(gathers, *(asked(order, key=f"k{order}") for order in held[:2]))
     assert [answer.status for answer in told] == ["200 OK"] * 2
     assert [json.loads(answer.body)["payment"] for answer in told] == ["pi_1", "pi_2"]
     shown = client.get("/orders/1", headers=admin_headers)
@@ -60,13 +62,39 @@ def test_those_of_a_moment_are_answered_as_the_view_does(app, client, admin_head
     assert list(viewed.json) == list(json.loads(told[0].body))
     own = {"X-Request-Id", "Content-Length"}
     assert dict(viewed.headers).keys() - own == dict(told[0].headers).keys() - own
-    (again,) = answers(confirms, asked(1, key="k1"))
+    (again,) = answers(gathers, asked(1, key="k1"))
     assert (again.body, dict(again.headers)["Idempotent-Replayed"]) == (told[0].body, "true")
 
 
+def test_who_was_answered_together_is_waited_for(app, held, monkeypatch):
+    """And who asks alone is not kept waiting: with the pause made long, that would be seen."""
+    monkeypatch.setattr(confirms, "GATHER_SECONDS", 600)
+    gathers = Confirms(app)
+    turns, decide = [], gathers._decide
+
+    def noted(turn):
+        turns.append([each.order_id for each in turn])
+        return decide(turn)
+
+    monkeypatch.setattr(gathers, "_decide", noted)
+
+    async def ask() -> None:
+        ones = [gathers.answer(asked(order), "127.0.0.1") for order in (*held, held[0])]
+        await ones[0]
+        await asyncio.gather(*ones[1:3])
+        third = asyncio.create_task(ones[3])
+        # Its turn has begun before the next one comes.
+        while not gathers._waiting:
+            await asyncio.sleep(0)
+        await asyncio.gather(third, ones[4])
+
+    asyncio.run(asyncio.wait_for(ask(), patience(30)))
+    assert turns == [held[:1], held[1:3], [held[3], held[0]]]
+
+
 def test_what_is_special_is_the_views(app, held):
-    confirms = Confirms(app)
-    assert answers(confirms, asked(99), asked(1, token="fst_nobody-has-this")) == [None, None]
+    gathers = Confirms(app)
+    assert answers(gathers, asked(99), asked(1, token="fst_nobody-has-this")) == [None, None]
     with app.app_context():
         assert set(db.session.scalars(text("SELECT status FROM orders"))) == {"HELD"}
 

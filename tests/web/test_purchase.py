@@ -9,6 +9,7 @@ from waiting import patience
 
 from app.config import NO_LIMIT, RateLimit
 from app.extensions import stock
+from app.stock.claims import Claim
 from app.stock.keys import KEYS
 
 BOUGHT = {"status": "queued", "orderId": 1, "unitPriceCents": 99_999, "currency": "USD"}
@@ -77,6 +78,12 @@ def test_before_and_after_the_window(client, buy, admin_headers):
     past = (now - timedelta(minutes=5)).isoformat()
     change(client, admin_headers, opensAt=None, closesAt=past)
     assert buy(1).json == {"error": "Sale not open", "code": "ended"}
+
+
+def test_when_to_come_again_is_told_by_redis_clock_whatever_this_machine_s_says(app):
+    opens = int((datetime.now(UTC) + timedelta(hours=1)).timestamp() * 1000)
+    _, _, headers = app.extensions["lane"].tell(Claim(b"not_open", opens, 5, 60_000, b"1001"))
+    assert ("Retry-After", "2") in headers
 
 
 def test_pause_binds_the_next_purchase(client, buy, admin_headers):

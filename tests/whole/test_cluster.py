@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import psycopg2
 import pytest
 import redis
 from checker import OK, UNKNOWN, Restock, Violation, check
@@ -25,7 +26,7 @@ from waiting import wait_until
 
 from app.config import ROOT
 from app.run.cluster import Cluster, Node, free_ports
-from app.run.embedded import RedisServer
+from app.run.embedded import PostgresServer, RedisServer
 from app.stock.keys import Keys
 from app.stock.shards import Part
 
@@ -149,6 +150,13 @@ class Drill:
         argv = [sys.executable, "-m", "flask", "--app", "wsgi", *words]
         return run_program(argv, 60, DATA_DIR=str(self.server.data_dir), **self.environ)
 
+    def last_stored(self, shard: int) -> int:
+        """Return a shard's highest order id in PostgreSQL."""
+        url = PostgresServer(self.server.data_dir).url.replace("+psycopg2", "")
+        with contextlib.closing(psycopg2.connect(url)) as connection, connection.cursor() as cursor:
+            cursor.execute("SELECT max(id) FROM orders WHERE id %% %s = %s", (SHARDS, shard))
+            return cursor.fetchone()[0]
+
     def count(self, command: str, key: str, *words: str) -> int:
         """Return the sum of a figure over all shards."""
         return sum(
@@ -245,10 +253,11 @@ def kill_a_pair(drill: Drill, shard: int) -> None:
     drill.watch("replica and primary killed", drill.shards_of(primary), act)
 
 
-def lose_what_no_replica_has(drill: Drill, shard: int) -> None:
+def lose_what_no_replica_has(drill: Drill, shard: int, stored: bool = False) -> None:
     """The replica dies, orders come in that it has not, the primary dies: the replica takes over.
 
-    None of those may have been promised, stored or lent.
+    None of those may have been promised, stored or lent. `stored` waits until they are, all the
+    same.
     """
     primary = drill.find(shard)
     replica = drill.replica_of(primary)
@@ -266,6 +275,9 @@ def lose_what_no_replica_has(drill: Drill, shard: int) -> None:
             60,
             "orders that the replica has not",
         )
+        if stored:
+            what = "orders to be stored that the replica has not"
+            wait_until(lambda: drill.last_stored(shard) >= last_id(primary), 60, what)
         issued = last_id(primary)
         primary.kill()
         replica.start()
@@ -516,7 +528,7 @@ def test_the_drill_finds(name, tmp_path):
     (code := tmp_path / "code").mkdir()
     break_copy(code, [change])
     with drilling(tmp_path, code=code, cluster_node_timeout="2000") as drill:
-        lose_what_no_replica_has(drill, 0)
+        lose_what_no_replica_has(drill, 0, stored="dead-letter" in kinds)
         assert kinds <= {violation.kind for violation in drill.find_violations()}
 
 

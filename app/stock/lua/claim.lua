@@ -19,7 +19,8 @@
 -- Returns for each claim {outcome, detail, attempts left, ms until one more is allowed, text};
 --       attempts left is -1 where the rate limit was not reached. detail: the order id, the units
 --       left, or the opening time in ms. text: the price (and of an order that is held, until when, in
---       ms), or an ended order's status. Of sold_out and insufficient: held, where units may return.
+--       ms), or an ended order's status. Of not_open: in how many ms it opens.
+--       Of sold_out and insufficient: held, where units may return.
 --       away, where a shard that can't be reached may have some.
 --       dry: others may have what this shard lacks, the text says of which sale; nothing is counted.
 --       undone: this claim met what can't be, the text says what; nothing is left of it.
@@ -270,7 +271,8 @@ local function decide(claim)
   elseif quantity > product.max then outcome, detail = 'too_many', product.max
   elseif product.closes and product.closes <= now then outcome = 'ended'
   elseif product.paused then outcome = 'paused'
-  elseif product.early then outcome, detail = 'not_open', product.opens
+  elseif product.early then
+    outcome, detail, text = 'not_open', product.opens, string.format('%d', product.opens - now)
   elseif claim.e and claim.e ~= product.cents then outcome, text = 'price_changed', product.price
   else
     if product.cap then
