@@ -241,7 +241,11 @@ def show_plan() -> None:
     except Unavailable as error:
         raise click.ClickException(str(error)) from None
     if found is None:
-        click.echo(f"There is no cluster: one server has the sale, {len(stock.shards)} shards.")
+        shards = len(stock.shards)
+        click.echo(
+            "There is no cluster: one server has the sale"
+            + (f", in {shards} shards." if shards > 1 else ".")
+        )
         return
     for place in found:
         replicas = ", ".join(f"{host}:{port}" for host, port in place.replicas) or "none"
@@ -436,7 +440,8 @@ def import_products(file: BinaryIO, dry_run: bool, yes: bool) -> None:
         ids = importing.carry_out(plan, CLI) or []
     except (Conflict, Unavailable) as error:
         raise click.ClickException(str(error)) from None
-    click.echo(f"{products} created, numbers {ids[0]} to {ids[-1]}.")
+    numbers = f"number {ids[0]}" if len(ids) == 1 else f"numbers {ids[0]} to {ids[-1]}"
+    click.echo(f"{products} created, {numbers}.")
 
 
 @products_commands.command("currency")

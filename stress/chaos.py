@@ -53,6 +53,8 @@ from app.config import load_settings
 from app.orders import cancelling as orders
 from app.problems import Conflict, Unavailable, UnknownOrder
 from app.run.embedded import PostgresServer, RedisServer
+from app.stock.keys import Keys
+from app.stock.shards import COUNTS, Part
 
 TOKEN = "chaos-token-0123456789"
 SECRET = "chaos-secret-0123456789"
@@ -84,8 +86,8 @@ class Stuck(Exception):
 class System:
     """The system under test. `proxied`: its servers are ours, behind faulty proxies."""
 
-    def __init__(self, folder: Path, seed: int, quick: bool):
-        self.folder, self.seed, self.quick = folder, seed, quick
+    def __init__(self, folder: Path, seed: int, quick: bool, shards: int):
+        self.folder, self.seed, self.quick, self.shards = folder, seed, quick, shards
         self.data = folder / "data"
         self.data.mkdir()
         self.port = free_port()
@@ -102,6 +104,7 @@ class System:
             "DATA_DIR": str(self.data),
             "PORT": str(self.port),
             "WEB_WORKERS": "2",
+            "SHARDS": str(self.shards),
             "SECRET_KEY": SECRET,
             "ADMIN_API_TOKEN": TOKEN,
             "PURCHASE_USER_LIMIT": "off",
@@ -370,6 +373,7 @@ class Options:
     faults: float
     quick: bool
     keep: str | None
+    shards: int
 
 
 class Run:
@@ -378,7 +382,8 @@ class Run:
     def __init__(self, options: Options, folder: Path):
         self.options = options
         self.choose = random.Random(options.seed)
-        self.system = System(folder, options.seed, options.quick)
+        self.system = System(folder, options.seed, options.quick, options.shards)
+        self.keys = [Keys(Part(number, options.shards)) for number in range(options.shards)]
         self.done: Counter = Counter()
         self.recovered: dict[str, list[float]] = defaultdict(list)
         self.violations: list[Violation] = []
@@ -389,7 +394,7 @@ class Run:
         try:
             system.start(proxied=True)
             settings = replace(
-                load_settings({}),
+                load_settings({"SHARDS": str(self.options.shards)}),
                 redis_url=system.redis.url,
                 database_url=system.postgres.url,
                 data_dir=system.data,
@@ -538,7 +543,8 @@ class Run:
             connection.autocommit = True
             while time.monotonic() < quiet_at + patience(PATIENCE_SECONDS):
                 with connection.cursor() as cursor:
-                    waiting = client.xlen("sale:{0}:outbox")
+                    # What one shard lent another, and a killed process did not give, too.
+                    waiting = self.waiting(client) + sum(client.xlen(of.sent) for of in self.keys)
                     cursor.execute(
                         "SELECT EXISTS (SELECT FROM stock_movements WHERE applied_at IS NULL)"
                         " OR EXISTS (SELECT FROM order_intents WHERE applied_at IS NULL)"
@@ -548,6 +554,9 @@ class Run:
                 time.sleep(0.01)
         self.drained_seconds = time.monotonic() - quiet_at
         client.close()
+
+    def waiting(self, client: redis.Redis) -> int:
+        return sum(client.xlen(of.outbox) for of in self.keys)
 
     def dsn(self) -> str:
         return f"host={self.system.postgres.sockets} user=flashsale dbname=flashsale"
@@ -560,17 +569,17 @@ class Run:
             problems += [f"product {product.product_id}: {text}" for text in product.problems]
         with redis.Redis.from_url(self.system.redis.url, decode_responses=True) as client:
             free = {
-                product: int(client.hget(f"sale:{{0}}:product:{product}", "free"))
+                product: sum(int(client.hget(of.product(product), "free")) for of in self.keys)
                 for product in PRODUCTS
             }
-            waiting = client.xlen("sale:{0}:outbox")
+            waiting = self.waiting(client)
         return Stored(*read_rows(self.dsn()), free, waiting, problems)
 
     def report(self, history: History, stored: Stored, seconds: float) -> None:
         kills = {kind: self.done[kind] for kind in KILLS if self.done[kind]}
         others = {kind: count for kind, count in sorted(self.done.items()) if kind not in KILLS}
         outcomes = Counter(attempt.outcome for attempt in history.attempts)
-        print(f"seed {self.options.seed}, {seconds:.0f} s")
+        print(f"seed {self.options.seed}, {seconds:.0f} s, shards: {self.options.shards}")
         print(f"kills: {sum(kills.values())} {kills}")
         print(f"other faults: {sum(others.values())} {others}")
         print(f"purchase attempts: {len(history.attempts)} {dict(outcomes)}")
@@ -612,6 +621,7 @@ def main() -> int:
     parser.add_argument(
         "--faults", type=float, default=0.5, help="other faults for each kill (%(default)s)"
     )
+    parser.add_argument("--shards", type=int, choices=COUNTS, default=1, help="%(default)s")
     parser.add_argument("--quick", action="store_true", help="the supervisor's delays don't grow")
     parser.add_argument("--keep", metavar="FILE", help="write what happened, for checker.py")
     words = parser.parse_args()
@@ -624,6 +634,7 @@ def main() -> int:
         faults=words.faults,
         quick=words.quick,
         keep=words.keep,
+        shards=words.shards,
     )
     # Told to stop, it stops the system under test as well.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))

@@ -7,9 +7,10 @@ from typing import Any
 
 import redis
 import rq_dashboard
-from flask import Flask, Response, abort, redirect, request, url_for
+from flask import Flask, Response, abort, current_app, redirect, request, url_for
 from flask.typing import ResponseReturnValue
 from flask_wtf.csrf import generate_csrf
+from markupsafe import escape
 from rq import Worker
 from rq.exceptions import InvalidJobOperation, NoSuchJobError
 from rq.job import Job
@@ -34,6 +35,9 @@ JOBS_LIST: dict[str, Any] = {
     "order": "dsc", "page": 1,
 }  # fmt: skip
 
+# Whose texts its pages show as HTML: an error's may repeat what a shopper sent.
+SHOWN_AS_HTML = {"rq_dashboard.job_info", "rq_dashboard.list_workers"}
+
 
 class _Worker(Worker):
     """A worker as rq-dashboard lists it, whose job is read as ours are written."""
@@ -54,6 +58,7 @@ def init_app(app: Flask) -> None:
     web.setup_rq_connection(app)
     app.before_request(check_request)
     app.after_request(offer_csrf_token)
+    app.after_request(escape_texts)
     app.register_error_handler(NoSuchJobError, _gone)
     app.register_error_handler(InvalidJobOperation, _gone)
     app.register_blueprint(rq_dashboard.blueprint, url_prefix="/admin/rq")
@@ -130,6 +135,23 @@ def offer_csrf_token(response: Response) -> Response:
             samesite="Strict",
         )
     return response
+
+
+def escape_texts(response: Response) -> Response:
+    """Let what rq-dashboard's pages would put into themselves as HTML be text."""
+    if request.endpoint in SHOWN_AS_HTML and response.is_json:
+        response.set_data(current_app.json.dumps(_escaped(response.json)))
+    return response
+
+
+def _escaped(value: Any) -> Any:
+    if isinstance(value, str):
+        return escape(value)
+    if isinstance(value, list):
+        return [_escaped(each) for each in value]
+    if isinstance(value, dict):
+        return {name: _escaped(each) for name, each in value.items()}
+    return value
 
 
 def _gone(error: Exception) -> ResponseReturnValue:

@@ -8,6 +8,7 @@ check never locks a busy sale, and never cries wolf.
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import permutations
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from ..locks import DRAIN_LOCK, REPAIR_LOCK
 from ..problems import Conflict, Unavailable, Unprepared
 from ..products.movements import expired
 from ..stock.figures import Account, Accounts
+from ..stock.gather import all_of, gathered, reached
 from ..stock.shard import Shard
 from ..stock.shards import Part
 
@@ -223,9 +225,10 @@ def check(
 ) -> Check:
     """Prove the ledger of every product, while selling goes on.
 
-    An outbox of up to `count_up_to` orders is counted entry by entry; beyond it Redis' counters are
-    believed. With `rows` the totals in PostgreSQL are compared with the rows themselves, which
-    takes about half a second for a million orders. `reachable` proves those shards alone.
+    Outboxes of up to `count_up_to` orders in all are counted entry by entry; beyond it Redis'
+    counters are believed. With `rows` the totals in PostgreSQL are compared with the rows
+    themselves, which takes about half a second for a million orders. `reachable` proves those
+    shards alone.
 
     Raises stock.Unavailable, stock.Unprepared when Redis holds no sale or another one, and Unquiet.
     """
@@ -240,7 +243,7 @@ def check(
 def _consistent_views(count_up_to: int, reachable: bool) -> dict[int, tuple[Stored, Accounts]]:
     """Return both halves of each shard, as they were while nothing about it was stored."""
     found: dict[int, tuple[Stored, Accounts]] = {}
-    away: dict[int, Unavailable] = {}
+    away: set[int] = set()
     try:
         before = _read_stored()
         for reading in range(READINGS):
@@ -249,29 +252,21 @@ def _consistent_views(count_up_to: int, reachable: bool) -> dict[int, tuple[Stor
                 db.session.rollback()
                 db.session.execute(text(STANDSTILL))
                 before = _read_stored()
-            ids = {of for sums in before.totals.values() for of in sums}
-            read = {}
-            for number, shard in enumerate(stock.shards):
-                if number in found or number in away:
-                    continue
-                try:
-                    read[number] = shard.accounts(
-                        sorted({*ids, *shard.product_ids()}),
-                        before.last_order_ids[number],
-                        [pending.movement_id for pending in before.pending],
-                        count_up_to,
-                    )
-                except Unavailable as error:
-                    away[number] = error
-                    if not reachable or len(away) == len(stock.shards):
-                        raise
+            numbers = [n for n in range(len(stock.shards)) if n not in found and n not in away]
+            read = _read_accounts(before, numbers, count_up_to)
+            if not reachable:
+                all_of(read)
+            elif not found:
+                reached(read)
+            answers = dict(zip(numbers, read, strict=True))
+            away |= {n for n, of in answers.items() if isinstance(of, Unavailable)}
             after = _read_stored()
             if after.shards != len(stock.shards):
                 raise Unprepared(f"the sale has {after.shards} shards, which SHARDS must say")
             found |= {
                 number: (after, accounts)
-                for number, accounts in read.items()
-                if after.of(number) == before.of(number)
+                for number, accounts in answers.items()
+                if isinstance(accounts, Accounts) and after.of(number) == before.of(number)
             }
             if len(found) + len(away) == len(stock.shards):
                 return dict(sorted(found.items()))
@@ -282,6 +277,23 @@ def _consistent_views(count_up_to: int, reachable: bool) -> dict[int, tuple[Stor
     finally:
         db.session.rollback()
     raise Unquiet("the ledger found no quiet moment; try again")
+
+
+def _read_accounts(
+    stored: Stored, numbers: Sequence[int], count_up_to: int
+) -> list[Accounts | Unavailable]:
+    """Return Redis's half of these shards, or why one has no answer."""
+    on_record = {product for sums in stored.totals.values() for product in sums}
+    ids = sorted(on_record.union(stock.product_ids()))
+    movements = [pending.movement_id for pending in stored.pending]
+    shards = [stock.shards[number] for number in numbers]
+    # A node counts those of all its shards at one go.
+    most = count_up_to // len(stock.shards)
+    questions = [
+        shard.asking_accounts(ids, stored.last_order_ids[number], movements, most)
+        for number, shard in zip(numbers, shards, strict=True)
+    ]
+    return gathered(shards, questions)
 
 
 def _compare(views: dict[int, tuple[Stored, Accounts]]) -> Check:
@@ -378,7 +390,13 @@ def _count_in_transit(result: Check) -> None:
     """
     ids = sorted(result.products)
     there = [number for number in range(len(stock.shards)) if number not in result.missing]
-    received, sent = ({of: stock.shards[of].lent(ids) for of in there} for _ in range(2))
+    shards = [stock.shards[number] for number in there]
+
+    def told() -> dict[int, list[dict[str, int]]]:
+        answers = gathered(shards, [shard.asking_lent(ids) for shard in shards])
+        return dict(zip(there, all_of(answers), strict=True))
+
+    received, sent = told(), told()
     for index, product_id in enumerate(ids):
         product, in_transit = result.products[product_id], 0
         for source, target in permutations(there, 2):

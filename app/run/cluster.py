@@ -14,6 +14,7 @@ import shutil
 import socket
 import sys
 import time
+from itertools import cycle
 from pathlib import Path
 
 import redis
@@ -72,8 +73,16 @@ class Node(RedisServer):
 class Cluster:
     """The nodes of DATA_DIR, made when they are started for the first time."""
 
-    def __init__(self, data_dir: Path, make: type[Node] = Node, **options: str) -> None:
-        """`options` are those of every node, with underscores for hyphens."""
+    def __init__(
+        self,
+        data_dir: Path,
+        make: type[Node] = Node,
+        primaries: int = PRIMARIES,
+        replicas: int = 1,
+        **options: str,
+    ) -> None:
+        """`replicas` are those of each primary, `options` of every node, with _ for hyphens."""
+        self.primaries = primaries
         self.folder = data_dir / "nodes"
         # Written last: nodes without it were killed before they were a cluster.
         self._formed = self.folder / "formed"
@@ -81,7 +90,7 @@ class Cluster:
             ports = json.loads(self._formed.read_text())
         else:
             shutil.rmtree(self.folder, ignore_errors=True)
-            ports = free_ports(2 * PRIMARIES)
+            ports = free_ports(primaries * (1 + replicas))
         self.nodes = [make(data_dir, port, **options) for port in ports]
 
     @property
@@ -102,15 +111,15 @@ class Cluster:
             raise StartError(f"the nodes don't make a cluster: {error}") from None
 
     def _introduce(self) -> None:
-        nodes, primaries = self.nodes, self.nodes[:PRIMARIES]
+        nodes, primaries = self.nodes, self.nodes[: self.primaries]
         for number, node in enumerate(nodes):
             node.ask("CLUSTER SET-CONFIG-EPOCH", number + 1)
-            if number < PRIMARIES:
-                first, end = (SLOTS * edge // PRIMARIES for edge in (number, number + 1))
+            if number < self.primaries:
+                first, end = (SLOTS * edge // self.primaries for edge in (number, number + 1))
                 node.ask("CLUSTER ADDSLOTSRANGE", first, end - 1)
         for node in nodes[1:]:
             nodes[0].ask("CLUSTER MEET", "127.0.0.1", node.port)
-        for replica, primary in zip(nodes[PRIMARIES:], primaries, strict=True):
+        for replica, primary in zip(nodes[self.primaries :], cycle(primaries), strict=False):
             identity = primary.ask("CLUSTER MYID")
             replica.await_answer(identity, "CLUSTER NODES")
             replica.ask("CLUSTER REPLICATE", identity)

@@ -176,14 +176,14 @@ class Figures(Link):
             brakes=Brakes.parse(brakes),
         )
 
-    def accounts(
+    def asking_accounts(
         self,
-        product_ids: list[int],
+        product_ids: Sequence[int],
         stored_through: int,
-        movement_ids: list[int],
+        movement_ids: Sequence[int],
         count_up_to: int,
-    ) -> Accounts:
-        """Return the Redis half of the ledger, read at one instant.
+    ) -> Question[Accounts]:
+        """Ask for the Redis half of the ledger, read at one instant.
 
         `stored_through` is the last order id known to be stored. An outbox of at most `count_up_to`
         orders is counted entry by entry, which takes about 1 µs each and delays claims meanwhile.
@@ -192,11 +192,11 @@ class Figures(Link):
         keys += [self.keys.product(product_id) for product_id in product_ids]
         if self.part.shards > 1:
             keys += [self.keys.lent(product_id) for product_id in product_ids]
-        generation, last, waiting, counted, applied, accounts = self.run(
-            "account",
-            keys,
-            [stored_through, count_up_to, len(product_ids), *product_ids, *movement_ids],
-        )
+        args = [stored_through, count_up_to, len(product_ids), *product_ids, *movement_ids]
+        return self.asking_script("account", keys, args, partial(self._accounts, product_ids))
+
+    def _accounts(self, product_ids: Sequence[int], answer: Any) -> Accounts:
+        generation, last, waiting, counted, applied, accounts = answer
         return Accounts(
             generation=self.part.sale_of(generation),
             last_order_id=int(last),
@@ -209,12 +209,12 @@ class Figures(Link):
             },
         )
 
-    def lent(self, product_ids: Sequence[int]) -> list[dict[str, int]]:
-        """Return of each product what was sent.<shard> and recv.<shard>; and unsealed, a moment."""
-        with asking(), self.client.pipeline(transaction=False) as pipe:
-            for product_id in product_ids:
-                pipe.hgetall(self.keys.lent(product_id))
-            return [{name: int(of) for name, of in found.items()} for found in pipe.execute()]
+    def asking_lent(self, product_ids: Sequence[int]) -> Question[list[dict[str, int]]]:
+        """Ask of each product what was sent.<shard> and recv.<shard>; and unsealed, a moment."""
+        return Question(
+            [("HGETALL", self.keys.lent(product_id)) for product_id in product_ids],
+            lambda answers: [{name: int(of) for name, of in found.items()} for found in answers],
+        )
 
     def unapplied_movements(self, movement_ids: list[int]) -> list[int]:
         """Return those of the movements that Redis has not applied."""

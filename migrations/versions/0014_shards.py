@@ -232,7 +232,7 @@ END $$;
 
 
 def downgrade():
-    """Refused for a sale of several shards: `flask rebuild --shards 1` makes it one."""
+    """Refused for a sale of several shards: `flask rebuild` with SHARDS=1 makes it one."""
     op.execute(
         "DO $$ BEGIN IF EXISTS (SELECT FROM sale WHERE shards > 1) THEN"
         " RAISE EXCEPTION 'the sale has several shards'; END IF; END $$"

@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import html
 import io
 import json
 import re
@@ -12,6 +13,7 @@ import pytest
 import redis
 from people import BROWSER, csrf_token, fields_of, send, sign_in
 from rq import Worker
+from rq.results import Result
 
 from app.audit import ACTIONS
 from app.config import ROOT
@@ -386,6 +388,29 @@ def test_a_busy_worker_is_listed_with_its_job(app, admin, buy):
         worker.prepare_execution(jobs.enqueue_drain())
     listed = admin.get("/admin/rq/0/data/workers.json").json["workers"]
     assert [one["current_job"]["description"] for one in listed] == ["store the waiting orders"]
+
+
+def test_what_a_jobs_page_puts_in_as_html_is_text(app, admin, buy):
+    """An error may repeat an Idempotency-Key, and that page allows scripts."""
+    key = "<img/src=x/onerror='alert(1)'>"
+    buy(7)
+    with app.app_context():
+        queue = jobs.orders_queue()
+        job = jobs.enqueue_drain()
+        job.description = key
+        job.meta = {"key": key}
+        job.save()
+        Result.create_failure(job, 60, f'File "x", line 1, in <module>\n{key} & more')
+        worker = Worker([queue], connection=queue.connection, serializer=queue.serializer)
+        worker.register_birth()
+        worker.prepare_execution(job)
+    for path in (f"job/{job.id}", "workers"):
+        answer = admin.get(f"/admin/rq/0/data/{path}.json")
+        assert "onerror" in answer.text
+        assert not set("<>") & set(answer.text), path
+        assert "&amp;lt" not in answer.text
+    info = admin.get(f"/admin/rq/0/data/job/{job.id}.json").json
+    assert html.unescape(info["exc_info"]).endswith("> & more")
 
 
 def test_jobs_that_redis_does_not_show_are_a_503_and_rubbish_is_a_404(app, admin, monkeypatch):

@@ -269,10 +269,13 @@ def test_the_command(app, runner, tmp_path, client):
     assert len(client.get("/products").json) == 1
     done = run(file, "--yes")
     assert done.output.endswith("2 products created, numbers 2 to 3.\n")
+    one = tmp_path / "one.csv"
+    one.write_text("name,price,currency,stock\nMug,9.90,EUR,7\n")
+    assert run(one, "--yes").output.endswith("1 product created, number 4.\n")
     again = run(file, "--yes")
     assert again.exit_code == 1
     assert "sku L-1 is product 2's" in again.output
-    assert len(client.get("/products").json) == 3
+    assert len(client.get("/products").json) == 4
     assert run(tmp_path / "none", "--yes").exit_code == 2
 
 

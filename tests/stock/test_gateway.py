@@ -28,7 +28,7 @@ ASKED = {
     "read_outbox": lambda stock: stock.first.read_outbox(1),
     "settle": lambda stock: stock.first.settle("g", ["1-0"], [1], {1: (1, 1, 1)}),
     "view": lambda stock: stock.view([1]),
-    "accounts": lambda stock: stock.first.accounts([1], 0, [], 0),
+    "accounts": lambda stock: stock.first.ask(stock.first.asking_accounts([1], 0, [], 0)),
     "outbox_ids": lambda stock: stock.first.outbox_ids(),
     "queued_ids": lambda stock: stock.first.queued_ids(),
     "unapplied_movements": lambda stock: stock.first.unapplied_movements([1]),

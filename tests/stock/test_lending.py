@@ -1,8 +1,11 @@
 """Shards lend each other stock: the scripts on a real server, under the tags of several shards."""
 
 import asyncio
+import math
 import random
+import statistics
 from collections import Counter
+from itertools import count
 
 import pytest
 import redis
@@ -208,30 +211,35 @@ def test_threads_buy_what_another_shard_has(sale):
     assert sum(one.free()) == 0
 
 
-async def crowd(sales: list[Sale], seed: int, shoppers: int) -> list:
+async def outcome_of(sale: Sale, user: int) -> bytes:
+    """Have a shopper buy one by the event loop's line, and ask again for as long as it is unknown.
+
+    (Not in time, on a machine that is busy with other things: the same key tells.)
+    """
+    line = sale.shards[place(user, len(sale.shards)).shard].loop_line
+    while True:
+        try:
+            outcome = (await line.claim(Request(user, PRODUCT, 1, "k", f"of {user}"))).outcome
+            return b"accepted" if outcome == b"replayed" else outcome
+        except Unavailable:
+            await asyncio.sleep(0.05)
+
+
+async def crowd(sales: list[Sale], seed: int, shoppers: int) -> list[bytes]:
     """Have shoppers buy one each at once, by the event loops' lines of so many processes."""
     chance = random.Random(seed)
     for each in sales:
         LoopPulls(each.shards)
 
-    async def buy(user: int):
+    async def buy(user: int) -> bytes:
         await asyncio.sleep(chance.random() * 0.05)
-        shards = sales[user % len(sales)].shards
-        request = Request(user, PRODUCT, 1, None, f"192.0.2.{user}")
-        line = shards[place(user, len(shards)).shard].loop_line
-        while True:
-            try:
-                return (await line.claim(request)).outcome
-            except Unavailable as error:
-                # Not in time, on a machine that is busy with other things, and so it was told.
-                if error.executed is not False:
-                    raise
+        return await outcome_of(sales[user % len(sales)], user)
 
     return await asyncio.gather(*[buy(user) for user in range(shoppers)])
 
 
 @pytest.mark.parametrize(
-    "times", [12, pytest.param(often(50, 1000), marks=pytest.mark.drill)], ids=["few", "many"]
+    "times", [6, pytest.param(often(50, 1000), marks=pytest.mark.drill)], ids=["few", "many"]
 )
 def test_a_rush_of_200_for_100_units_on_24_shards_sells_exactly_100(sale, settings, times):
     for seed in range(times):
@@ -240,3 +248,50 @@ def test_a_rush_of_200_for_100_units_on_24_shards_sells_exactly_100(sale, settin
         told = Counter(asyncio.run(crowd([one, other], seed, 200)))
         assert told == {b"accepted": 100, b"sold_out": 100}
         assert sum(one.free()) == 0
+
+
+async def wait_for_units(sales: list[Sale], seed: int, units: int) -> list[float]:
+    """Have shoppers ask without a pause, and put units on sale, each once the one before is sold.
+
+    They come to shards that have no shoppers, and nobody is told. Returns after how many seconds
+    each was sold.
+    """
+    chance, loop = random.Random(seed), asyncio.get_running_loop()
+    users = (user for user in count(1) if place(user, 24).shard >= 12)
+    for each in sales:
+        LoopPulls(each.shards)
+    put_at, sold = math.inf, asyncio.Event()
+
+    async def shop(sale: Sale) -> None:
+        while not putting.done():
+            asked_at = loop.time()
+            if await outcome_of(sale, next(users)) == b"accepted":
+                sold.set()
+            elif asked_at > put_at + 1:
+                assert not sum(sale.free()), "refused, with a unit in reach for more than a second"
+            await asyncio.sleep(0.01)
+
+    async def put() -> list[float]:
+        nonlocal put_at
+        seconds = []
+        for _ in range(units):
+            await asyncio.sleep(chance.random() * 0.5)
+            sold.clear()
+            put_at = loop.time()
+            at = chance.randrange(12)
+            sales[0].put(*[int(number == at) for number in range(24)])
+            await sold.wait()
+            seconds.append(loop.time() - put_at)
+            put_at = math.inf
+        return seconds
+
+    putting = asyncio.create_task(put())
+    await asyncio.gather(*[shop(sales[number % 2]) for number in range(8)])
+    return await putting
+
+
+def test_a_unit_in_reach_is_refused_to_nobody_for_longer_than_a_second(sale):
+    one, other = sale(24), sale(24)
+    seconds = asyncio.run(wait_for_units([one, other], 1, often(6, 300)))
+    print(f"sold after {statistics.median(seconds):.2f} s, at most {max(seconds):.2f} s")
+    assert sum(one.free()) == 0

@@ -93,6 +93,9 @@ def promises(app, leave) -> list[str]:
         promised.append("it is stored")
     if issued > 6:
         promised.append("it is on record")
+    with suppress(Unavailable):
+        stock.first.close(name)
+        promised.append("the sale is closed")
     return promised
 
 
@@ -148,7 +151,13 @@ def forget_the_fence(monkeypatch, app):
     [
         (
             forget_wait,
-            ["a claim is accepted", "a replay is replayed", "it is stored", "it is on record"],
+            [
+                "a claim is accepted",
+                "a replay is replayed",
+                "it is stored",
+                "it is on record",
+                "the sale is closed",
+            ],
         ),
         (forget_the_replay_s_write, ["a replay is replayed"]),
         (forget_the_fence, ["it is stored", "it is on record"]),

@@ -116,6 +116,9 @@ def test_all_shards_of_a_node_are_asked_at_once(make_app, round_trips):
         stopped.set()
         sampler.run_once(stopped)
         assert round_trips(lambda: sampler.run_once(stopped)) <= 8
+        ledger.check()
+        # Its products, its accounts, what was lent at two moments, and the time.
+        assert round_trips(ledger.check) == 5
         stock.client.script_flush()
         assert stock.view([1]).waiting == 50
         assert round_trips(lambda: stock.view([1])) == 1

@@ -22,9 +22,12 @@ def run_chaos(*arguments: str, tree=ROOT) -> subprocess.CompletedProcess:
     return result
 
 
-def test_twenty_kills_of_each_kind():
-    kills = often(100, 1000)
-    result = run_chaos("--kills", str(kills), "--seed", "1", "--quick", "--faults", "0.1")
+@pytest.mark.parametrize(
+    ("shards", "kills"), [(1, often(90, 1000)), (6, often(5, 1000))], ids=["one", "six_shards"]
+)
+def test_kills_of_each_kind(shards, kills):
+    options = ("--shards", str(shards), "--kills", str(kills), "--seed", "1")
+    result = run_chaos(*options, "--quick", "--faults", "0.1")
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
     seen = dict(re.findall(r"'(\w+)': (\d+)", result.stdout.split("kills:")[1].split("\n")[0]))
     assert set(seen) == {"web", "worker", "redis", "postgres", "all"}

@@ -207,8 +207,9 @@ class Sale(RuleBasedStateMachine):
             expected = b"insufficient" if self.free() > 0 else b"sold_out"
         else:
             expected = b"accepted"
-            self.promised(claim.detail, user, units, key)
         assert claim.outcome == expected
+        if expected == b"accepted":
+            self.promised(claim.detail, user, units, key)
         assert expected != b"replayed" or claim.detail == known
 
     def promised(self, order, user, units, key=None):
@@ -433,7 +434,8 @@ def free_and_lent() -> int:
     """Return the free units of all shards, none of them below zero, and those on their way."""
     units = 0
     for shard in stock.shards:
-        (free,), (lent,) = shard.client.hmget(shard.keys.product(1), "free"), shard.lent([1])
+        (free,) = shard.client.hmget(shard.keys.product(1), "free")
+        (lent,) = shard.ask(shard.asking_lent([1]))
         assert int(free) >= 0
         units += int(free)
         for name, figure in lent.items():
@@ -507,6 +509,8 @@ def explore(machine, examples, phases=tuple(Phase)):
                 derandomize=True,
                 database=None,
                 phases=phases,
+                # Else several, such as a planted bug has, are an error of another type.
+                report_multiple_bugs=False,
                 suppress_health_check=list(HealthCheck),
             ),
         )
@@ -562,5 +566,6 @@ def test_a_planted_bug_is_found(make_app, monkeypatch, name):
     assert planted != scripts()[script]
     monkeypatch.setitem(scripts(), script, planted)
     Sale.app = make_app(shards=6, purchase_user_limit=NO_LIMIT, purchase_address_limit=NO_LIMIT)
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError) as found:
         explore(DealtSale, 30, (Phase.generate,))
+    print(found.value)
