@@ -86,9 +86,9 @@ class Sale:
         told = [node.info("cpu") for node in self.nodes if node.role()[0] in ("master", b"master")]
         return sum(of["used_cpu_user"] + of["used_cpu_sys"] for of in told) * 1e6
 
-    def commands(self) -> int:
-        """Return how many commands clients have sent to the primaries."""
-        names = ("cmdstat_eval", "cmdstat_evalsha", "cmdstat_wait")
+    def scripts(self) -> int:
+        """Return how many scripts were run."""
+        names = ("cmdstat_eval", "cmdstat_evalsha")
         told = [node.info("commandstats") for node in self.nodes]
         return sum(of[name]["calls"] for of in told for name in names if name in of)
 
@@ -152,7 +152,7 @@ def claim_cpu(sale: Sale, claims: int, size: int) -> float:
 
 
 async def pull_times(sale: Sale, pulls: int) -> tuple[dict[str, list[float]], float, float]:
-    """Return ms by what was asked for; and of a pull the commands and the µs of Redis's CPU."""
+    """Return ms by what was asked for; and of a pull the scripts and the µs of Redis's CPU."""
     LoopPulls(sale.shards)
     shards = len(sale.shards)
     users = iter(range(10**7, 10**8))
@@ -180,12 +180,18 @@ async def pull_times(sale: Sale, pulls: int) -> tuple[dict[str, list[float]], fl
         await ask("its own shard has it", 0)
         if number % 10 == 0:
             await ask("nobody has it", None)
-    calls, cpu = sale.commands(), sale.cpu()
+    # Before each pull all shards are unsealed, which is no part of it.
+    figures = [(sale.scripts(), sale.cpu())]
+    for _ in range(pulls):
+        carry_out(sale.shards, unseal(shards, PRODUCT))
+    figures.append((sale.scripts(), sale.cpu()))
     for number in range(pulls):
         carry_out(sale.shards, unseal(shards, PRODUCT))
         await ask("another shard has it", 1 + number % (shards - 1))
-    calls = sale.commands() - calls - pulls * shards
-    return dict(times), calls / pulls, (sale.cpu() - cpu) / pulls
+    figures.append((sale.scripts(), sale.cpu()))
+    before, between, after = figures
+    ran, used = ((a - 2 * b + c) / pulls for a, b, c in zip(before, between, after, strict=True))
+    return dict(times), ran, used
 
 
 def percentile(values: list[float], part: float) -> float:
@@ -214,8 +220,8 @@ def main() -> None:
         )
     for name, *layout in PULLED if options.pulls else ():
         with sale_of(*layout) as sale:
-            times, calls, cpu = asyncio.run(pull_times(sale, options.pulls))
-        print(f"{name}: a pull is {calls:.0f} commands and {cpu:.0f} µs of the primaries' CPU")
+            times, ran, cpu = asyncio.run(pull_times(sale, options.pulls))
+        print(f"{name}: a pull is {ran:.0f} scripts and {cpu:.0f} µs of the primaries' CPU")
         for what, values in times.items():
             print(
                 f"  {what:<22} median {percentile(values, 0.5):6.2f} ms,"

@@ -2,20 +2,19 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from unittest.mock import patch
 
 import flask_migrate
 import psycopg2
 import pytest
 from documented import DocumentedClient
+from fresh import Fresh
 from people import API_TOKEN, PASSWORD, sign_in_once
-from sqlalchemy import text
 from system import UNLIMITED, Server, start_system, stop_system
 from werkzeug.routing import Rule
 
-from app import create_app, database
-from app.audit import CLI
+from app import create_app
 from app.books import recovery
 from app.config import Settings, load_settings
 from app.extensions import db, stock
@@ -92,65 +91,41 @@ def built_app(settings, quick_passwords):
     return app
 
 
+@pytest.fixture(scope="session")
+def fresh(built_app, settings) -> Iterator[Fresh]:
+    """What makes the shop an empty one."""
+    one = Fresh(settings)
+    yield one
+    one.close()
+
+
 @pytest.fixture
-def app(built_app, settings):
+def app(built_app, settings, fresh):
     """The app with an empty shop but for product 1, which has 100 items."""
     if stock.shards is not built_app.extensions["its_shards"]:
         # A process has one stock, and another test has made it another app's, or nobody's.
         stock.init_app(settings, lambda: recovery.sale_on_record(built_app))
         built_app.extensions["its_shards"] = stock.shards
-    _reset(built_app)
+    with built_app.app_context():
+        fresh.begin(settings)
     yield built_app
     with built_app.app_context():
         db.session.remove()
 
 
 @pytest.fixture
-def make_app(built_app, settings):
+def make_app(built_app, settings, fresh):
     """Build an app with other settings on the same servers."""
 
     def make(**changes):
         app = create_app(replace(settings, **changes))
         app.test_client_class = DocumentedClient
-        _reset(app)
+        with app.app_context():
+            fresh.begin(app.config["SETTINGS"])
         return app
 
     yield make
     stock.init_app(settings, lambda: recovery.sale_on_record(built_app))
-
-
-def _reset(app) -> None:
-    with app.app_context(), patch.object(recovery, "_empty_tables", _delete_rows):
-        stock.client.flushdb()
-        recovery.reset(CLI)
-    # PostgreSQL has just answered: what a test before this one waited for in vain is over.
-    database._answered()
-
-
-def _delete_rows() -> None:
-    """Do as TRUNCATE, which makes a hundred files anew: for a test's few rows that takes longest.
-
-    Triggers and foreign keys are left out, as TRUNCATE leaves them out.
-    """
-    acts = [f"SELECT setval('{counter}', 1, false)" for counter in _counters()]
-    # A reset keeps the audit; a test counts its own acts.
-    acts += [f"DELETE FROM {table}" for table in (*recovery.SALE_TABLES, "audit_log")]
-    acts = ["SET LOCAL session_replication_role = replica", *acts]
-    db.session.execute(text("; ".join([*acts, "SET LOCAL session_replication_role = origin"])))
-
-
-@cache
-def _counters() -> list[str]:
-    """Return the names of the sequences that RESTART IDENTITY sets back."""
-    found = db.session.scalars(
-        text(
-            "SELECT pg_get_serial_sequence(table_name, column_name) FROM information_schema.columns"
-            " WHERE table_schema = 'public' AND table_name = ANY(:tables)"
-            " AND (is_identity = 'YES' OR column_default LIKE 'nextval%')"
-        ),
-        {"tables": list(recovery.SALE_TABLES)},
-    )
-    return list(found)
 
 
 @pytest.fixture

@@ -42,6 +42,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=rank)
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """End the system that the files of a group have shared with the last of them."""
+    if file_of(item.nodeid) in SYSTEM_OF and not (
+        nextitem and file_of(nextitem.nodeid) in SYSTEM_OF
+    ):
+        for fixture in item.session._fixturemanager.getfixturedefs("server", item) or ():
+            fixture.finish(item._request)
+
+
 def pytest_collection_finish() -> None:
     """Spare the garbage collector all that is imported by now, and stays."""
     gc.freeze()

@@ -1,4 +1,4 @@
-"""In CI nothing is skipped: a test that did not run has shown nothing."""
+"""In CI nothing is skipped: a test that did not run has shown nothing. What runs again is new."""
 
 import os
 from collections.abc import Generator
@@ -15,6 +15,16 @@ def _refuse(report: pytest.TestReport | pytest.CollectReport) -> None:
     if report.skipped and not hasattr(report, "wasxfail") and name not in MAY_BE_SKIPPED:
         report.outcome = "failed"
         report.longrepr = f"skipped in CI: {report.longrepr[2]}"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Make anew what a test shares with its file before it runs again: it may have used that up."""
+    if getattr(item, "execution_count", 1) > 1:
+        for fixtures in item._fixtureinfo.name2fixturedefs.values():
+            for fixture in fixtures:
+                if fixture.scope == "module":
+                    fixture.finish(item._request)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,5 +1,8 @@
 """A shop whose webhooks may be sent to this machine, and somebody who takes them."""
 
+from dataclasses import replace
+from unittest.mock import patch
+
 import pytest
 from consumer import Consumer, number
 from sqlalchemy import text
@@ -25,10 +28,10 @@ def forget() -> None:
 
 
 @pytest.fixture
-def shop(make_app):
-    """The app, whose webhooks may be sent to this machine; no endpoint is left of another test."""
-    app = make_app(webhook_allow_private=True)
-    with app.app_context():
+def shop(app, settings):
+    """The app, whose webhooks may be sent to this machine; its endpoints' ids begin with 1."""
+    allowed = {"SETTINGS": replace(settings, webhook_allow_private=True)}
+    with app.app_context(), patch.dict(app.config, allowed):
         forget()
         yield app
         db.session.remove()

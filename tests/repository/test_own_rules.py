@@ -23,6 +23,21 @@ def test_fails_as_expected(): assert False
 """
 
 
+AGAIN = """
+import itertools, pytest
+made = itertools.count(1)
+@pytest.fixture(scope="session")
+def of_the_run(): return next(made)
+@pytest.fixture(scope="module")
+def of_the_file(of_the_run):
+    yield (one := [of_the_run, next(made)])
+    one.clear()
+def test_before(of_the_file): assert of_the_file == [1, 2]
+def test_that_uses_it_up(of_the_file): assert of_the_file.pop() == 3
+def test_after(of_the_file): assert of_the_file == [1]
+"""
+
+
 @pytest.fixture
 def suite(tmp_path):
     """Run a suite of one file under the rules."""
@@ -58,6 +73,11 @@ def test_a_skip_fails_in_ci(suite, ci, failed):
     assert run.returncode == failed, run.stdout + run.stderr
     assert f"{2 - failed} skipped, 1 xfailed" in run.stdout
     assert ("1 failed" in run.stdout) == bool(failed)
+
+
+def test_what_runs_again_shares_nothing_with_its_first_try(suite):
+    run = suite(AGAIN, "-p", "pytest_rerunfailures", "--reruns", "1")
+    assert "3 passed, 1 rerun" in run.stdout, run.stdout + run.stderr
 
 
 def test_a_deadline_passes():

@@ -27,11 +27,9 @@ def parsed(text: str) -> list[dict]:
     return lines
 
 
-@pytest.fixture(scope="module")
-def system(tmp_path_factory):
-    started = start_system(
-        tmp_path_factory.mktemp("run"), LOG_FORMAT="json", LOG_LEVEL="warning", WEB_WORKERS="2"
-    )
+@pytest.fixture
+def system(tmp_path):
+    started = start_system(tmp_path, LOG_FORMAT="json", LOG_LEVEL="warning", WEB_WORKERS="2")
     yield started
     if started.process.poll() is None:
         stop_system(started)

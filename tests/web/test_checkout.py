@@ -14,7 +14,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import psycopg2
 import pytest
-import stripe
 from client import free_port
 from system import end, spawn
 from waiting import wait_until
@@ -22,8 +21,8 @@ from waiting import wait_until
 from app.config import ROOT
 from app.run.embedded import PostgresServer
 
+# The library takes half a second to import, which those that run other files do without.
 sys.path.append(str(ROOT / "docs" / "clients"))
-from checkout import Checkout, TryAgain
 
 SECRET = "whsec_test"
 users = itertools.count(random.randrange(10**9, 2**52))
@@ -103,7 +102,9 @@ def fake():
     server.server_close()
 
 
-def client_of(port: int) -> stripe.StripeClient:
+def client_of(port: int):
+    import stripe
+
     address = f"http://127.0.0.1:{port}"
     return stripe.StripeClient("sk_test_1", base_addresses={"api": address}, max_network_retries=0)
 
@@ -157,7 +158,9 @@ def event(intent: str, kind: str = "payment_intent.amount_capturable_updated") -
     return json.dumps({"id": "evt_1", "object": "event", "type": kind, "data": inner}).encode()
 
 
-def checkout_of(server, client) -> Checkout:
+def checkout_of(server, client):
+    from checkout import Checkout
+
     return Checkout(server.url, server.api_token, client, SECRET)
 
 
@@ -188,6 +191,8 @@ def test_no_money_moves_for_a_hold_that_is_lost(server, sell, fake):
 @pytest.mark.parametrize("done", [True, False])
 @pytest.mark.parametrize("path", ["/v1/payment_intents", "/capture"])
 def test_a_lost_answer_is_settled_by_the_next_try(server, sell, fake, path, done):
+    from checkout import TryAgain
+
     checkout = checkout_of(server, fake.client)
     held = sell()[1]
     fake.faults.append((path, done))
@@ -198,6 +203,8 @@ def test_a_lost_answer_is_settled_by_the_next_try(server, sell, fake, path, done
 
 
 def test_webhooks_come_twice_late_and_in_any_order(server, sell, fake):
+    from checkout import TryAgain
+
     checkout = checkout_of(server, fake.client)
     held = sell()[1]
     # The checkout dies right after the authorisation.
@@ -225,6 +232,8 @@ def test_a_declined_card_leaves_the_hold_for_another(server, sell, fake):
 
 @contextmanager
 def localstripe():
+    from stripe import APIConnectionError
+
     port = free_port()
     process = spawn([sys.executable, "-m", "localstripe", "--port", str(port), "--from-scratch"])
     try:
@@ -233,7 +242,7 @@ def localstripe():
         def answers():
             try:
                 return client.v1.customers.list() is not None
-            except stripe.APIConnectionError:
+            except APIConnectionError:
                 return False
 
         wait_until(answers, what="localstripe")

@@ -232,6 +232,7 @@ def with_tokens(tmp_path):
     secret = "0123456789abcdef0123456789abcdef"
     server = start_system(
         tmp_path,
+        WEB_WORKERS="1",
         SHOPPER_AUTH="jwt",
         JWT_SECRET=secret,
         JWT_ISSUER="https://id.example",
