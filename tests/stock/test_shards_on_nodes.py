@@ -257,6 +257,40 @@ def test_terms_and_brakes_are_in_force_where_they_can_be(cluster, shop, admin_he
     assert len(db.session.scalars(acts, {"kind": "product.change"}).all()) == 3
 
 
+def test_restocks_and_new_products_wait_for_a_lost_node(cluster, shop, admin_headers):
+    """503 until every shard has its units; those in reach sell theirs at once. The key tells."""
+    shop.test_client_class = DocumentedClient
+    client = shop.test_client()
+    new = {"name": "Late", "priceCents": 100, "currency": "EUR", "stock": 6}
+    dead = {of.part.shard for of in stock.shards if of.server.address()[1] == cluster.x.port}
+
+    def post(path: str, body: dict):
+        return client.post(path, json=body, headers=admin_headers | {"Idempotency-Key": path})
+
+    def answers() -> list[int]:
+        restocked = post("/products/restock", {"productId": 1, "amount": 12})
+        return [restocked.status_code, post("/products", new).status_code]
+
+    before = stock.view([1]).parts
+    cluster.x.kill()
+    try:
+        assert answers() == [503, 503]
+        assert answers() == [503, 503]
+        for number, part in stock.view([1, 2]).parts.items():
+            if number not in dead:
+                had = before[number].products[1]["free"]
+                assert part.products[1]["free"] == had + 2
+                assert part.products[2]["free"] == 1
+    finally:
+        cluster.x.start()
+    wait_until(lambda: not stock.view([1]).missing, 30, "the node to be back")
+    assert answers() == [200, 201]
+    assert answers() == [200, 201]
+    products = stock.view([1, 2]).products
+    assert (products[1]["free"], products[2]["free"]) == (112, 6)
+    is_even()
+
+
 def test_dashboard_and_metrics_tell_each_shard(cluster, shop):
     """Its node, health, free units, units in transit and waiting orders; those of a lost node."""
     told = telemetry.exposition().decode()

@@ -36,3 +36,9 @@ def test_a_small_run_has_every_table():
     ):
         assert f"| {row}" in told, row
     assert told.count("| appendfsync ") == 2
+
+
+def test_shards_and_pulls_are_measured():
+    told = measured("stress/bench_shards.py", "--rounds", "1", "--claims", "320", "--pulls", "3")
+    assert told.count("6 shards, ") == 4
+    assert told.count("a pull is ") == 2
