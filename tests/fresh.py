@@ -34,9 +34,12 @@ class Fresh:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._open()
+
+    def _open(self) -> None:
         self._keys: dict[bytes, bytes] = {}
         self._session = psycopg2.connect(
-            settings.database_url.replace("+psycopg2", ""),
+            self._settings.database_url.replace("+psycopg2", ""),
             options="-c session_replication_role=replica -c timezone=UTC",
         )
         self._session.autocommit = True
@@ -53,6 +56,16 @@ class Fresh:
 
     def begin(self, settings: Settings) -> None:
         """Make the shop of the app with these settings a fresh one."""
+        try:
+            self._make(settings)
+        except (psycopg2.OperationalError, psycopg2.InterfaceError):
+            # A test has ended all sessions, and this one with them.
+            self._open()
+            self._make(settings)
+        # PostgreSQL has just answered: what a test before this one waited for in vain is over.
+        database._answered()
+
+    def _make(self, settings: Settings) -> None:
         ours = self._settings.database_url == settings.database_url
         alike = ours and (self._settings.redis_url, self._settings.shards) == (
             settings.redis_url,
@@ -64,8 +77,6 @@ class Fresh:
             self._reset(ours)
             if alike:
                 self._remember()
-        # PostgreSQL has just answered: what a test before this one waited for in vain is over.
-        database._answered()
 
     def _reset(self, ours: bool) -> None:
         stock.client.flushdb()
