@@ -86,7 +86,7 @@ class Stuck(Exception):
 class System:
     """The system under test. `proxied`: its servers are ours, behind faulty proxies."""
 
-    def __init__(self, folder: Path, seed: int, quick: bool, shards: int):
+    def __init__(self, folder: Path, seed: int, quick: bool, shards: int = 1):
         self.folder, self.seed, self.quick, self.shards = folder, seed, quick, shards
         self.data = folder / "data"
         self.data.mkdir()
