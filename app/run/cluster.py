@@ -106,6 +106,8 @@ class Cluster:
                 self._formed.write_text(json.dumps([node.port for node in nodes]))
             for node in nodes:
                 node.await_answer("cluster_state:ok", "CLUSTER INFO")
+                # A node may sell its own shards already, and be asked who has the others.
+                node.await_answer(f"cluster_slots_assigned:{SLOTS}", "CLUSTER INFO")
                 node.await_answer("role:master|master_link_status:up", "INFO REPLICATION")
         except redis.RedisError as error:
             raise StartError(f"the nodes don't make a cluster: {error}") from None
