@@ -22,6 +22,7 @@ import time
 import urllib.error
 import urllib.request
 from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import redis
@@ -40,6 +41,18 @@ HISTORY_SECONDS = 860
 MINUTE = timedelta(minutes=1)
 
 
+class Consumer(BaseHTTPRequestHandler):
+    """Takes every webhook."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(204)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
 class Shop:
     """A running system, and a handful of things to do with it."""
 
@@ -53,6 +66,7 @@ class Shop:
             "PORT": str(port),
             "PURCHASE_ADDRESS_LIMIT": "off",
             "WEB_WORKERS": "1",
+            "WEBHOOK_ALLOW_PRIVATE": "on",
         }
         self.url = f"http://127.0.0.1:{port}"
         self.log = folder / "system.log"
@@ -106,9 +120,12 @@ def iso(moment: datetime) -> str:
     return moment.isoformat(timespec="seconds")
 
 
-def fill(shop: Shop) -> None:
-    """Products in every state, orders, a dead letter, and some history."""
+def fill(shop: Shop, consumer: str) -> None:
+    """Products in every state, orders, a dead letter, webhooks, and some history."""
     now = datetime.now(UTC)
+    shop.ask("POST", "/webhooks", {"url": consumer})
+    # Nothing listens there.
+    shop.ask("POST", "/webhooks", {"url": "http://127.0.0.1:9/stock"})
     shop.ask("PATCH", "/products/1", {"name": "Aurora 14 laptop, 32 GB", "priceCents": 129_900})
     products = [
         {"name": "Nimbus headphones", "priceCents": 24_900, "stock": 2500,
@@ -215,6 +232,9 @@ def prepare_pages(shop: Shop, page: Page) -> dict[str, str]:
         "audit": "/admin/audit/",
         "password": "/admin/password",
         "jobs": "/admin/rq/",
+        "webhooks": "/admin/webhooks/",
+        "webhook": "/admin/webhooks/1",
+        "import": "/admin/products/import",
     }
 
 
@@ -275,11 +295,13 @@ def main() -> None:
     arguments.to.mkdir(parents=True, exist_ok=True)
     random.seed(4711)
     with tempfile.TemporaryDirectory(prefix="shots") as folder:
+        consumer = ThreadingHTTPServer(("127.0.0.1", 0), Consumer)
+        threading.Thread(target=consumer.serve_forever, daemon=True).start()
         shop = Shop(Path(folder))
         stopped = threading.Event()
         buyer = threading.Thread(target=shop_on, args=(shop, stopped))
         try:
-            fill(shop)
+            fill(shop, f"http://127.0.0.1:{consumer.server_port}/events")
             buyer.start()
             take(shop, arguments.to, set(filter(None, arguments.only.split(","))))
         finally:
