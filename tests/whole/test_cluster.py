@@ -105,7 +105,13 @@ class Drill:
 
     def replica_of(self, node: Node) -> Node:
         mine = node.ask("CLUSTER MYID")
-        return next(each for each in self.nodes if f"slave {mine}" in _line(each))
+
+        def replicas() -> list[Node]:
+            running = [each for each in self.nodes if each.is_running()]
+            return [each for each in running if f"slave {mine}" in _line(each)]
+
+        # One that was the primary until a moment ago may not know yet that it is not.
+        return wait_until(replicas, 60, "a replica")[0]
 
     def sells_everywhere(self, since: float) -> None:
         wait_until(lambda: self.rush.sells(since), 60, "a sale in every shard")
