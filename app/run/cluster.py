@@ -36,7 +36,7 @@ NODE_OPTIONS = {
     # One node's death is not to stop the others.
     "cluster-require-full-coverage": "no",
     "repl-diskless-sync-delay": "0",
-    # Else Valkey 9 looks but once a second whether a replica has got all, and nobody buys meanwhile.
+    # Else Valkey 9 looks only once a second whether a replica has all yet: nobody buys meanwhile.
     "repl-diskless-load": "swapdb",
     "repl-ping-replica-period": "1",
 }
