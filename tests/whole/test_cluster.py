@@ -42,6 +42,8 @@ WITHIN_SECONDS = NODE_TIMEOUT_SECONDS + 3
 class DebianNode(Node):
     """A node of Debian's Redis 7.0, which moves no slots by itself."""
 
+    options = {name: of for name, of in Node.options.items() if name != "cluster-ping-interval"}
+
     def _program(self) -> str:
         return program("redis")
 
