@@ -25,7 +25,7 @@ from system import end, processes, run_program, spawn, start_system, stop_system
 from waiting import wait_until
 
 from app.config import ROOT
-from app.run.cluster import Cluster, Node, free_ports
+from app.run.cluster import NODE_OPTIONS, Cluster, Node, free_ports
 from app.run.embedded import PostgresServer, RedisServer
 from app.stock.keys import Keys
 from app.stock.shards import Part
@@ -39,10 +39,13 @@ NODE_TIMEOUT_SECONDS = 5
 WITHIN_SECONDS = NODE_TIMEOUT_SECONDS + 3
 
 
+DEBIAN_OPTIONS = {name: of for name, of in NODE_OPTIONS.items() if name != "cluster-ping-interval"}
+
+
 class DebianNode(Node):
     """A node of Debian's Redis 7.0, which moves no slots by itself."""
 
-    options = {name: of for name, of in Node.options.items() if name != "cluster-ping-interval"}
+    options = DEBIAN_OPTIONS
 
     def _program(self) -> str:
         return program("redis")
