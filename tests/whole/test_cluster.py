@@ -39,7 +39,12 @@ NODE_TIMEOUT_SECONDS = 5
 WITHIN_SECONDS = NODE_TIMEOUT_SECONDS + 3
 
 
-DEBIAN_OPTIONS = {name: of for name, of in NODE_OPTIONS.items() if name != "cluster-ping-interval"}
+# The others are for Valkey.
+DEBIAN_OPTIONS = {
+    name: value
+    for name, value in NODE_OPTIONS.items()
+    if name not in ("cluster-ping-interval", "repl-diskless-load")
+}
 
 
 class DebianNode(Node):
