@@ -172,11 +172,17 @@ class Rebuilt:
 
     def __str__(self) -> str:
         return (
-            f"On sale again: products {self.products}, free units {self.free_units}; known: stored "
-            f"orders {self.orders}, dead letters {self.dead_letters}, "
-            f"idempotency keys {self.idempotency_keys}. It took {self.seconds:.1f} s, "
-            f"and the next order is number {self.loss.first_order_id}. {self.loss}"
+            f"On sale: {_count(self.products, 'product')} with "
+            f"{_count(self.free_units, 'free unit')}, after {_count(self.orders, 'stored order')} "
+            f"and {_count(self.dead_letters, 'dead letter')}; "
+            f"{_count(self.idempotency_keys, 'idempotency key')} known. It took "
+            f"{self.seconds:.1f} s, and the next order is number {self.loss.first_order_id}. "
+            f"{self.loss}"
         )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _told(rebuild: Callable[[Actor, bool], Rebuilt]) -> Callable[..., Rebuilt]:
