@@ -37,6 +37,7 @@ from .stock import plan
 
 # Two starts at once must not migrate at once.
 PREPARE_SECONDS = 0.2
+MOST_LISTED = 100_000
 
 ledger_commands = AppGroup("ledger", help="The proof that stock and orders agree to the unit.")
 cluster_commands = AppGroup("cluster", help="The nodes that share the sale.")
@@ -294,7 +295,7 @@ def show_repair(step: ledger.Repair, verb: str) -> None:
 def read_moment(context: click.Context, option: click.Option, text: str | None) -> datetime | None:
     """Return a time as the API would take it, or refuse it."""
     try:
-        return None if text is None else terms.moment(text, option.name or "")
+        return None if text is None else terms.moment(text, option.name or "", "it")
     except InvalidRequest as error:
         raise click.BadParameter(str(error)) from None
 
@@ -353,7 +354,7 @@ def cancel_orders(
 @dead_letters.command("list")
 @click.option("--state", type=click.Choice(["open", "replayed", "abandoned", "all"]),
               default="open", show_default=True)  # fmt: skip
-@click.option("--limit", default=50, show_default=True)
+@click.option("--limit", type=click.IntRange(1, MOST_LISTED), default=50, show_default=True)
 @with_appcontext
 def list_dead_letters(state: str, limit: int) -> None:
     """Show the newest dead letters."""

@@ -155,6 +155,21 @@ def test_a_reason_is_refused_as_on_the_pages_never_cut(runner, app, command, rea
     assert stock.view([1]).products[1]["free"] == 100
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("dead-letters list --limit -1", "-1 is not in the range"),
+        ("dead-letters list --limit 0", "0 is not in the range"),
+        ("orders cancel --product 1 --reason x --from soon", "'--from': it must be a time"),
+        ("orders cancel --product 1 --reason x --to soon", "'--to': it must be a time"),
+    ],
+)
+def test_wrong_options_are_told_by_their_names(runner, app, line, words):
+    result = runner.invoke(args=line.split())
+    assert result.exit_code == 2
+    assert words in result.output.splitlines()[-1]
+
+
 def test_a_correction_keeps_its_whole_reason(runner, app):
     reason = "x" * 500
     assert runner.invoke(args=["stock", "correct", "1", "-5", "--reason", reason]).exit_code == 0
