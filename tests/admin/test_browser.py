@@ -283,11 +283,11 @@ def test_a_time_that_nobody_touched_stays(open_page, shop, zone, instant, wall):
         ("Europe/Berlin", "2027-10-31T02:30", "02:30 comes twice that day; the first is meant",
          "2027-10-31T00:30:00"),
         drill("America/New_York", "2027-03-14T02:30", "02:30 is skipped that day; 03:30 is meant",
-         "2027-03-14T07:30:00"),
-        drill("America/New_York", "2027-11-07T01:30", "01:30 comes twice that day; the first is meant",
-         "2027-11-07T05:30:00"),
+              "2027-03-14T07:30:00"),
+        drill("America/New_York", "2027-11-07T01:30",
+              "01:30 comes twice that day; the first is meant", "2027-11-07T05:30:00"),
         drill("Australia/Lord_Howe", "2027-04-04T01:45",
-         "01:45 comes twice that day; the first is meant", "2027-04-03T14:45:00"),
+              "01:45 comes twice that day; the first is meant", "2027-04-03T14:45:00"),
     ],
 )  # fmt: skip
 def test_what_the_page_says_of_a_time_is_what_is_stored(open_page, shop, zone, wall, told, instant):
