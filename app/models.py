@@ -346,32 +346,28 @@ class Order(OfUser, Model):
             "ix_orders_status_id", "status", "id", postgresql_where=text("status <> 'CONFIRMED'")
         ),
         Index("ix_orders_held_until", "held_until", "id", postgresql_where=text("status = 'HELD'")),
-        # One order for each (user, Idempotency-Key), also after Redis has forgotten the key.
+        # One order for each (user, Idempotency-Key), also after Redis has forgotten the key. The
+        # key comes first, since the support desk looks one up without knowing whose it is; the
+        # first index has the keys of all users.
         Index(
-            "uq_orders_user_id_idempotency_key",
-            "user_id",
+            "uq_orders_idempotency_key_user_id",
             "idempotency_key",
+            "user_id",
             unique=True,
             postgresql_where=text("idempotency_key is not null"),
         ),
         Index(
-            "uq_orders_user_name_idempotency_key",
-            "user_name",
+            "uq_orders_idempotency_key_user_name",
             "idempotency_key",
+            "user_name",
             unique=True,
             postgresql_where=text("user_name is not null and idempotency_key is not null"),
-        ),
-        # The support desk looks a key up without knowing whose it is.
-        Index(
-            "ix_orders_idempotency_key",
-            "idempotency_key",
-            postgresql_using="hash",
-            postgresql_where=text("idempotency_key is not null"),
         ),
     )
 
     id: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
-    product_id: Mapped[int] = mapped_column(ForeignKey("products.id"))
+    # Of a product that exists: the sums' trigger sees to it, once for all orders of a batch.
+    product_id: Mapped[int] = mapped_column(BigInteger)
     quantity: Mapped[int] = mapped_column(Integer)
     unit_price_cents: Mapped[int] = mapped_column(BigInteger)
     currency: Mapped[str] = mapped_column(String(3))

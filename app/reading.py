@@ -31,8 +31,14 @@ DOTS = frozenset((".", ".."))
 COUNTED = re.compile(r"[1-9][0-9]{0,15}").fullmatch
 # The shop's own name for an order: a cart, or a line of one.
 REFERENCE = re.compile(r"[\x21-\x7e]{1,64}").fullmatch
-# All but tab, line feed and carriage return: PostgreSQL refuses NUL, and none of them is text.
-CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]").search
+# What no text of ours holds, as a part of a character class: control characters, tabs and ends of
+# lines among them, and what turns the direction of all that follows (Unicode 6.1, UAX 9). A name
+# stands in a line of a page, a log, a CSV file or a terminal, and must stay there.
+CONTROLS = r"\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069"
+# What nobody sees alone.
+INVISIBLE = r"\s\u00ad\u200b-\u200f\u2060-\u2064\ufeff"
+has_control = re.compile(f"[{CONTROLS}]").search
+is_visible = re.compile(f"[^{INVISIBLE}]").search
 
 
 def _no_number(name: str) -> None:
@@ -183,14 +189,17 @@ def read_price(data: dict[str, Any], name: str = "expectedPriceCents") -> int | 
 
 
 def read_text(data: Mapping[str, Any], name: str, longest: int, called: str | None = None) -> str:
-    """Return a member that is a text of 1 to `longest` characters.
+    """Return a member that is a text of one line, of 1 to `longest` characters, without blanks
+    around it.
 
     `called` is what an error calls it, where that is not its name. Raises InvalidRequest.
     """
     called = called or name
     value = data.get(name)
-    if not isinstance(value, str) or not 1 <= len(value.strip()) <= longest or CONTROLS(value):
+    if not isinstance(value, str) or len(value.strip()) > longest or not is_visible(value):
         raise InvalidRequest(f"{called} must be a text of 1 to {longest} characters", name)
+    if has_control(value):
+        raise InvalidRequest(f"{called} must be one line, without control characters", name)
     value = value.strip()
     # A lone surrogate is legal in JSON and in Python, but not in UTF-8.
     if any("\ud800" <= character <= "\udfff" for character in value):

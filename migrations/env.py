@@ -22,6 +22,7 @@ def run_offline() -> None:
         url=migrate.db.engine.url.render_as_string(hide_password=False),
         target_metadata=migrate.db.metadata,
         literal_binds=True,
+        transaction_per_migration=True,
     )
     with context.begin_transaction():
         context.run_migrations()
@@ -34,6 +35,8 @@ def run_online() -> None:
             target_metadata=migrate.db.metadata,
             include_name=is_ours,
             include_object=is_table,
+            # What one has locked nobody waits for while the next one waits for something else.
+            transaction_per_migration=True,
             **migrate.configure_args,
         )
         with context.begin_transaction():

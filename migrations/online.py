@@ -9,21 +9,25 @@ from sqlalchemy.exc import OperationalError
 
 log = logging.getLogger("alembic.runtime.migration")
 
-LOCK_NOT_AVAILABLE = "55P03"
-# A minute and a half of tries; who still holds the table then is no transaction of ours.
-ATTEMPTS = 60
+# A lock was not to be had in time; a deadlock.
+IN_USE = ("55P03", "40P01")
+# Two or three minutes of tries; who still holds the table then is no transaction of ours.
+ATTEMPTS = 150
 PAUSE_SECONDS = 0.5
+# Who needs two tables waits for the second one with the first one in hand. That is over before
+# PostgreSQL looks for deadlocks (deadlock_timeout, 1 s), so that nobody else is ended for it.
+LOCK_MILLISECONDS = 400
 
 
 def lock_briefly(statement: str) -> None:
-    """Run what locks a table, which everybody waits for: not for longer than a second at a time."""
+    """Run what locks tables, which everybody waits for: not for longer than a second at a time."""
     for attempt in range(1, ATTEMPTS + 1):
-        op.execute("SET lock_timeout = '1s'")
+        op.execute(f"SET lock_timeout = '{LOCK_MILLISECONDS}ms'")
         try:
             op.execute(statement)
             return
         except OperationalError as error:
-            if getattr(error.orig, "pgcode", "") != LOCK_NOT_AVAILABLE or attempt == ATTEMPTS:
+            if getattr(error.orig, "pgcode", "") not in IN_USE or attempt == ATTEMPTS:
                 raise
             log.warning("%s…: in use, try %d of %d", statement[:40], attempt, ATTEMPTS)
             time.sleep(PAUSE_SECONDS)

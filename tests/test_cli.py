@@ -140,13 +140,13 @@ def test_tokens(runner, client, app):
         ("dead-letters", "abandon", "1", "--yes"),
     ],
 )
-@pytest.mark.parametrize("reason", ["", "  ", "x" * 501, "a\0b"])
+@pytest.mark.parametrize("reason", ["", "  ", "x" * 501, "a\0b", "a\nb", "\u200b"])
 def test_a_reason_is_refused_as_on_the_pages_never_cut(runner, app, command, reason):
     with app.app_context():
         before = db.session.query(AuditEntry).count()
         result = runner.invoke(args=[*command, "--reason", reason])
         assert result.exit_code == 2
-        assert "reason must be a text of 1 to 500 characters" in result.output
+        assert "reason must be" in result.output
         assert db.session.query(AuditEntry).count() == before
     assert stock.view([1]).products[1]["free"] == 100
 

@@ -1,6 +1,8 @@
 """Migrations and the rules that stand in the schema itself."""
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import flask_migrate
 import pytest
@@ -8,6 +10,7 @@ from alembic.script import ScriptDirectory
 from older import database_of
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
+from waiting import wait_until
 
 from app.extensions import db
 from app.products.movements import totals
@@ -67,12 +70,19 @@ def test_totals_follow_every_change(app):
 
 
 @pytest.fixture
-def older(built_app, settings):
-    """An app on a database of its own that stands before texts could name users."""
-    with database_of(settings, "0006_pages") as app:
+def first(built_app, settings):
+    """An app on a database of its own, as 0.1.0 left it."""
+    with database_of(settings, "0002") as app:
         db.session.execute(text(OLD_ORDER), {"id": 1})
         db.session.commit()
         yield app
+
+
+@pytest.fixture
+def older(first):
+    """The same, where it stands before texts could name users."""
+    flask_migrate.upgrade(revision="0006_pages")
+    return first
 
 
 OLD_ORDER = (
@@ -223,3 +233,142 @@ def test_events_of_many_orders_come_to_a_system_that_sells(older):
     flask_migrate.downgrade(revision="0014_shards")
     db.session.execute(old)
     db.session.rollback()
+
+
+@contextmanager
+def beside(app, work) -> Iterator[list[BaseException]]:
+    """Run work in a thread; yield, and wait for it. It must not fail, unless errors are taken."""
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        with app.app_context():
+            try:
+                work()
+            except BaseException as error:
+                errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield errors
+    finally:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+@contextmanager
+def ending(connection) -> Iterator[None]:
+    """End its transaction, whatever happens: somebody may wait for it."""
+    try:
+        yield
+    finally:
+        connection.rollback()
+
+
+def waiters_of(table: str) -> int:
+    """Return how many wait for a lock of a table."""
+    query = "SELECT count(*) FROM pg_locks WHERE relation = to_regclass(:name) AND NOT granted"
+    with db.engine.connect() as connection:
+        return connection.scalar(text(query), {"name": table})
+
+
+def waits_for_a_row() -> bool:
+    """Tell whether somebody waits for what another transaction has changed."""
+    query = "SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'transactionid' AND NOT granted)"
+    with db.engine.connect() as connection:
+        return bool(connection.scalar(text(query)))
+
+
+def test_all_migrations_beside_a_transaction_that_stores(first):
+    """Who stores orders while a system of 0.1.0 is updated is not ended by a deadlock."""
+    letter = "INSERT INTO dead_letters (stream_id, payload, error) VALUES ('1', '', '')"
+    entry = "INSERT INTO audit_log (actor, action, target) VALUES ('x', 'x', 'x')"
+    with db.engine.connect() as drain:
+        drain.execute(text(OLD_ORDER), {"id": 2})
+        with beside(first, flask_migrate.upgrade), ending(drain):
+            wait_until(lambda: waiters_of("products"), what="the migrations to wait for the drain")
+            drain.execute(text(letter))
+            drain.execute(text(entry))
+            drain.commit()
+    assert db.session.scalars(text("SELECT id FROM orders ORDER BY id")).all() == [1, 2]
+
+
+def test_who_reads_is_not_ended_for_a_lock_of_two_tables(older):
+    """The migration that needs orders and products lets go before PostgreSQL sees a deadlock."""
+    flask_migrate.upgrade(revision="0015_ended_together")
+    with db.engine.connect() as other, db.engine.connect() as page:
+        other.execute(text("SELECT FROM orders"))
+        page.execute(text("SELECT FROM products"))
+
+        def read() -> None:
+            # Behind the migration, which then has the orders and waits for the products.
+            wait_until(lambda: waiters_of("orders"), what="the foreign key to be dropped")
+            with ending(page):
+                page.execute(text("SELECT FROM orders"))
+            read_all.set()
+
+        read_all = threading.Event()
+        with beside(older, flask_migrate.upgrade), beside(older, read), ending(other):
+            behind = lambda: waiters_of("orders") == 2 or read_all.is_set()  # noqa: E731
+            wait_until(behind, what="the page to wait for the orders")
+    flask_migrate.check()
+
+
+def test_lighter_orders_come_to_a_system_that_sells(older):
+    """No row is rewritten, a killed migration begins again, and nothing is refused less."""
+    flask_migrate.upgrade(revision="0015_ended_together")
+    rows = "SELECT ctid::text, xmin::text FROM orders WHERE id = 1"
+    before = db.session.execute(text(rows)).one()
+    db.session.commit()
+    flask_migrate.upgrade(revision="0016_lighter_orders")
+    new = "'uq_orders_idempotency_key_user_id'::regclass"
+    db.session.execute(text(f"UPDATE pg_index SET indisvalid = false WHERE indexrelid = {new}"))
+    db.session.commit()
+    flask_migrate.stamp(revision="0015_ended_together")
+    flask_migrate.upgrade(revision="0016_lighter_orders")
+    assert db.session.scalar(text(f"SELECT indisvalid FROM pg_index WHERE indexrelid = {new}"))
+    assert db.session.execute(text(rows)).one() == before
+    db.session.execute(text(OLD_ORDER), {"id": 2})
+    db.session.commit()
+    refused(OLD_ORDER.replace("7, 1,", "7, 9,"), "fk_orders_product_id", id=3)
+    refused(OLD_ORDER.replace("'key-' || :id", "'key-1'"), "user_id", id=3)
+    refused("DELETE FROM products", "fk_orders_product_id")
+    flask_migrate.downgrade(revision="0015_ended_together")
+    refused(OLD_ORDER.replace("7, 1,", "7, 9,"), "fk_orders_product_id", id=3)
+    refused(
+        OLD_ORDER.replace("'key-' || :id", "'key-1'"), "uq_orders_user_id_idempotency_key", id=3
+    )
+    refused("DELETE FROM products", "fk_orders_product_id")
+
+
+def refused(statement: str, why: str, **values: object) -> None:
+    with pytest.raises(DBAPIError, match=why):
+        db.session.execute(text(statement), values)
+    db.session.rollback()
+
+
+STORE = OLD_ORDER.replace("7, 1,", "7, 2,").replace(":id", "5")
+DELETE = "DELETE FROM products WHERE id = 2"
+
+
+@pytest.mark.parametrize(("first_one", "second"), [(STORE, DELETE), (DELETE, STORE)])
+def test_a_product_is_not_deleted_under_its_orders(app, first_one, second):
+    """Of an order that is stored and a deletion at once the later one is refused."""
+    with app.app_context():
+        product = "INSERT INTO products (id, name, price_cents, currency) VALUES (2, 'x', 1, 'USD')"
+        db.session.execute(text(product.replace("VALUES", "OVERRIDING SYSTEM VALUE VALUES")))
+        db.session.commit()
+
+        def do_second() -> None:
+            with db.engine.begin() as connection:
+                connection.execute(text(second))
+
+        with db.engine.connect() as connection:
+            connection.execute(text(first_one))
+            refusal = pytest.raises(DBAPIError, match="fk_orders_product_id")
+            with refusal, beside(app, do_second), ending(connection):
+                wait_until(waits_for_a_row, what="the second one to wait")
+                connection.commit()
+        orphans = "SELECT count(*) FROM orders WHERE product_id NOT IN (SELECT id FROM products)"
+        assert db.session.scalar(text(orphans)) == 0

@@ -4,9 +4,12 @@ import asyncio
 import json
 import os
 import socket
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from waiting import patience
 
 from app.extensions import stock
 from app.stock.doorkeeper import Doorkeeper
@@ -111,3 +114,12 @@ def post(body: bytes, *headers: str, length: bool = True) -> bytes:
     if length:
         lines.append(f"Content-Length: {len(body)}")
     return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
+
+
+async def until(condition: Callable[[], Any], seconds: float = 10) -> Any:
+    """Return what the condition has become, once that is true. Raises AssertionError."""
+    deadline = time.monotonic() + patience(seconds)
+    while not (found := condition()):
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.01)
+    return found

@@ -22,6 +22,7 @@ def init_app(app: Flask) -> None:
     app.add_template_global(asset)
     app.add_template_global(icon)
     app.add_template_global(submission_key)
+    app.add_template_global(verdict)
 
 
 def number(value: int | float | None) -> str:
@@ -76,6 +77,19 @@ def duration(seconds: float | None) -> str:
     if whole < 86400:
         return f"{whole // 3600} h {whole % 3600 // 60:02} min"
     return f"{whole // 86400} d {whole % 86400 // 3600} h"
+
+
+def verdict(ok: bool | None, in_part: object = False, difference: int = 0) -> tuple[str, str]:
+    """How a proof of the ledger looks, and what is said of it.
+
+    `ok` is None without a proof; of what is right so far `in_part` may be left unproved. Of a
+    single product the difference in units is told; without one something else is wrong.
+    """
+    if ok is None:
+        return "unknown", "unknown"
+    if not ok:
+        return "bad", f"off by {difference:+,}" if difference else "does not balance"
+    return ("unknown", "partly proved") if in_part else ("good", "balanced")
 
 
 def as_json(value: object) -> str:

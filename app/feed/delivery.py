@@ -282,7 +282,7 @@ def signed(endpoint: WebhookEndpoint, delivery: WebhookDelivery, now: datetime) 
     """Return the headers of an attempt that is made now (Standard Webhooks). Raises Unreadable."""
     signatures = [
         Webhook(secret).sign(delivery.message_id, now, delivery.body)
-        for secret in webhooks.secrets_of(endpoint)
+        for secret in webhooks.secrets_of(endpoint, now)
     ]
     return {
         "Content-Type": "application/json",

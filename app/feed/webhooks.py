@@ -5,7 +5,7 @@ import re
 import secrets
 from collections.abc import Mapping
 from contextlib import suppress
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
@@ -192,7 +192,8 @@ def rotate(
     endpoint = get(endpoint_id, lock=True)
     made = secret.make()
     endpoint.former_secret = endpoint.secret
-    endpoint.former_until = datetime.now(UTC) + timedelta(hours=OVERLAP_HOURS)
+    # By PostgreSQL's clock, as every moment that senders on other machines look at.
+    endpoint.former_until = func.clock_timestamp() + timedelta(hours=OVERLAP_HOURS)
     endpoint.secret = secret.seal(made)
     _note(actor, "webhook.rotate", endpoint)
     _answer(taken, endpoint=endpoint.id, sealed=endpoint.secret)
@@ -219,14 +220,13 @@ def _answer(taken: RequestKey | None, **answer: Any) -> None:
         taken.answer = answer
 
 
-def secrets_of(endpoint: WebhookEndpoint) -> list[str]:
-    """Return the secrets that are in force, the newest first. Raises secret.Unreadable."""
+def secrets_of(endpoint: WebhookEndpoint, now: datetime) -> list[str]:
+    """Return the secrets that are in force now, by PostgreSQL's clock, the newest first.
+
+    Raises secret.Unreadable.
+    """
     found = [secret.unseal(endpoint.secret)]
-    if (
-        endpoint.former_secret
-        and endpoint.former_until
-        and (endpoint.former_until > datetime.now(UTC))
-    ):
+    if endpoint.former_secret and endpoint.former_until and endpoint.former_until > now:
         # From before SECRET_KEY was changed: the new one is enough.
         with suppress(secret.Unreadable):
             found.append(secret.unseal(endpoint.former_secret))
@@ -236,7 +236,7 @@ def secrets_of(endpoint: WebhookEndpoint) -> list[str]:
 def send_test(endpoint_id: int, actor: Actor, taken: RequestKey | None = None) -> WebhookDelivery:
     """Have a test sent, once, whether the endpoint is on or off. Raises UnknownEndpoint."""
     endpoint = get(endpoint_id)
-    now = datetime.now(UTC)
+    now = db.session.scalars(select(func.clock_timestamp())).one()
     event = {"id": "test", "type": "test", "at": utc_text(now)}
     delivery = WebhookDelivery(
         endpoint_id=endpoint.id,
@@ -260,7 +260,7 @@ def redeliver(
 ) -> WebhookDelivery:
     """Have a delivery sent once more, with the same id and contents. Raises UnknownEndpoint."""
     endpoint, delivery = get(endpoint_id), delivery_of(endpoint_id, delivery_id)
-    delivery.wanted_at = datetime.now(UTC)
+    delivery.wanted_at = func.clock_timestamp()
     _note(actor, "webhook.redeliver", endpoint, after={"delivery": delivery_id})
     _answer(taken, delivery=delivery.id)
     db.session.commit()

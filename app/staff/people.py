@@ -64,7 +64,8 @@ def check_role(role: str) -> str:
 def create(email: str, password: str, role: str, actor: Actor) -> Staff:
     """Create a person who may sign in. Raises InvalidRequest, and Conflict for a known address."""
     email = email.strip().lower()
-    if not 3 <= len(email) <= 254 or "@" not in email[1:-1] or any(c.isspace() for c in email):
+    is_line = email.isprintable() and " " not in email
+    if not 3 <= len(email) <= 254 or "@" not in email[1:-1] or not is_line:
         raise InvalidRequest("email must be an e-mail address", "email")
     check_role(role)
     check_password(password)

@@ -16,6 +16,7 @@ from ..audit import Actor, record
 from ..extensions import db
 from ..models import ApiToken
 from ..problems import InvalidRequest
+from ..reading import read_text
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ SCOPES = {
 # Everything, later scopes included. Tokens of 0.1.0 are of this kind.
 ALL = "*"
 PREFIX = "fst_"
+MAX_NAME = 100
 # Of a token's 43 random characters so many are kept, to tell two of one name apart: what is left
 # has 216 bits.
 HINT_CHARACTERS = 6
@@ -101,9 +103,7 @@ def create(name: str, scopes: Collection[str], actor: Actor) -> tuple[ApiToken, 
 
     The text is returned this once and never stored. Raises InvalidRequest.
     """
-    name = name.strip()
-    if not 1 <= len(name) <= 100:
-        raise InvalidRequest("name must be a text of 1 to 100 characters", "name")
+    name = read_text({"name": name}, "name", MAX_NAME)
     if not scopes or not set(scopes) <= {ALL, *SCOPES}:
         raise InvalidRequest(f"scopes must be some of {', '.join(SCOPES)}, or {ALL}", "scopes")
     granted = [ALL] if ALL in scopes else [scope for scope in SCOPES if scope in scopes]

@@ -53,8 +53,9 @@ LIMITS = {
     b"limited_network": "network",
 }
 
-# What the words of a sold_out or insufficient add: units of orders that are held may come back, and
-# those of a shard out of reach will.
+# What the words of these two add: units of orders that are held may come back, and those of a shard
+# out of reach will.
+REMARKED = (b"sold_out", b"insufficient")
 REMARKS = {b"held": b',"mayReturn":true}', b"away": b',"final":false}'}
 
 # What each refusal of the claim script is answered with; a function where the detail is told.
@@ -218,7 +219,7 @@ class PurchaseLane:
             return "409 Conflict", body, self.limits(claim)
         status, told = REFUSALS[outcome]
         body = told(claim.detail) if callable(told) else told
-        if outcome != b"not_open":
+        if outcome in REMARKED:
             for word in claim.text.split():
                 body = body[:-1] + REMARKS[word]
         return status, body, self.limits(claim)

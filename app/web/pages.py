@@ -169,6 +169,8 @@ class Pages:
         """Have Flask answer; None when the client is gone before it was its turn."""
         if request.method in ("GET", "HEAD") and request.url.partition("?")[0] == PROBE:
             return await self.probe.serve(request.environ.get("HTTP_X_REQUEST_ID"))
+        if poll := _poll_of(request):
+            return await self._poll(request, poll)
         offer = polls.Offer()
         answer = await self._ask(request, offer)
         if offer.wait is not None and not request.gone:
@@ -177,6 +179,13 @@ class Pages:
                 return OVERLOADED
             answer = await self._ask(request, polls.Offer(again=True))
         return answer
+
+    async def _poll(self, request: Request, poll: polls.Poll) -> Answer | Stream | None:
+        await self.polls.made(poll)
+        if answer := self.at_once(request):
+            return answer
+        with self.polls.making(poll):
+            return await self._ask(request, polls.Offer())
 
     async def _ask(self, request: Request, offer: polls.Offer) -> Answer | Stream | None:
         """Have Flask answer, in a thread."""

@@ -5,9 +5,11 @@ each session, only now and then: what it answered to one session, others of the 
 A session that ends (deactivated, another password) is shown the figures for TICKET_SECONDS more.
 """
 
+import asyncio
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from flask import current_app, request
@@ -34,6 +36,10 @@ class Poll(NamedTuple):
     session: bytes
 
 
+# What an answer is kept under: the path, whether it is compressed, the group.
+Key = tuple[str, bool, str]
+
+
 class Offer:
     """What a view says of its answer to a poll: who else may have it, and how old it is.
 
@@ -57,7 +63,9 @@ class Polls:
     """The answers and sessions of one process: `app.extensions["polls"]`."""
 
     def __init__(self) -> None:
-        self._answers: dict[tuple[str, bool, str], Shared] = {}
+        self._answers: dict[Key, Shared] = {}
+        # Those that are being made, each with what those who wait for it look at.
+        self._making: dict[Key, asyncio.Event] = {}
         # What they are made of, for whoever comes with a session that is not known here.
         self._texts: dict[tuple[str, str], tuple[float, str]] = {}
         # The group of a session that Flask accepted, and until when it is believed.
@@ -74,12 +82,35 @@ class Polls:
 
     def find(self, poll: Poll) -> Answer | None:
         """Return what this session may be given again."""
-        now = time.monotonic()
-        group, until = self._tickets.get(poll.session, ("", 0.0))
-        shared = self._answers.get((poll.path, poll.coding, group))
-        if shared is None or now > until or now - shared.made_at > FRESH_SECONDS:
+        key = self._key(poll)
+        shared = self._answers.get(key) if key else None
+        if shared is None or time.monotonic() - shared.made_at > FRESH_SECONDS:
             return None
         return shared.answer
+
+    async def made(self, poll: Poll) -> None:
+        """Wait for the answer that is just being made for another one of the group, if one is."""
+        if (key := self._key(poll)) and (done := self._making.get(key)):
+            await done.wait()
+
+    @contextmanager
+    def making(self, poll: Poll) -> Iterator[None]:
+        """Have others of the group wait for what is made meanwhile; of several, for the first."""
+        key = self._key(poll)
+        if key is None or key in self._making:
+            yield
+            return
+        done = self._making[key] = asyncio.Event()
+        try:
+            yield
+        finally:
+            del self._making[key]
+            done.set()
+
+    def _key(self, poll: Poll) -> Key | None:
+        """Return where to look for a session's answer, None for a session that is not known."""
+        group, until = self._tickets.get(poll.session, ("", 0.0))
+        return (poll.path, poll.coding, group) if time.monotonic() <= until else None
 
     def keep(self, poll: Poll, offer: Offer, asked_at: float, answer: Answer) -> None:
         """Remember what Flask answered to a session, where the view has offered to share it."""

@@ -1,7 +1,7 @@
 """Acts that were noted in Redis while PostgreSQL was away enter the audit once."""
 
-import sqlalchemy as sa
 from alembic import op
+from online import add_index, lock_briefly
 
 revision = "0003_brake_acts"
 down_revision = "0002"
@@ -10,8 +10,9 @@ depends_on = None
 
 
 def upgrade():
-    op.add_column("audit_log", sa.Column("act_id", sa.String(32), nullable=True))
-    op.create_index("uq_audit_log_act_id", "audit_log", ["act_id"], unique=True)
+    with op.get_context().autocommit_block():
+        lock_briefly("ALTER TABLE audit_log ADD COLUMN IF NOT EXISTS act_id varchar(32)")
+        add_index("uq_audit_log_act_id", "audit_log (act_id)")
 
 
 def downgrade():

@@ -1,11 +1,10 @@
 """Indexes for finding orders: dead letters by order id, orders by Idempotency-Key alone.
 
-They are made in place, some ten seconds for a million orders with keys: drains and cancellations wait for
-it, purchases do not. (CONCURRENTLY would wait for a second `flask prepare`, and that one for this.)
+They are made CONCURRENTLY: who stores and cancels goes on meanwhile.
 """
 
 from alembic import op
-from sqlalchemy import text
+from online import add_index
 
 revision = "0006_pages"
 down_revision = "0005_products"
@@ -14,14 +13,12 @@ depends_on = None
 
 
 def upgrade():
-    op.create_index("ix_dead_letters_order_id", "dead_letters", ["order_id"])
-    op.create_index(
-        "ix_orders_idempotency_key",
-        "orders",
-        ["idempotency_key"],
-        postgresql_using="hash",
-        postgresql_where=text("idempotency_key is not null"),
-    )
+    with op.get_context().autocommit_block():
+        add_index("ix_dead_letters_order_id", "dead_letters (order_id)")
+        add_index(
+            "ix_orders_idempotency_key",
+            "orders USING hash (idempotency_key) WHERE idempotency_key IS NOT NULL",
+        )
 
 
 def downgrade():

@@ -326,34 +326,51 @@ def test_nothing_chosen_and_nothing_known(admin, letter):
 
 
 def test_ledger_badge_follows_the_newest_proof(app, admin):
-    def proof(age: float, difference: int) -> None:
+    def proof(age: float, difference: int, ok: bool, missing: list[int] = ()) -> None:
         found = {
             "at": time.time() - age,
-            "ok": not difference,
+            "ok": ok,
             "problems": [],
+            "missing": list(missing),
             "products": {
                 "1": {
-                    "ok": not difference, "difference": difference, "moved": 100, "stored": 0,
+                    "ok": ok, "difference": difference, "moved": 100, "stored": 0,
                     "queued": 0, "free": 100 + difference, "expected_free": 100, "pending": 0,
-                    "problems": ["odd"] if difference else [],
+                    "problems": [] if ok else ["odd"],
                 }
             },
         }  # fmt: skip
         with app.app_context():
             stock.client.set(KEYS.ledger, json.dumps(found))
 
-    assert "Ledger unknown" in admin.get("/admin/live").text
-    proof(0, 0)
-    assert "Ledger balanced" in admin.get("/admin/live").text
-    proof(monitor.LEDGER_SECONDS + 1, 0)
-    assert "Ledger unknown" in admin.get("/admin/live").text
-    proof(0, 3)
-    page = admin.get("/admin/live").text
-    assert "Ledger does not balance" in page
-    assert "ledger off by 3" in page
+    def badges() -> list[str]:
+        """Return what the dashboard, the product's page and the ledger's say."""
+        pages = [admin.get(path).text for path in ("/admin/", "/admin/products/1")]
+        found = [re.search(r'"(state state-\w+)">Ledger ([^<]+)<', page).groups() for page in pages]
+        page = admin.get("/admin/ledger/").text
+        found.append(re.search(r'<span class="(state state-\w+)">([^<]+)<', page).groups())
+        return [f"{words} ({look.removeprefix('state state-')})".lower() for look, words in found]
+
+    assert badges() == ["unknown (unknown)"] * 3
+    proof(0, 0, True)
+    assert badges() == ["balanced (good)"] * 3
+    proof(0, 0, True, missing=[2])
+    assert badges() == ["partly proved (unknown)"] * 3
+    proof(monitor.LEDGER_SECONDS + 1, 0, True)
+    assert badges() == ["unknown (unknown)"] * 3
+    # The whole sale's has no difference of its own.
+    proof(0, 1003, False)
+    whole = "does not balance (bad)"
+    assert badges() == [whole, "off by +1,003 (bad)", whole]
+    assert "ledger off by +1,003" in admin.get("/admin/live").text
     page = admin.get("/admin/ledger/").text
     assert "odd" in page
-    assert "+3" in page
+    assert "Off by +1,003" in page
+    # The units agree, something else does not.
+    proof(0, 0, False)
+    assert badges() == [whole] * 3
+    for page in map(admin.get, ("/admin/live", "/admin/ledger/", "/admin/products/1")):
+        assert "off by" not in page.text
 
 
 def test_rebuild_from_the_page(client, admin, buy, drain):

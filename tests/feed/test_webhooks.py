@@ -5,6 +5,7 @@ import json
 import logging
 import socket
 import time
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -117,17 +118,28 @@ def test_a_further_delivery_costs_a_handful_of_statements(shop, sell, consumer, 
     assert (counts[1] - counts[0]) / 4 <= 6, counts
 
 
-@pytest.mark.parametrize("ahead", [timedelta(hours=1), timedelta(hours=-1)])
-def test_a_worker_whose_clock_is_wrong_puts_nobody_off(shop, sell, consumer, monkeypatch, ahead):
+@pytest.fixture(params=[timedelta(hours=30), timedelta(hours=-30)], ids=["ahead", "behind"])
+def wrong_clock(monkeypatch, request):
+    """A context in which this process's clock is wrong."""
+
     class Wrong(datetime):
         @classmethod
         def now(cls, zone=None):
-            return datetime.now(zone) + ahead
+            return datetime.now(zone) + request.param
 
+    @contextmanager
+    def is_wrong():
+        with monkeypatch.context() as patched:
+            patched.setattr(delivery, "datetime", Wrong)
+            patched.setattr(webhooks, "datetime", Wrong)
+            yield
+
+    return is_wrong
+
+
+def test_a_worker_whose_clock_is_wrong_puts_nobody_off(shop, sell, consumer, wrong_clock):
     endpoint, _ = make(consumer)
-    with monkeypatch.context() as patched:
-        patched.setattr(delivery, "datetime", Wrong)
-        patched.setattr(webhooks, "datetime", Wrong)
+    with wrong_clock():
         webhooks.switch(endpoint, False, CLI)
         webhooks.switch(endpoint, True, CLI)
         sell(1)
@@ -143,6 +155,38 @@ def test_a_worker_whose_clock_is_wrong_puts_nobody_off(shop, sell, consumer, mon
     now_due(endpoint)
     run(endpoint)
     assert [event["order"]["id"] for event in consumer.events] == [1, 2, 2]
+
+
+def test_a_wrong_clock_neither_prolongs_nor_ends_a_former_secret(shop, sell, consumer, wrong_clock):
+    endpoint, former = make(consumer)
+    with wrong_clock():
+        webhooks.rotate(endpoint, CLI)
+        left = state(endpoint).former_until - datetime.now(UTC)
+        assert abs(left - timedelta(hours=webhooks.OVERLAP_HOURS)) < timedelta(seconds=patience(60))
+        sell()
+        run(endpoint)
+        consumer.verify(former)
+        db.session.execute(text("UPDATE webhook_endpoints SET former_until = now()"))
+        db.session.commit()
+        sell()
+        run(endpoint)
+    assert [len(headers["webhook-signature"].split()) for headers, _ in consumer.received] == [2, 1]
+
+
+def test_what_is_asked_for_is_sent_in_that_order_whatever_the_clocks_say(
+    shop, sell, consumer, wrong_clock
+):
+    endpoint, _ = make(consumer)
+    sell()
+    run(endpoint)
+    (first,) = webhooks.deliveries(endpoint)
+    with wrong_clock():
+        webhooks.redeliver(endpoint, first.id, CLI)
+        asked = webhooks.delivery_of(endpoint, first.id).wanted_at
+        assert abs(asked - datetime.now(UTC)) < timedelta(seconds=patience(60))
+        test = webhooks.send_test(endpoint, CLI)
+        assert asked < test.wanted_at
+        assert abs(test.created_at - asked) < timedelta(seconds=patience(60))
 
 
 def test_a_failing_delivery_is_repeated_as_it_was(shop, sell, consumer):

@@ -4,6 +4,7 @@ from datetime import timedelta
 
 import pytest
 from crowd import at_once
+from people import send
 from sqlalchemy import func, select, update
 
 from app.audit import CLI
@@ -11,7 +12,7 @@ from app.books import ledger, recovery
 from app.extensions import db, stock
 from app.models import AuditEntry, Product, RequestKey, StockMovement
 from app.problems import Conflict, UnknownProduct
-from app.products import catalogue, movements, sale, terms
+from app.products import catalogue, importing, movements, sale, terms
 from app.stock.keys import KEYS
 
 LAMP = {"name": "Lamp", "priceCents": 1999, "currency": "EUR", "stock": 3}
@@ -31,6 +32,53 @@ def test_create_and_buy_at_once(client, buy, admin_headers):
     assert buy(1, product_id=2).status_code == 200
     assert client.get(answer.headers["Location"]).json["stockRemaining"] == 2
     assert [product["id"] for product in client.get("/products").json] == [1, 2]
+
+
+def test_a_name_is_one_line_on_every_road(app, client, admin, admin_headers):
+    with app.app_context():
+        audited = db.session.scalar(select(func.count()).select_from(AuditEntry))
+    odd = "Lamp\nFan"
+    words = "name must be one line, without control characters"
+    for answer in (
+        client.post("/products", json=LAMP | {"name": odd}, headers=admin_headers),
+        client.patch("/products/1", json={"name": odd}, headers=admin_headers),
+    ):
+        assert (answer.status_code, answer.json["field"]) == (400, "name")
+        assert answer.json["error"] == words
+    reason = {"productId": 1, "amount": 1, "reason": odd}
+    answer = client.post("/products/restock", json=reason, headers=admin_headers)
+    assert (answer.status_code, answer.json["field"]) == (400, "reason")
+    answer = client.post(
+        "/webhooks", json={"url": "https://example.com", "description": odd}, headers=admin_headers
+    )
+    assert (answer.status_code, answer.json["field"]) == (400, "description")
+    with app.app_context():
+        (fault,) = importing.read(f'name,price,currency,stock\n"{odd}",1,EUR,1\n'.encode()).faults
+    assert words in fault.message
+    answer = send(admin, "/admin/products/1/restock", amount="1", reason=odd)
+    assert "The reason must be one line, without control characters" in answer.text
+    answer = send(admin, "/admin/staff/tokens", name=odd, scope="*")
+    assert "The name must be one line, without control characters" in answer.text
+    answer = send(admin, "/admin/staff/", email="a\x1b@example.com", role="support")
+    assert "email must be an e-mail address" in answer.text
+    with app.app_context():
+        assert db.session.scalar(select(func.count()).select_from(AuditEntry)) == audited
+
+
+def test_a_product_whose_name_has_two_lines_since_earlier_is_sold_and_changed_as_any_other(
+    client, admin, admin_headers, app, buy, drain
+):
+    with app.app_context():
+        db.session.execute(update(Product).values(name="Lamp\nFan"))
+        db.session.commit()
+    assert client.get("/products/1").json["name"] == "Lamp\nFan"
+    assert buy(1).status_code == 200
+    drain()
+    for path in ("/admin/", "/admin/products/1", "/admin/products/1/edit", "/admin/orders/1"):
+        assert "Lamp\nFan" in admin.get(path).text, path
+    assert '"Lamp\nFan"' in admin.get("/admin/orders/orders.csv").text
+    changed = client.patch("/products/1", json={"priceCents": 1}, headers=admin_headers)
+    assert (changed.status_code, changed.json["name"]) == (200, "Lamp\nFan")
 
 
 def test_metrics_narrow_to_a_product(client, buy, admin_headers, drain):

@@ -303,6 +303,6 @@ def test_one_order_for_each_text_and_key(app):
     with app.app_context():
         db.session.execute(insert, {"id": 1, "user": "ann"})
         db.session.execute(insert, {"id": 2, "user": "Ann"})
-        with pytest.raises(Exception, match="uq_orders_user_name_idempotency_key"):
+        with pytest.raises(Exception, match="uq_orders_idempotency_key_user_name"):
             db.session.execute(insert, {"id": 3, "user": "ann"})
         db.session.rollback()

@@ -8,7 +8,7 @@ import time
 import pytest
 from flask import request
 from people import cookie_name
-from wire import serving
+from wire import serving, until
 
 from app.extensions import db, login
 from app.models import Staff
@@ -89,6 +89,46 @@ def test_one_answer_serves_many(app, admin, renders, sessions_read):
     assert heads[0] == heads[1]
     assert "set-cookie" not in heads[1]
     assert len({reply.headers["x-request-id"] for reply in others}) == 50
+
+
+def test_those_who_ask_while_it_is_made_wait_for_it(app, admin, renders, monkeypatch):
+    poll = get("/admin/live", *POLL, *session_of(admin))
+    begun, go_on, board = threading.Event(), threading.Event(), monitor.board
+
+    def slow():
+        begun.set()
+        assert go_on.wait(20)
+        return board()
+
+    async def crowd(ask, _):
+        assert (await ask(poll)).status == 200
+        monkeypatch.setattr("app.admin.dashboard.monitor.board", slow)
+        renders.clear()
+        monkeypatch.setattr(polls, "FRESH_SECONDS", -1)
+        asked = [asyncio.create_task(ask(poll)) for _ in range(10)]
+        (done,) = await until(lambda: list(app.extensions["polls"]._making.values()))
+        await until(lambda: begun.is_set() and len(done._waiters) == 9)
+        monkeypatch.setattr(polls, "FRESH_SECONDS", 60)
+        go_on.set()
+        return await asyncio.gather(*asked)
+
+    replies = talk(app, crowd)
+    assert {reply.status for reply in replies} == {200}
+    assert len({reply.body for reply in replies}) == len(renders) == 1
+
+
+def test_an_answer_that_failed_is_asked_for_by_each(app, admin, monkeypatch):
+    poll = get("/admin/live", *POLL, *session_of(admin))
+
+    async def crowd(ask, _):
+        assert (await ask(poll)).status == 200
+        with monkeypatch.context() as patch:
+            patch.setattr(polls, "FRESH_SECONDS", -1)
+            patch.setattr("app.admin.dashboard.monitor.board", lambda: 1 / 0)
+            failed = await asyncio.gather(*[ask(poll) for _ in range(3)])
+        return [reply.status for reply in failed], (await ask(poll)).status
+
+    assert talk(app, crowd) == ([500] * 3, 200)
 
 
 def test_it_is_never_older_than_told(app, admin, buy):

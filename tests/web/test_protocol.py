@@ -12,7 +12,7 @@ import pytest
 from flask import Response
 from people import cookie_name
 from waiting import patience
-from wire import post, purchase, serving
+from wire import post, purchase, serving, until
 
 from app.extensions import stock
 from app.web import pages, protocol
@@ -62,13 +62,6 @@ def replies_to(app, data: bytes, count: int, closed: bool = False) -> list:
         return replies
 
     return talk(app, conversation)
-
-
-async def until(condition, seconds: float = 10) -> None:
-    deadline = time.monotonic() + patience(seconds)
-    while not condition():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.01)
 
 
 # States

@@ -1,6 +1,7 @@
 """A JSON body is read by the fast reader or by the strict one: nothing may depend on which."""
 
 import json
+import re
 
 import pytest
 from hypothesis import example, given, settings
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 
 from app import reading
 from app.problems import InvalidRequest
+from app.web.openapi.components import ONE_LINE
 
 NAMES = ["userId", "productId", "quantity", "user\\u0049d", "", 'a\\"b', "é", "\x7f", "\n"]
 VALUES = [
@@ -63,3 +65,42 @@ def test_the_fast_reader_says_what_the_strict_one_says(body):
 def test_what_is_usual_needs_the_fast_reader_alone(monkeypatch, body):
     monkeypatch.setattr(reading, "_read_strictly", None)
     assert reading.read_object(json.dumps(body).encode()) == body
+
+
+@pytest.mark.parametrize(
+    "odd", [f"a{control}b" for control in "\n\r\t\0\x1b\x85\u2028\u202e\u2066"] + ["a\n"]
+)
+def test_a_text_is_one_line_without_control_characters(odd):
+    with pytest.raises(InvalidRequest, match="name must be one line, without control characters"):
+        reading.read_text({"name": odd}, "name", 200)
+
+
+@pytest.mark.parametrize(
+    "odd", ["", " ", "\n", "\u200b", "\ufeff\u2060", "\xa0\u3000", "x" * 201, 1, None]
+)
+def test_a_text_has_something_in_it_and_an_end(odd):
+    with pytest.raises(InvalidRequest, match="name must be a text of 1 to 200 characters"):
+        reading.read_text({"name": odd}, "name", 200)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["Lamp", "é", "e\u0301", "מנורה", "می\u200cخواهم", "👩\u200d👩\u200d👧", "<b>&amp;", "=1+1"],
+)
+def test_names_of_all_languages_are_kept_to_the_letter(name):
+    assert reading.read_text({"name": f" {name} "}, "name", 200) == name
+
+
+ODD = "a \t\n\r\x00\x1f\x7f\x85\xa0\xad\u200b\u200e\u2028\u202a\u2060\u2069\ufeffé"
+
+
+@given(st.text(st.sampled_from(ODD), max_size=6))
+def test_the_api_description_says_which_texts_are_taken(value):
+    def taken() -> bool:
+        try:
+            reading.read_text({"name": value}, "name", 200)
+        except InvalidRequest:
+            return False
+        return True
+
+    assert taken() == bool(re.search(ONE_LINE[:-1] + r"\Z", value))

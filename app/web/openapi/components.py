@@ -5,7 +5,7 @@ from typing import Any
 
 from ...models import MAX_HOLD_SECONDS, MIN_HOLD_SECONDS
 from ...orders.search import STATUSES as ORDER_STATUSES
-from ...reading import MAX_ID, MAX_QUANTITY, MAX_RESTOCK, MAX_STOCK
+from ...reading import CONTROLS, INVISIBLE, MAX_ID, MAX_QUANTITY, MAX_RESTOCK, MAX_STOCK
 
 
 def ref(kind: str, name: str) -> dict[str, Any]:
@@ -38,9 +38,8 @@ PENDING_SHARDS = {
     "minItems": 1,
     "description": "shards, by number from 0, in which it is not in force yet",
 }
-# No control characters but tab and ends of lines, and something besides blanks.
-_TEXT = r"\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f"
-NOT_BLANK = rf"^[^{_TEXT}]*[^\s{_TEXT}\ufeff][^{_TEXT}]*$"
+# One line without control characters, and something in it that is seen.
+ONE_LINE = rf"^[^{CONTROLS}]*[^{INVISIBLE}{CONTROLS}][^{CONTROLS}]*$"
 TIME = {"type": ["string", "null"], "format": "date-time"}
 PRICE = integer(
     0, MAX_ID, "in the currency's minor unit by ISO 4217: 1500 is JPY 1500, USD 15.00, KWD 1.500"
@@ -75,7 +74,7 @@ REFERENCE = {
 # The terms of sale; which of them are required, and what they are without being told, is said where
 # they are used.
 TERMS = {
-    "name": {"type": "string", "minLength": 1, "maxLength": 200, "pattern": NOT_BLANK},
+    "name": {"type": "string", "minLength": 1, "maxLength": 200, "pattern": ONE_LINE},
     "priceCents": PRICE,
     "currency": CURRENCY,
     "opensAt": TIME | {"description": "RFC 3339 with offset; null: open"},
@@ -311,7 +310,7 @@ SCHEMAS = {
                 "type": ["string", "null"],
                 "minLength": 1,
                 "maxLength": 500,
-                "pattern": NOT_BLANK,
+                "pattern": ONE_LINE,
             },
         },
         ["productId", "amount"],

@@ -8,6 +8,7 @@ from .components import (
     CREATION_KEY,
     ID,
     LIMIT_HEADERS,
+    ONE_LINE,
     REQUEST_ID,
     Response,
     failures,
@@ -81,7 +82,11 @@ _ENDPOINT = {
         "items": {"enum": list(TYPES)},
         "description": "which events; all when empty",
     },
-    "description": {"type": "string", "maxLength": MOST_DESCRIPTION},
+    "description": {
+        "type": "string",
+        "maxLength": MOST_DESCRIPTION,
+        "pattern": f"^$|{ONE_LINE}",
+    },
 }
 _AFTER = CURSOR | {
     "description": "the event after which it begins, where that is not now; later: the last one "

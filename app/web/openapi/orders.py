@@ -11,7 +11,7 @@ from .components import (
     CURRENCY,
     ID,
     LIMIT_HEADERS,
-    NOT_BLANK,
+    ONE_LINE,
     PRICE,
     REFERENCE,
     REQUEST_ID,
@@ -37,7 +37,7 @@ USER_TEXT = {
     "maxLength": 64,
     "description": "the shopper, always as a text",
 }
-REASON = {"type": "string", "minLength": 1, "maxLength": MAX_REASON, "pattern": NOT_BLANK}
+REASON = {"type": "string", "minLength": 1, "maxLength": MAX_REASON, "pattern": ONE_LINE}
 OR_NONE = {"type": ["string", "null"]}
 STATUS = {
     "enum": list(STATUSES),
