@@ -28,14 +28,18 @@ DELETE FROM request_keys WHERE ctid = ANY(ARRAY(
   -- By the index, also before PostgreSQL's statistics know how young the keys are.
   ORDER BY created_at LIMIT {FORGOTTEN_AT_ONCE} FOR UPDATE SKIP LOCKED))
 """  # noqa: S608
-PUT_ALL = text(f"""
-WITH forgotten AS ({FORGET})
+# Its parameters are those of `values_of`.
+PUT = """
 INSERT INTO request_keys (route, resource, key, fingerprint, answer)
-SELECT :route, resource, key, fingerprint, CAST(answer AS json)
+SELECT CAST(:route AS text), resource, key, fingerprint, CAST(answer AS json)
 FROM unnest(CAST(:resources AS text[]), CAST(:keys AS text[]), CAST(:fingerprints AS text[]),
             CAST(:answers AS text[])) AS new (resource, key, fingerprint, answer)
 ON CONFLICT DO NOTHING RETURNING 1
-""")  # noqa: S608
+"""
+PUT_ALL = text(f"WITH forgotten AS ({FORGET}) {PUT}")
+
+# By (resource, key) an act's content and its answer.
+Keys = Mapping[tuple[str, str], tuple[object, dict[str, Any]]]
 
 
 def take(route: str, resource: str, key: str, content: object) -> RequestKey:
@@ -69,22 +73,26 @@ def find_all(route: str, keys: Collection[tuple[str, str]]) -> dict[tuple[str, s
     return {(row.resource, row.key): row for row in db.session.scalars(found)}
 
 
-def put_all(route: str, done: Mapping[tuple[str, str], tuple[object, dict[str, Any]]]) -> bool:
-    """Take keys together with their acts' answers: by (resource, key) content and answer.
+def put_all(route: str, done: Keys) -> bool:
+    """Take keys together with their acts' answers.
 
     False when somebody took one meanwhile: then nothing of this transaction may stay.
     """
     if not done:
         return True
+    return len(db.session.execute(PUT_ALL, values_of(route, done)).all()) == len(done)
+
+
+def values_of(route: str, done: Keys) -> dict[str, object]:
+    """Return the parameters of PUT."""
     keys = sorted(done)
-    values = {
+    return {
         "route": route,
         "resources": [resource for resource, _ in keys],
         "keys": [key for _, key in keys],
         "fingerprints": [fingerprint(done[key][0]) for key in keys],
         "answers": [msgspec.json.encode(done[key][1]).decode() for key in keys],
     }
-    return len(db.session.execute(PUT_ALL, values).all()) == len(keys)
 
 
 def reopen(route: str, keys: Collection[tuple[str, str]]) -> None:

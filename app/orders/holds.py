@@ -10,16 +10,15 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import select, text
 
-from .. import idempotency
+from .. import idempotency, planned
 from ..audit import Actor, record
 from ..extensions import db, stock
 from ..models import Order, RequestKey, StockMovement
 from ..problems import Conflict, KeyMismatch, Unavailable, UnknownOrder
 from ..products.movements import apply_movement
-from ..products.names import Names
 from ..stock.entries import Entry
-from . import cancelling, intents, search, states
-from .search import describe, described
+from . import cancelling, events, intents, search, states
+from .search import described
 from .states import HoldExpired
 
 CONFIRM = "POST /orders/confirm"
@@ -29,13 +28,14 @@ ROUTES = (CONFIRM, RELEASE, EXTEND)
 MAX_PAYMENT = 128
 
 
-# The orders, locked, and of each whether something was accepted that is still to be done. One that
-# somebody else has locked keeps nobody waiting but who asks for it.
+# The orders, locked, of each whether something was accepted that is still to be done, and what its
+# product was called. One that somebody else has locked keeps nobody waiting but who asks for it.
 COLUMNS = ", ".join(column.key for column in search.COLUMNS)
 LOCKED = text(f"""
 SELECT {COLUMNS},
-       EXISTS (SELECT FROM order_intents i WHERE i.order_id = o.id AND i.applied_at IS NULL)
-FROM orders o WHERE id = ANY(:ids) ORDER BY id FOR UPDATE SKIP LOCKED
+       EXISTS (SELECT FROM order_intents i WHERE i.order_id = sold.id AND i.applied_at IS NULL),
+       {events.NAME}
+FROM orders sold WHERE id = ANY(CAST(:ids AS bigint[])) ORDER BY id FOR UPDATE SKIP LOCKED
 """)  # noqa: S608
 
 
@@ -103,11 +103,12 @@ def _confirm_together(turn: dict[int, Confirm]) -> dict[int, Done | Exception]:
     ids = [wish.order_id for wish in turn.values()]
     orders: dict[int, search.Found] = {}
     asked: set[int] = set()
-    for *columns, waits in db.session.execute(LOCKED, {"ids": ids}):
-        orders[columns[0]] = search.from_row(columns)
+    names: dict[int, str] = {}
+    for *columns, waits, name in planned.execute(LOCKED, {"ids": ids}, states.BY_ID):
+        order_id = columns[0]
+        orders[order_id], names[order_id] = search.from_row(columns), name
         if waits:
-            asked.add(columns[0])
-    names = Names.read({order.product_id for order in orders.values()})
+            asked.add(order_id)
     # A stored order that is held was confirmed under no key yet.
     known = idempotency.find_all(
         CONFIRM,
@@ -144,7 +145,7 @@ def _confirm_together(turn: dict[int, Confirm]) -> dict[int, Done | Exception]:
                     raise KeyMismatch
                 outcomes[number] = _replayed(taken.answer or {})
                 continue
-            told = describe(found, names)
+            told = search.named(found, names[found.id])
             if found.status == "HELD":
                 told = states.confirmed(told, wish.payment)
                 held.append(told)
@@ -159,15 +160,16 @@ def _confirm_together(turn: dict[int, Confirm]) -> dict[int, Done | Exception]:
         done = outcomes[number] = Done(told, reclaimed=found.id in reclaimed)
         if wish.key:
             keys[str(found.id), wish.key] = [wish.payment], done.answer
-    if not idempotency.put_all(CONFIRM, keys):
-        # Taken by one for which the order was not stored yet.
+    # What is accepted comes between the keys and the orders' sums.
+    last = None if early or not held else keys
+    if not (
+        (last is keys or idempotency.put_all(CONFIRM, keys))
+        and (not early or _accept(wish for wish in turn.values() if wish.order_id in early))
+        and (not held or states.confirm_all(held, CONFIRM, last))
+    ):
+        # Taken by one for which the order was not stored yet, or something else was asked.
         db.session.rollback()
         return {}
-    if early and not _accept(wish for wish in turn.values() if wish.order_id in early):
-        db.session.rollback()
-        return {}
-    if held:
-        states.confirm_all(held)
     db.session.commit()
     if early and (stored := _stored_since(early)):
         # Perhaps their holds have even ended: each has to be looked at, as if it came again.

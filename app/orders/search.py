@@ -116,13 +116,18 @@ def described(orders: Collection[Found]) -> Iterator[dict[str, Any]]:
 
 
 def describe(order: Found, names: Names) -> dict[str, Any]:
-    """Return an order in the API's form; `userId` is always a text, and `names` has its product."""
+    """Return an order in the API's form; `names` has its product."""
+    return named(order, names.sold(order.product_id, order.claimed_at))
+
+
+def named(order: Found, product_name: str | None) -> dict[str, Any]:
+    """Return an order in the API's form; `userId` is always a text."""
     return {
         "id": order.id,
         "status": order.status,
         "userId": str(order.user),
         "productId": order.product_id,
-        "productName": names.sold(order.product_id, order.claimed_at),
+        "productName": product_name,
         "quantity": order.quantity,
         "cancelledQuantity": order.returned_units,
         "unitPriceCents": order.unit_price_cents,

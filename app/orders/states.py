@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, cast
 
-from sqlalchemy import CursorResult, select, text
+from sqlalchemy import select, text
 
+from .. import idempotency, planned
 from ..audit import SYSTEM, Actor, record
 from ..extensions import db
 from ..models import Order, StockMovement
@@ -67,18 +68,20 @@ BY_ID = """
 SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off; SET LOCAL enable_hashjoin = off;
 SET LOCAL enable_mergejoin = off; SET LOCAL enable_material = off; SET LOCAL jit = off;
 """
-# Each with its event, in one statement: everybody who changes an order waits for its product's row
-# of totals, which is locked at the end of it.
-CONFIRM = text(f"""{BY_ID}
-WITH confirmed AS (
+# Each with its event and its key, in one statement: everybody who changes an order waits for its
+# product's row of totals, which is locked at the end of it.
+CONFIRM = text(f"""
+WITH forgotten AS ({idempotency.FORGET}), taken AS ({idempotency.PUT}), confirmed AS (
   UPDATE orders o SET status = 'CONFIRMED', payment = wish.payment, acts = acts + 1
   FROM unnest(CAST(:ids AS bigint[]), CAST(:payments AS text[]), CAST(:bodies AS text[]))
        AS wish (id, payment, body)
   WHERE o.id = wish.id AND o.status || '' = 'HELD'
   RETURNING o.id, o.acts, wish.body
+), told AS (
+  INSERT INTO new_events (type, order_id, sequence, body)
+  SELECT 'order.confirmed', id, acts, CAST(body AS json) FROM confirmed
 )
-INSERT INTO new_events (type, order_id, sequence, body)
-SELECT 'order.confirmed', id, acts, CAST(body AS json) FROM confirmed
+SELECT (SELECT count(*) FROM taken), (SELECT count(*) FROM confirmed)
 """)  # noqa: S608
 # Of a movement of orders that ended together; its script keeps claims waiting for some 2 ms.
 ENDED_TOGETHER = 1000
@@ -197,19 +200,25 @@ def confirmed(order: dict[str, Any], payment: str | None) -> dict[str, Any]:
     return order | {"status": "CONFIRMED", "payment": payment}
 
 
-def confirm_all(orders: Sequence[dict[str, Any]]) -> None:
+def confirm_all(
+    orders: Sequence[dict[str, Any]], route: str = "", keys: idempotency.Keys | None = None
+) -> bool:
     """Confirm these orders, all locked and held: make each what `confirmed` returned.
 
-    Best as a transaction's last statement.
+    Best as a transaction's last statement. The keys are taken with it; False when somebody took one
+    meanwhile: then nothing of this transaction may stay.
     """
+    keys = keys or {}
     values = {
         "ids": [order["id"] for order in orders],
         "payments": [order["payment"] for order in orders],
         "bodies": [events.body(order) for order in orders],
+        **idempotency.values_of(route, keys),
     }
-    changed = db.session.execute(CONFIRM, values)
-    if cast("CursorResult[Any]", changed).rowcount != len(orders):
+    taken, changed = planned.execute(CONFIRM, values, BY_ID).one()
+    if changed != len(orders):
         raise RuntimeError(f"of orders {values['ids']} not all were held")
+    return bool(taken == len(keys))
 
 
 def confirm(order: Order, payment: str | None) -> None:

@@ -436,12 +436,24 @@ def race(app, rounds: int, orders: int) -> list[int]:
             text(
                 "INSERT INTO orders (id, user_id, product_id, quantity, unit_price_cents, currency,"
                 " claimed_at, status, held_until) SELECT n, n, 1, 1, 5, 'EUR', now(), 'HELD',"
-                " now() - interval '1 h' FROM generate_series(1, :n) n"
+                " now() + interval '1 h' FROM generate_series(1, :n) n"
             ),
             {"n": rounds * orders},
         )
         db.session.commit()
-    begin = threading.Barrier(2)
+    due = text(
+        "UPDATE orders SET held_until = now() - interval '1 h'"
+        " WHERE id BETWEEN :first AND :first + :orders - 1"
+    )
+    firsts = iter(range(1, rounds * orders, orders))
+
+    def let_end() -> None:
+        """Let those end that are paid for in this round, or the two would part for good."""
+        with app.app_context():
+            db.session.execute(due, {"first": next(firsts), "orders": orders})
+            db.session.commit()
+
+    begin = threading.Barrier(2, let_end)
 
     def pay():
         with app.app_context():

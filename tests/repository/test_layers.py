@@ -23,7 +23,15 @@ GROUND = {
     "money",
     "numbers",
 }
-TABLES = GROUND | {"extensions", "models", "audit", "idempotency", "generation", "events"}
+TABLES = GROUND | {
+    "extensions",
+    "models",
+    "audit",
+    "idempotency",
+    "generation",
+    "events",
+    "planned",
+}
 ROOMS = {
     "problems": set(),
     "times": set(),
@@ -45,6 +53,7 @@ ROOMS = {
     "audit": {"extensions", "models"},
     "generation": {"extensions", "models"},
     "events": {"extensions", "models"},
+    "planned": {"extensions"},
     "idempotency": {"extensions", "models", "problems"},
     "staff": TABLES | {"stock"},
     # Who of the staff is asking.
