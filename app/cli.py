@@ -20,7 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from . import telling
 from .audit import CLI, Actor
 from .books import ledger, recovery
-from .config import Settings, was_generated
+from .config import ROOT, Settings, was_generated
 from .database import is_unavailable, sqlstate
 from .extensions import db, stock
 from .locks import PREPARE_LOCK
@@ -50,6 +50,8 @@ token = AppGroup("token", help="Bearer tokens of the admin API.")
 
 
 def init_app(app: Flask) -> None:
+    """Add the commands, and to `flask db` where the migrations are."""
+    flask_migrate.Migrate(app, db, directory=str(ROOT / "migrations"), compare_type=True)
     for command in (
         prepare, seed, rebuild, brake, ledger_commands, orders, dead_letters, products_commands,
         stock_commands, cluster_commands, staff, token,
