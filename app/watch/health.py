@@ -62,8 +62,8 @@ POSTGRES_STATES = {
     errorcodes.READ_ONLY_SQL_TRANSACTION: "read-only",
     errorcodes.DISK_FULL: "out of disk",
     errorcodes.TOO_MANY_CONNECTIONS: "out of connections",
-    errorcodes.UNDEFINED_TABLE: "without this system's tables: run `flask db upgrade`",
-    errorcodes.UNDEFINED_COLUMN: "without this system's tables: run `flask db upgrade`",
+    errorcodes.UNDEFINED_TABLE: "without this system's tables: run `flask prepare`",
+    errorcodes.UNDEFINED_COLUMN: "without this system's tables: run `flask prepare`",
     errorcodes.INSUFFICIENT_PRIVILEGE: "without rights for this system's user",
 }
 
@@ -134,7 +134,7 @@ def check(app: Flask) -> dict[str, dict[str, Any]]:
     except SQLAlchemyError as error:
         db.session.rollback()
         if sqlstate(error) == errorcodes.UNDEFINED_TABLE:
-            parts["migrations"] = _part(False, "not applied: run `flask db upgrade`")
+            parts["migrations"] = _part(False, "not applied: run `flask prepare`")
         else:
             parts["postgres"] = _part(False, in_words(error))
     unknown = _part(False, "unknown without Redis")
