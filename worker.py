@@ -17,7 +17,9 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
-from wsgi import app  # before all else: from here on what goes wrong is a log line
+from app.loading import load_app
+
+app = load_app()  # before all else: from here on what goes wrong is a log line
 
 # isort: split
 import redis

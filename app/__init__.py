@@ -11,19 +11,22 @@ if TYPE_CHECKING:
     from .config import Settings
 
 
-def create_app(settings: Settings | None = None, commands_only: bool = False) -> Flask:
+def create_app(
+    settings: Settings | None = None, *, pages: bool = True, commands: bool = True
+) -> Flask:
     """Build the app. The servers need not be up: nothing is connected before the first request.
 
-    With `commands_only` it serves no request: the commands of cli.py need none of what does, and
-    to import that takes half of their time. Raises SettingsError for settings that can't work. What
-    makes an app is imported only here: programs that start others do without.
+    A program asks for what it needs, for importing takes most of its start: `pages` are all that
+    answers requests, `commands` those of cli.py, a worker has neither. Raises SettingsError for
+    settings that can't work. What makes an app is imported only here: programs that start others
+    do without.
     """
     from flask import Flask, has_request_context
 
-    from . import cli, database
+    from . import database
     from .books import recovery
     from .config import ROOT, load_settings, with_secrets
-    from .extensions import db, limiter, migrate, stock
+    from .extensions import db, limiter, stock
 
     settings = with_secrets(settings or load_settings())
     app = Flask(
@@ -35,16 +38,18 @@ def create_app(settings: Settings | None = None, commands_only: bool = False) ->
     database.limit_waits(has_request_context)
 
     db.init_app(app)
-    migrate.init_app(app, db, directory=str(ROOT / "migrations"), compare_type=True)
     stock.init_app(settings, lambda: recovery.sale_on_record(app))
     app.config["RATELIMIT_STORAGE_OPTIONS"] = {
         "connection_pool": stock.jobs_server.pool(decode=False)
     }
-    cli.init_app(app)
-    if commands_only:
-        limiter.init_app(app)  # a new password ends the count of wrong ones
-    else:
+    if pages:
         _serve_requests(app, settings)
+    if commands:
+        from . import cli
+
+        cli.init_app(app)
+        if not pages:
+            limiter.init_app(app)  # a new password ends the count of wrong ones
     return app
 
 

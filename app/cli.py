@@ -10,21 +10,23 @@ from typing import Any, BinaryIO
 import click
 import flask_migrate
 import psycopg2
+import redis
 from flask import Flask, current_app
 from flask.cli import AppGroup, with_appcontext
+from psycopg2.errorcodes import UNDEFINED_COLUMN, UNDEFINED_TABLE
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
 from . import telling
 from .audit import CLI, Actor
 from .books import ledger, recovery
-from .config import Settings, was_generated
-from .database import is_unavailable
+from .config import ROOT, Settings, was_generated
+from .database import is_unavailable, sqlstate
 from .extensions import db, stock
 from .locks import PREPARE_LOCK
 from .money import decimal
 from .orders import bulk, deadletters
-from .problems import Conflict, InvalidRequest, Unavailable, UnknownProduct
+from .problems import Conflict, InvalidRequest, Unavailable, UnknownProduct, Unprepared
 from .products import brake as brakes
 from .products import currency as currencies
 from .products import importing, movements, terms
@@ -35,6 +37,7 @@ from .stock import plan
 
 # Two starts at once must not migrate at once.
 PREPARE_SECONDS = 0.2
+MOST_LISTED = 100_000
 
 ledger_commands = AppGroup("ledger", help="The proof that stock and orders agree to the unit.")
 cluster_commands = AppGroup("cluster", help="The nodes that share the sale.")
@@ -47,15 +50,18 @@ token = AppGroup("token", help="Bearer tokens of the admin API.")
 
 
 def init_app(app: Flask) -> None:
+    """Add the commands, and to `flask db` where the migrations are."""
+    flask_migrate.Migrate(app, db, directory=str(ROOT / "migrations"), compare_type=True)
     for command in (
         prepare, seed, rebuild, brake, ledger_commands, orders, dead_letters, products_commands,
         stock_commands, cluster_commands, staff, token,
     ):  # fmt: skip
         app.cli.add_command(_told_in_words(command))
+    _told_in_words(app.cli.commands["db"])  # Flask-Migrate's own
 
 
 def _told_in_words(command: click.Command) -> click.Command:
-    """Make a command end with one line, and no traceback, when PostgreSQL can't do its work."""
+    """Make a command end with one line, and no traceback, when what it is to do can't be done."""
     for each in getattr(command, "commands", {}).values():
         _told_in_words(each)
     carry_out = command.callback
@@ -67,15 +73,35 @@ def _told_in_words(command: click.Command) -> click.Command:
     def told(*arguments: Any, **options: Any) -> Any:
         try:
             return carry_out(*arguments, **options)
+        except (InvalidRequest, Conflict, ledger.Unquiet) as error:
+            raise click.ClickException(str(error)) from None
+        except UnknownProduct as error:
+            raise click.ClickException(f"There is no product {error}") from None
+        except (Unavailable, redis.RedisError) as error:
+            raise click.ClickException(_redis_fault(error)) from None
         except (SQLAlchemyError, psycopg2.Error) as error:
             if not is_unavailable(error):
                 raise
-            reason = str(getattr(error, "orig", error)).strip().partition("\n")[0]
-            raise click.ClickException(f"PostgreSQL can't do this now: {reason}") from None
+            raise click.ClickException(_postgres_fault(error)) from None
 
     told.told_in_words = True  # type: ignore[attr-defined]  # a mark: no command is wrapped twice
     command.callback = told
     return command
+
+
+def _redis_fault(error: Exception) -> str:
+    if isinstance(error, Unprepared):
+        return f"{error}: `flask rebuild` makes the sale in Redis anew"
+    return f"Redis can't do this now: {error}"
+
+
+def _postgres_fault(error: Exception) -> str:
+    if sqlstate(error) in (UNDEFINED_TABLE, UNDEFINED_COLUMN):
+        return "PostgreSQL is without this system's tables, or has older ones: run `flask prepare`"
+    url = db.engine.url
+    where = url.host or url.query.get("host", "its socket")
+    reason = str(getattr(error, "orig", error)).strip().partition("\n")[0]
+    return f"PostgreSQL at {where}:{url.port or 5432} can't do this now: {reason}"
 
 
 def read_reason(context: click.Context, option: click.Option, text: str) -> str:
@@ -132,17 +158,14 @@ def seed(yes: bool) -> None:
     """
     if current_app.config["SETTINGS"].app_env == "production":
         raise click.ClickException("refused with APP_ENV=production: every order would be deleted")
-    try:
-        products, stored, waiting = recovery.what_a_reset_deletes()
-        click.echo(
-            f"This deletes {products:,} product{'s' * (products != 1)}, {stored:,} stored orders "
-            f"and {waiting:,} that wait to be stored."
-        )
-        if not yes:
-            click.confirm("Go on?", abort=True)
-        product_id = recovery.reset(CLI)
-    except Unavailable as error:
-        raise click.ClickException(f"Redis: {error}") from None
+    products, stored, waiting = recovery.what_a_reset_deletes()
+    click.echo(
+        f"This deletes {products:,} product{'s' * (products != 1)}, {stored:,} stored orders "
+        f"and {waiting:,} that wait to be stored."
+    )
+    if not yes:
+        click.confirm("Go on?", abort=True)
+    product_id = recovery.reset(CLI)
     click.echo(f"Product {product_id} is on sale with 100 items.")
 
 
@@ -158,8 +181,6 @@ def rebuild(yes: bool, replace: bool) -> None:
         report = recovery.rebuild(CLI, replace)
     except recovery.ForeignSale as error:
         raise click.ClickException(f"{error}: use --replace if it may go") from None
-    except (Conflict, Unavailable) as error:
-        raise click.ClickException(str(error)) from None
     click.echo(report)
 
 
@@ -173,12 +194,7 @@ def brake(product: int | None, yes: bool, release: bool) -> None:
     what = f"product {product}" if product else "every product"
     if not yes:
         click.confirm(f"{'Release' if release else 'Stop selling'} {what}?", abort=True)
-    try:
-        done = brakes.brake(not release, product, CLI)
-    except UnknownProduct:
-        raise click.ClickException(f"There is no product {product}") from None
-    except Unavailable as error:
-        raise click.ClickException(f"Redis: {error}") from None
+    done = brakes.brake(not release, product, CLI)
     told = f"{what.capitalize()} {'is released' if release else 'is braked'}."
     click.echo(told + to_follow(done.pending))
     if release and done.sale:
@@ -192,10 +208,7 @@ def brake(product: int | None, yes: bool, release: bool) -> None:
 @with_appcontext
 def check_ledger(as_json: bool) -> None:
     """Prove every product's ledger, while selling goes on; exits with 1 when one is wrong."""
-    try:
-        result = ledger.check(rows=True)
-    except (Unavailable, ledger.Unquiet) as error:
-        raise click.ClickException(str(error)) from None
+    result = ledger.check(rows=True)
     if as_json:
         click.echo(json.dumps(result.as_proof()))
     else:
@@ -236,10 +249,7 @@ def show_differences(product_id: int) -> None:
 @with_appcontext
 def show_plan() -> None:
     """Tell which node has which shard, and what is unwise; exits with 1 when something is."""
-    try:
-        found = plan.placed(stock.shards)
-    except Unavailable as error:
-        raise click.ClickException(str(error)) from None
+    found = plan.placed(stock.shards)
     if found is None:
         shards = len(stock.shards)
         click.echo(
@@ -265,19 +275,16 @@ def show_plan() -> None:
 @with_appcontext
 def repair_ledger(yes: bool) -> None:
     """Set Redis' counters right. Free stock is only ever lowered."""
-    try:
-        planned = ledger.plan_repair(ledger.check())
-        if not planned:
-            click.echo("There is nothing to repair.")
-            return
-        for step in planned:
-            show_repair(step, "to take")
-        if not yes:
-            click.confirm("Go on?", abort=True)
-        for step in ledger.repair(CLI):
-            show_repair(step, "taken")
-    except (Unavailable, ledger.Unquiet, Conflict) as error:
-        raise click.ClickException(str(error)) from None
+    planned = ledger.plan_repair(ledger.check())
+    if not planned:
+        click.echo("There is nothing to repair.")
+        return
+    for step in planned:
+        show_repair(step, "to take")
+    if not yes:
+        click.confirm("Go on?", abort=True)
+    for step in ledger.repair(CLI):
+        show_repair(step, "taken")
 
 
 def show_repair(step: ledger.Repair, verb: str) -> None:
@@ -290,7 +297,7 @@ def show_repair(step: ledger.Repair, verb: str) -> None:
 def read_moment(context: click.Context, option: click.Option, text: str | None) -> datetime | None:
     """Return a time as the API would take it, or refuse it."""
     try:
-        return None if text is None else terms.moment(text, option.name or "")
+        return None if text is None else terms.moment(text, option.name or "", "it")
     except InvalidRequest as error:
         raise click.BadParameter(str(error)) from None
 
@@ -324,26 +331,21 @@ def cancel_orders(
 
     Interrupted, it is gone on with by the worker; `/admin/bulk-cancels` shows and stops it.
     """
-    try:
-        plan = bulk.plan(bulk.Wanted(product_id, user, reference, since, until))
-        click.echo(
-            f"{plan.orders} orders with {plan.units} units, up to order {plan.through_order_id}."
-        )
-        if not plan.orders:
-            return
-        if count is None:
-            count = click.prompt("Type how many orders to cancel", type=int)
-        begun, _ = bulk.start(plan.wanted, count, reason, CLI, plan.through_order_id)
-        bulk_id = begun.id
-        while (found := bulk.get(bulk_id)).finished_at is None:
-            click.echo(f"\r{found.cancelled_orders} of {found.orders}", nl=False)
-            if not bulk.step(bulk_id):
-                # A worker is at it.
-                time.sleep(PREPARE_SECONDS)
-    except UnknownProduct:
-        raise click.ClickException(f"There is no product {product_id}") from None
-    except (Conflict, Unavailable) as error:
-        raise click.ClickException(str(error)) from None
+    plan = bulk.plan(bulk.Wanted(product_id, user, reference, since, until))
+    click.echo(
+        f"{plan.orders} orders with {plan.units} units, up to order {plan.through_order_id}."
+    )
+    if not plan.orders:
+        return
+    if count is None:
+        count = click.prompt("Type how many orders to cancel", type=int)
+    begun, _ = bulk.start(plan.wanted, count, reason, CLI, plan.through_order_id)
+    bulk_id = begun.id
+    while (found := bulk.get(bulk_id)).finished_at is None:
+        click.echo(f"\r{found.cancelled_orders} of {found.orders}", nl=False)
+        if not bulk.step(bulk_id):
+            # A worker is at it.
+            time.sleep(PREPARE_SECONDS)
     click.echo(
         f"\r{found.cancelled_orders} orders are cancelled, with {found.cancelled_units} units."
     )
@@ -354,7 +356,7 @@ def cancel_orders(
 @dead_letters.command("list")
 @click.option("--state", type=click.Choice(["open", "replayed", "abandoned", "all"]),
               default="open", show_default=True)  # fmt: skip
-@click.option("--limit", default=50, show_default=True)
+@click.option("--limit", type=click.IntRange(1, MOST_LISTED), default=50, show_default=True)
 @with_appcontext
 def list_dead_letters(state: str, limit: int) -> None:
     """Show the newest dead letters."""
@@ -372,10 +374,7 @@ def _resolve(
     ids: tuple[int, ...],
     reason: str,
 ) -> None:
-    try:
-        results = act(list(ids), reason, CLI)
-    except Unavailable as error:
-        raise click.ClickException(str(error)) from None
+    results = act(list(ids), reason, CLI)
     for result in results:
         click.echo(f"{result.letter_id}: {result.message}")
     if not all(result.done for result in results):
@@ -436,10 +435,7 @@ def import_products(file: BinaryIO, dry_run: bool, yes: bool) -> None:
         return
     if not yes:
         click.confirm(f"Create {products}?", abort=True)
-    try:
-        ids = importing.carry_out(plan, CLI) or []
-    except (Conflict, Unavailable) as error:
-        raise click.ClickException(str(error)) from None
+    ids = importing.carry_out(plan, CLI) or []
     numbers = f"number {ids[0]}" if len(ids) == 1 else f"numbers {ids[0]} to {ids[-1]}"
     click.echo(f"{products} created, {numbers}.")
 
@@ -482,15 +478,12 @@ def currency(product: int | None, keep: bool, rewrite: bool, yes: bool) -> None:
         raise click.ClickException("as hundredths, its price is no whole number of minor units")
     if not yes:
         click.confirm(f"Product {product} costs {now}, and its orders alike?", abort=True)
-    try:
-        if keep:
-            currencies.keep(product, CLI)
-            click.echo(f"Product {product} costs {now}.")
-        else:
-            orders = currencies.rewrite(product, CLI)
-            click.echo(f"Product {product} costs {now}; {orders:,} orders were put right.")
-    except (Conflict, Unavailable) as error:
-        raise click.ClickException(str(error)) from None
+    if keep:
+        currencies.keep(product, CLI)
+        click.echo(f"Product {product} costs {now}.")
+    else:
+        orders = currencies.rewrite(product, CLI)
+        click.echo(f"Product {product} costs {now}; {orders:,} orders were put right.")
 
 
 @stock_commands.command("correct", context_settings={"ignore_unknown_options": True})
@@ -500,12 +493,7 @@ def currency(product: int | None, keep: bool, rewrite: bool, yes: bool) -> None:
 @with_appcontext
 def correct_stock(product_id: int, units: int, reason: str) -> None:
     """Add UNITS, or take them away when negative, because a count was wrong."""
-    try:
-        free = movements.correct(product_id, units, reason, CLI)
-    except UnknownProduct:
-        raise click.ClickException(f"There is no product {product_id}") from None
-    except (InvalidRequest, Conflict, Unavailable) as error:
-        raise click.ClickException(str(error)) from None
+    free = movements.correct(product_id, units, reason, CLI)
     click.echo(f"Product {product_id} has {free} free units.")
 
 
@@ -515,10 +503,7 @@ def correct_stock(product_id: int, units: int, reason: str) -> None:
 @click.password_option()
 def create_staff(email: str, role: str, password: str) -> None:
     """Let somebody sign in."""
-    try:
-        person = people.create(email, password, role, CLI)
-    except (InvalidRequest, Conflict) as error:
-        raise click.ClickException(str(error)) from None
+    person = people.create(email, password, role, CLI)
     click.echo(f"{person.email} may sign in as {person.role}.")
 
 
@@ -538,10 +523,7 @@ def change_password(email: str, password: str) -> None:
     person = people.find(email)
     if person is None:
         raise click.ClickException(f"There is nobody with the address {email}")
-    try:
-        people.set_password(person, password, CLI)
-    except (InvalidRequest, Unavailable) as error:
-        raise click.ClickException(str(error)) from None
+    people.set_password(person, password, CLI)
     click.echo(f"{person.email} has a new password.")
 
 
@@ -557,10 +539,7 @@ def change_password(email: str, password: str) -> None:
 )
 def create_token(name: str, scopes: tuple[str, ...]) -> None:
     """Create a token and show it, this once."""
-    try:
-        created, secret = tokens.create(name, scopes, CLI)
-    except InvalidRequest as error:
-        raise click.ClickException(str(error)) from None
+    created, secret = tokens.create(name, scopes, CLI)
     click.echo(f"Token {created.id}: {secret}")
 
 

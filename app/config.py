@@ -17,6 +17,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
+from psycopg2 import ProgrammingError
+from psycopg2.extensions import parse_dsn
 
 ROOT = Path(__file__).resolve().parent.parent
 VERSION = "0.1.0"  # pyproject.toml says the same
@@ -202,6 +204,10 @@ def _database_url(value: str) -> str:
     authority = re.match(r"(?:[^:/]*(?::[^@]*)?@)?([^/?]*)", value[match.end() :])
     if not authority or not _is_host(authority[1]):
         raise ValueError(f"must have one host, a port from 1 to 65535, and {ENCODED}")
+    try:
+        parse_dsn("postgresql://?" + value.partition("?")[2])
+    except ProgrammingError as error:
+        raise ValueError(f"has no such option: {str(error).strip()}") from None
     return "postgresql+psycopg2://" + value[match.end() :]
 
 

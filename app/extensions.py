@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 from flask import request
 from flask_limiter import Limiter
 from flask_login import LoginManager
-from flask_migrate import Migrate
 from flask_sqlalchemy import SQLAlchemy
 from flask_wtf.csrf import CSRFProtect
 from sqlalchemy import MetaData
@@ -39,7 +38,6 @@ if TYPE_CHECKING:
 else:
     # What Flask-SQLAlchemy makes of it, which has no type.
     Model = db.Model
-migrate = Migrate()
 csrf = CSRFProtect()
 login = LoginManager()
 # The purchase has its own limit inside the claim; this one guards every other route.

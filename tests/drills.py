@@ -5,6 +5,8 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+import pytest
+
 from app.config import ROOT
 
 # `make drills` in CI, `make drills LONG=1` by hand.
@@ -13,6 +15,11 @@ LONG = os.environ.get("LONG") == "1"
 PARTS = (
     "app", "migrations", "stress", "templates", "web.py", "wsgi.py", "worker.py", "webhooks.py",
 )  # fmt: skip
+
+
+def drill(*values: object) -> object:
+    """Return one set of a test's parameters with which it is a drill."""
+    return pytest.param(*values, marks=pytest.mark.drill)
 
 
 def often(usual: int, long: int) -> int:

@@ -5,6 +5,8 @@ from collections import Counter
 
 import pytest
 
+from app.run.collector import spare_what_is_loaded
+
 # The fixture `server` is a whole system: it costs as much as fifty tests to start, and goes on
 # costing while it runs. Each group is run by one process, before all others: these take longest.
 SYSTEMS = (
@@ -52,9 +54,14 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
             fixture.finish(item._request)
 
 
+def pytest_configure() -> None:
+    """Look for no garbage while all is imported and collected: there is none."""
+    gc.disable()
+
+
 def pytest_collection_finish() -> None:
-    """Spare the garbage collector all that is imported by now, and stays."""
-    gc.freeze()
+    gc.enable()
+    spare_what_is_loaded()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -31,8 +31,10 @@ def attempt(server: Server, history: History, user: int) -> str:
 class ShardedRush:
     """Each shard has shoppers of its own; who does not know what became of it asks once more."""
 
-    def __init__(self, server: Server, shards: int, each: int = 2) -> None:
+    def __init__(self, server: Server, shards: int, each: int = 2, pause: float = 0.02) -> None:
+        """`pause` is a shopper's between two orders, in seconds."""
         self.server, self.shards, self.history = server, shards, History()
+        self.pause = pause
         self.ended = threading.Event()
         # When purchases were answered 200, and when somebody was left without an answer,
         # monotonic, by shard.
@@ -58,7 +60,7 @@ class ShardedRush:
             while self._attempt(shard, user) == UNKNOWN and not self.ended.is_set():
                 self.failed[shard] = time.monotonic()
                 time.sleep(0.1)
-            time.sleep(0.02)
+            time.sleep(self.pause)
 
     def _attempt(self, shard: int, user: int) -> str:
         outcome = attempt(self.server, self.history, user)

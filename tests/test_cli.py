@@ -2,10 +2,14 @@
 
 import json
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 
+import click
 import pytest
 from system import PRODUCTION, run_program
 
+from app import create_app
 from app.extensions import db, stock
 from app.models import AuditEntry, Staff, StockMovement
 
@@ -151,9 +155,75 @@ def test_a_reason_is_refused_as_on_the_pages_never_cut(runner, app, command, rea
     assert stock.view([1]).products[1]["free"] == 100
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("dead-letters list --limit -1", "-1 is not in the range"),
+        ("dead-letters list --limit 0", "0 is not in the range"),
+        ("orders cancel --product 1 --reason x --from soon", "'--from': it must be a time"),
+        ("orders cancel --product 1 --reason x --to soon", "'--to': it must be a time"),
+    ],
+)
+def test_wrong_options_are_told_by_their_names(runner, app, line, words):
+    result = runner.invoke(args=line.split())
+    assert result.exit_code == 2
+    assert words in result.output.splitlines()[-1]
+
+
 def test_a_correction_keeps_its_whole_reason(runner, app):
     reason = "x" * 500
     assert runner.invoke(args=["stock", "correct", "1", "-5", "--reason", reason]).exit_code == 0
     with app.app_context():
         movement = db.session.query(StockMovement).order_by(StockMovement.id.desc()).first()
         assert (movement.units, movement.reason) == (-5, reason)
+
+
+def leaves(group: click.Group, *names: str) -> Iterator[tuple[str, ...]]:
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from leaves(command, *names, name)
+        else:
+            yield (*names, name)
+
+
+# What a command needs so that it begins; others need nothing.
+ARGUMENTS = {
+    ("seed",): ["--yes"],
+    ("rebuild",): ["--yes"],
+    ("brake",): ["--yes"],
+    ("ledger", "repair"): ["--yes"],
+    ("orders", "cancel"): ["--product", "1", "--reason", "x", "--count", "0"],
+    ("dead-letters", "replay"): ["1", "--reason", "x"],
+    ("dead-letters", "abandon"): ["1", "--reason", "x", "--yes"],
+    ("stock", "correct"): ["1", "1", "--reason", "x"],
+    ("staff", "create"): ["ann@cli.example", "--password", "long enough"],
+    ("staff", "passwd"): ["admin@example.com", "--password", "long enough"],
+    ("token", "create"): ["t", "--scope", "*"],
+    ("token", "revoke"): ["1"],
+}
+# Of one server it need not ask which node has what.
+WITHOUT_SERVERS = {("cluster", "plan")}
+
+
+def test_every_command_says_in_one_line_which_server_is_away(settings, tmp_path):
+    file = tmp_path / "products.csv"
+    file.write_text("name,price,currency,stock\nLamp,1,EUR,1\n")
+    arguments = ARGUMENTS | {("products", "import"): [str(file), "--yes"]}
+    app = create_app(
+        replace(
+            settings,
+            redis_url="redis://127.0.0.1:1/0",
+            jobs_redis_url=None,
+            database_url="postgresql+psycopg2://u:secret@127.0.0.1:2/x",
+        )
+    )
+    runner = app.test_cli_runner()
+    for names in leaves(app.cli):
+        if names[0] == "db" or names in WITHOUT_SERVERS:
+            continue
+        result = runner.invoke(args=[*names, *arguments.get(names, [])])
+        assert (result.exit_code, type(result.exception)) == (1, SystemExit), names
+        (line,) = result.output.splitlines()[-1:]
+        assert line.startswith(("Error: Redis", "Error: PostgreSQL")), names
+        assert "127.0.0.1:1" in line or "127.0.0.1:2" in line, names
+        assert "secret" not in result.output

@@ -146,13 +146,14 @@ class Loss:
     rescued: int
 
     def __str__(self) -> str:
-        rescued = f"{self.rescued} waiting orders were found and stored."
+        rescued = f"Waiting orders that were found and stored: {self.rescued}."
         if self.intact:
-            return f"Redis was intact, nothing was lost; {rescued}"
+            return f"Redis was intact, nothing was lost. {rescued}"
         return (
-            f"At most {self.lost_orders_at_most} orders up to number {self.last_known_order_id} "
-            f"({self.lost_units_at_most} units) were only in Redis and are lost; what was claimed "
-            f"after {self.sampled_at or 'the start'} can't be known. {rescued}"
+            "Redis had lost the sale, and with it the orders that were not stored: up to number "
+            f"{self.last_known_order_id} at most {self.lost_orders_at_most}, with at most "
+            f"{self.lost_units_at_most} units; and besides, an unknown number that were claimed "
+            f"after {self.sampled_at or 'the start'}, when ids were seen last. {rescued}"
         )
 
 
@@ -171,11 +172,17 @@ class Rebuilt:
 
     def __str__(self) -> str:
         return (
-            f"{self.products} products with {self.free_units} free units are on sale, after "
-            f"{self.orders} stored orders and {self.dead_letters} dead letters; "
-            f"{self.idempotency_keys} idempotency keys are known. It took {self.seconds:.1f} s, "
-            f"and the next order is number {self.loss.first_order_id}. {self.loss}"
+            f"On sale: {_count(self.products, 'product')} with "
+            f"{_count(self.free_units, 'free unit')}, after {_count(self.orders, 'stored order')} "
+            f"and {_count(self.dead_letters, 'dead letter')}; "
+            f"{_count(self.idempotency_keys, 'idempotency key')} known. It took "
+            f"{self.seconds:.1f} s, and the next order is number {self.loss.first_order_id}. "
+            f"{self.loss}"
         )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _told(rebuild: Callable[[Actor, bool], Rebuilt]) -> Callable[..., Rebuilt]:

@@ -66,6 +66,9 @@ def is_public(address: str) -> bool:
             within = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         if within:
             return is_public(str(within))
+        if ip.is_site_local:
+            # Withdrawn (RFC 3879), so that it counts as global; networks may have it still.
+            return False
     return ip.is_global and not ip.is_multicast and not ip.is_reserved
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 import secrets
+import socket
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime, timedelta
@@ -71,6 +72,11 @@ def _may_be_public(parts: SplitResult) -> bool:
     try:
         return is_public(host)
     except ValueError:
+        pass
+    try:
+        # 2130706433, 0x7f.1, 0: numbers that every resolver takes for an address (inet_aton(3)).
+        return is_public(socket.inet_ntoa(socket.inet_aton(host)))
+    except OSError:
         return True  # a name
 
 

@@ -16,7 +16,7 @@ from ..audit import Actor
 from ..extensions import db
 from ..models import Order, OrderIntent, Sale, StockMovement
 from ..problems import Conflict, Unavailable, UnknownOrder
-from ..products.movements import apply_movement
+from ..products.movements import apply_movement, apply_together
 from . import search, states
 
 log = logging.getLogger(__name__)
@@ -186,9 +186,19 @@ def apply_open() -> int:
     found = list(db.session.scalars(STORED, {"most": APPLIED_AT_ONCE}))
     db.session.rollback()
     paid = _confirm_together(found) if len(found) > 1 else set()
+    returned: list[states.Returned] = []
     for order_id in found:
         if order_id not in paid:
-            apply_to(order_id)
+            returned += _commit(order_id) or []
+    if len(returned) > 1:
+        try:
+            told = apply_together([moved.movement_id for moved in returned])
+        except Unavailable as error:
+            db.session.rollback()
+            log.warning("the units of %d orders return later: %s", len(returned), error)
+            return len(found)
+        returned = [moved for moved in returned if moved.movement_id not in told]
+    _tell(returned)
     return len(found)
 
 
@@ -207,20 +217,31 @@ def _confirm_together(order_ids: list[int]) -> set[int]:
 
 def apply_to(order_id: int) -> bool:
     """Carry out what was accepted for one order, if it is stored; tell whether it is."""
+    returned = _commit(order_id)
+    _tell(returned or [])
+    return returned is not None
+
+
+def _commit(order_id: int) -> list[states.Returned] | None:
+    """Carry it out in PostgreSQL; return what Redis is to be told, None where it is not stored."""
     try:
         order = states.lock(order_id)
     except UnknownOrder:
         db.session.rollback()
-        return False
+        return None
     returned = carry_out(order)
     db.session.commit()
+    return returned
+
+
+def _tell(returned: list[states.Returned]) -> None:
+    """Tell Redis of units that were given back, movement by movement."""
     for moved in returned:
         try:
             apply_movement(db.session.get_one(StockMovement, moved.movement_id))
         except (Unavailable, Conflict) as error:
             db.session.rollback()
-            log.warning("the units of order %d return later: %s", order_id, error)
-    return True
+            log.warning("the units of movement %d return later: %s", moved.movement_id, error)
 
 
 def carry_out(order: Order) -> list[states.Returned]:

@@ -8,13 +8,12 @@ from functools import cache
 from typing import Any
 
 import redis
-from alembic.config import Config
-from alembic.script import ScriptDirectory
 from flask import Flask
 from psycopg2 import errorcodes
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError, TimeoutError
 
+from ..config import ROOT
 from ..database import Unanswered, is_unavailable, sqlstate
 from ..extensions import db, stock
 from ..generation import Held, held, on_record
@@ -63,8 +62,8 @@ POSTGRES_STATES = {
     errorcodes.READ_ONLY_SQL_TRANSACTION: "read-only",
     errorcodes.DISK_FULL: "out of disk",
     errorcodes.TOO_MANY_CONNECTIONS: "out of connections",
-    errorcodes.UNDEFINED_TABLE: "without this system's tables: run `flask db upgrade`",
-    errorcodes.UNDEFINED_COLUMN: "without this system's tables: run `flask db upgrade`",
+    errorcodes.UNDEFINED_TABLE: "without this system's tables: run `flask prepare`",
+    errorcodes.UNDEFINED_COLUMN: "without this system's tables: run `flask prepare`",
     errorcodes.INSUFFICIENT_PRIVILEGE: "without rights for this system's user",
 }
 
@@ -127,7 +126,7 @@ def check(app: Flask) -> dict[str, dict[str, Any]]:
         applied, read_only = db.session.execute(READINESS).one()
         if read_only == "on":
             parts["postgres"] = _part(False, "read-only")
-        newest = newest_migration(app.extensions["migrate"].directory)
+        newest = newest_migration()
         parts["migrations"] = _part(
             applied == newest, "applied" if applied == newest else f"at {applied}, not {newest}"
         )
@@ -135,7 +134,7 @@ def check(app: Flask) -> dict[str, dict[str, Any]]:
     except SQLAlchemyError as error:
         db.session.rollback()
         if sqlstate(error) == errorcodes.UNDEFINED_TABLE:
-            parts["migrations"] = _part(False, "not applied: run `flask db upgrade`")
+            parts["migrations"] = _part(False, "not applied: run `flask prepare`")
         else:
             parts["postgres"] = _part(False, in_words(error))
     unknown = _part(False, "unknown without Redis")
@@ -190,13 +189,9 @@ def _drain_is_locked() -> bool:
 
 
 @cache
-def newest_migration(directory: str) -> str | None:
-    """Return the revision that the code expects."""
-    config = Config(f"{directory}/alembic.ini")
-    config.set_main_option("script_location", directory)
-    # As migrations/env.py does: what several versions share lies beside it.
-    config.set_main_option("prepend_sys_path", directory)
-    return ScriptDirectory.from_config(config).get_current_head()
+def newest_migration() -> str:
+    """Return the revision that the code expects: named as its file, numbered as they follow."""
+    return max(path.stem for path in (ROOT / "migrations" / "versions").glob("[0-9]*.py"))
 
 
 def weak_durability() -> list[str]:

@@ -381,7 +381,7 @@ def test_rebuild_from_the_page(client, admin, buy, drain):
         stock.client.flushdb()
     assert "does not hold this sale" in admin.get("/admin/live").text
     send(admin, "/admin/ledger/rebuild", confirmed="yes")
-    assert "1 products with 99 free units are on sale" in admin.get("/admin/ledger/").text
+    assert "On sale: 1 product with 99 free units" in admin.get("/admin/ledger/").text
     assert buy(8).status_code == 200
     page = admin.get("/admin/audit/?target=sale", headers={"HX-Target": "results"}).text
     assert page.count(">sale.rebuild.start<") == 1

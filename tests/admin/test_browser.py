@@ -13,6 +13,7 @@ from zoneinfo import ZoneInfo
 import psycopg2
 import pytest
 from browser import PAGES, users
+from drills import drill
 from waiting import patience
 
 from app.config import load_settings
@@ -45,7 +46,7 @@ def wait_for_free(page, product_id: int, units: int) -> None:
     )
 
 
-@pytest.mark.parametrize("theme", ["light", pytest.param("dark", marks=pytest.mark.drill)])
+@pytest.mark.parametrize("theme", ["light", drill("dark")])
 def test_no_page_complains_or_is_too_wide(open_page, shop, theme):
     shop.product(name="A product with quite a long name, as marketing people like them")
     page = open_page(PAGES[0], color_scheme=theme, viewport={"width": 360, "height": 740})
@@ -253,8 +254,8 @@ def test_times_are_the_browsers(open_page, shop):
     [
         # The second of the two half past ones of that night.
         ("America/New_York", "2027-11-07T06:30:00.123456Z", "2027-11-07T01:30"),
-        ("Europe/Berlin", "2027-10-31T01:30:15.000001Z", "2027-10-31T02:30:15"),
-        ("Asia/Kathmandu", "2031-01-01T00:00:59.999Z", "2031-01-01T05:45:59"),
+        drill("Europe/Berlin", "2027-10-31T01:30:15.000001Z", "2027-10-31T02:30:15"),
+        drill("Asia/Kathmandu", "2031-01-01T00:00:59.999Z", "2031-01-01T05:45:59"),
     ],
 )
 def test_a_time_that_nobody_touched_stays(open_page, shop, zone, instant, wall):
@@ -281,12 +282,12 @@ def test_a_time_that_nobody_touched_stays(open_page, shop, zone, instant, wall):
          "2027-03-28T01:30:00"),
         ("Europe/Berlin", "2027-10-31T02:30", "02:30 comes twice that day; the first is meant",
          "2027-10-31T00:30:00"),
-        ("America/New_York", "2027-03-14T02:30", "02:30 is skipped that day; 03:30 is meant",
-         "2027-03-14T07:30:00"),
-        ("America/New_York", "2027-11-07T01:30", "01:30 comes twice that day; the first is meant",
-         "2027-11-07T05:30:00"),
-        ("Australia/Lord_Howe", "2027-04-04T01:45",
-         "01:45 comes twice that day; the first is meant", "2027-04-03T14:45:00"),
+        drill("America/New_York", "2027-03-14T02:30", "02:30 is skipped that day; 03:30 is meant",
+              "2027-03-14T07:30:00"),
+        drill("America/New_York", "2027-11-07T01:30",
+              "01:30 comes twice that day; the first is meant", "2027-11-07T05:30:00"),
+        drill("Australia/Lord_Howe", "2027-04-04T01:45",
+              "01:45 comes twice that day; the first is meant", "2027-04-03T14:45:00"),
     ],
 )  # fmt: skip
 def test_what_the_page_says_of_a_time_is_what_is_stored(open_page, shop, zone, wall, told, instant):

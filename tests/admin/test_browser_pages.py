@@ -8,6 +8,7 @@ import time
 import pytest
 import redis
 from browser import PAGES, users
+from drills import drill
 
 from app.config import load_settings
 from app.run.embedded import embedded_servers
@@ -51,7 +52,7 @@ def add_person(page) -> str:
     return email
 
 
-@pytest.mark.parametrize("width", [1440, 700, 390])
+@pytest.mark.parametrize("width", [*map(drill, (1440, 700)), 390])
 def test_a_menu_is_whole_whatever_it_hangs_over(open_page, width):
     page = open_page("/admin/staff/", viewport={"width": width, "height": 700})
     email = add_person(page)
@@ -64,6 +65,7 @@ def test_a_menu_is_whole_whatever_it_hangs_over(open_page, width):
     page.locator(".toast-note.success", has_text=email).wait_for()
 
 
+@pytest.mark.drill
 def test_no_table_is_cut_off(open_page, shop):
     product = shop.product(name="A product with quite a long name, as marketing people like them")
     page = open_page("/admin/")
@@ -77,7 +79,7 @@ def test_no_table_is_cut_off(open_page, shop):
             assert found == [], f"{path}, {width} px wide"
 
 
-@pytest.mark.parametrize("width", [1440, 390])
+@pytest.mark.parametrize("width", [drill(1440), 390])
 def test_a_note_lies_over_nothing_and_speaks_of_the_newest_act(open_page, shop, width):
     product = shop.product()
     page = open_page("/admin/", viewport={"width": width, "height": 700}, complain=False)
@@ -314,7 +316,7 @@ def open_chart(open_page):
     return open_one
 
 
-@pytest.mark.parametrize("seconds", [20, 70, 180, 890])
+@pytest.mark.parametrize("seconds", [*map(drill, (20, 70, 890)), 180])
 def test_the_charts_axis_says_each_moment_once(open_chart, seconds):
     page = open_chart(seconds)
     for texts in page.locator(".chart canvas").evaluate_all("all => all.map(each => each.texts)"):

@@ -109,7 +109,9 @@ def test_what_was_only_in_redis_is_bounded(sold, buy):
     report = recovery.rebuild(CLI)
     assert (report.loss.lost_orders_at_most, report.loss.last_known_order_id) == (7, 12)
     assert report.loss.lost_units_at_most == 70
-    assert "At most 7 orders up to number 12" in str(report)
+    told = str(report)
+    assert "up to number 12 at most 7, with at most" in told
+    assert f"an unknown number that were claimed after {report.loss.sampled_at}" in told
     assert ledger.differences(1).missing_orders == [(6, 12)]
     again = recovery.rebuild(CLI)
     assert again.loss.intact

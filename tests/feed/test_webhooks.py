@@ -397,6 +397,7 @@ PRIVATE = [
     "169.254.169.254", "100.64.0.1", "::1", "::", "fe80::1", "fc00::1", "::ffff:127.0.0.1",
     "::ffff:10.0.0.1", "2002:7f00:1::", "64:ff9b::7f00:1", "224.0.0.1", "255.255.255.255",
     "240.0.0.1", "fe80::1%eth0", "198.18.0.1", "ff02::1", "2001:db8::1",
+    "fec0::1", "64:ff9b:1::7f00:1", "::ffff:0:7f00:1", "::7f00:1",
 ]  # fmt: skip
 
 
@@ -419,7 +420,8 @@ def test_public_addresses(address):
         "http://user:secret@example.com/", "http://example.com/#part", "http://example.com:0/",
         "http://example.com:99999/", "http://exämple.com/", "http://x/\r\nHost: y", "http://x/\x00",
         "javascript:alert(1)", "", " ", "http://x/" + "a" * 2000, 7, None, ["http://x/"],
-        "http://sale.localhost/", "http://127.0.0.1./",
+        "http://sale.localhost/", "http://127.0.0.1./", "http://2130706433/", "http://0x7f000001/",
+        "http://0177.0.0.1/", "http://127.1/", "http://0/", "http://[fec0::1]/",
     ],
 )  # fmt: skip
 def test_wrong_addresses(client, url):

@@ -437,6 +437,42 @@ def test_the_order_counts_its_acts(buy, drain, cancel, app):
         assert db.session.get_one(Order, 1).acts == 3
 
 
+def test_what_was_given_back_early_returns_together(buy, drain, cancel, app, monkeypatch):
+    """In one round trip: Redis may be a cluster, each of whose nodes waits for its replica."""
+    for user in range(1, 31):
+        buy(user, quantity=3)
+        assert cancel(user, quantity=1).status_code == 202
+        assert cancel(user, quantity=1).status_code == 202
+    drain()
+    move_all, trips = stock.move_all, []
+    monkeypatch.setattr(
+        stock, "move_all", lambda sale, told: trips.append(len(told)) or move_all(sale, told)
+    )
+    with app.app_context():
+        assert intents.apply_open() == 30
+    assert trips == [60]
+    assert proved(app) == 70
+
+
+def test_where_redis_is_away_the_units_return_later(buy, drain, cancel, app, monkeypatch):
+    for user in range(1, 4):
+        buy(user)
+        assert cancel(user).status_code == 202
+    drain()
+
+    def away(*_):
+        raise Unavailable
+
+    with app.app_context(), monkeypatch.context() as patched:
+        patched.setattr(stock, "move_all", away)
+        assert intents.apply_open() == 3
+        assert free() == 97
+        assert intents.apply_open() == 0
+    with app.app_context():
+        assert finish_pending() == 3
+    assert proved(app) == 100
+
+
 def test_what_was_accepted_early_comes_first(buy, drain, cancel, show, app):
     """An act that meets the stored order before the sweeper does can't push it aside."""
     buy(1, quantity=3)

@@ -89,13 +89,21 @@ HEALTHY = {
     'flashsale_webhook_endpoints{state="failed"}': "0x200",
     "flashsale_webhook_failing_seconds": "0x200",
     'flashsale_processes{role="webhooks"}': "1x200",
+    # A product that is sold out, and one of which nobody buys.
+    'flashsale_purchases_total{outcome="sold_out",product="1"}': "0+10x200",
+    'flashsale_stock_units{product="1"}': "0x200",
+    'flashsale_units_claimed_total{product="1"}': "100x200",
+    'flashsale_purchases_total{outcome="sold_out",product="2"}': "7x200",
+    'flashsale_stock_units{product="2"}': "5x200",
+    'flashsale_units_claimed_total{product="2"}': "95x200",
 }
+CAME_BACK = {'flashsale_stock_units{product="1"}': "0x11 3x180"}
 # Seconds after the break at which an alert fires for sure, where 25 are too few.
 FIRST = dict.fromkeys(
     ("FlashSaleNotScraped", "FlashSaleHoldsDoNotEnd", "FlashSaleClocksDiffer",
      "FlashSaleFeedStuck", "FlashSaleWebhooksNotSent"),
     65,
-)  # fmt: skip
+) | {"FlashSaleRefusedInReach": 95}  # fmt: skip
 # What the words tell of the values below, by how they ask for them.
 TOLD = {
     "FlashSaleHoldsLost": {"{{ $value | printf `%.0f` }}": "2"},
@@ -133,6 +141,13 @@ STANDSTILL = {
         (ENDED, "FlashSaleNotScraped", {}),
         ({"flashsale_sale_prepared": "1x11 0x180"}, "FlashSaleNotPrepared", {}),
         ({'flashsale_shard_up{shard="1"}': "1x11 0x180"}, "FlashSaleShardDown", {}),
+        (CAME_BACK, "FlashSaleRefusedInReach", {"product": "1"}),
+        # Units that are bought while others are refused come and go.
+        (
+            CAME_BACK | {'flashsale_units_claimed_total{product="1"}': "100x11 101+1x180"},
+            None,
+            {},
+        ),
         (
             {'flashsale_web_restarts_total{cause="event_loop"}': "0x11 1x180"},
             "FlashSaleWebReplaced",

@@ -76,6 +76,8 @@ ROOMS |= {
     "worker": BELOW | {"run"},
     "cli": BELOW,
     "__init__": BELOW | {"admin", "cli", "web"},
+    # What begins a program.
+    "loading": BELOW | {"run", "__init__"},
 }
 
 
@@ -90,7 +92,9 @@ def imports_of(path) -> set[str]:
         if node.level:
             module = package[: len(package) - node.level + 1] + module
         if module[:1] == ("app",):
-            found |= {module[1]} if module[1:] else {alias.name for alias in node.names}
+            names = {module[1]} if module[1:] else {alias.name for alias in node.names}
+            # What is no module's name is the package's own.
+            found |= {name if name in ROOMS else "__init__" for name in names}
     return found
 
 

@@ -26,8 +26,7 @@ from app.run.processes import Kept, Program
 # Of the watchdog, whose limit of a minute is more than a test should wait.
 LIMIT = 6
 # The real programs, of which threads hang when the files appear that HANG names.
-WSGI = f"""{(ROOT / "wsgi.py").read_text()}
-
+WORKER = f"""
 import os, threading
 from app.worker import alive, caller, relay
 
@@ -46,6 +45,8 @@ def hanging(step, file):
 
 relay.Sweeper.run_once = hanging(relay.Sweeper.run_once, os.environ["HANG"] + "worker")
 caller.Caller.run_once = hanging(caller.Caller.run_once, os.environ["HANG"] + "webhooks")
+
+{(ROOT / "worker.py").read_text()}
 """
 MAIN = f"""
 import pathlib, sys
@@ -64,12 +65,11 @@ class Run:
         tree = tmp_path / "tree"
         tree.mkdir(exist_ok=True)
         (tree / "app").unlink(missing_ok=True)
-        (tree / "wsgi.py").write_text(WSGI)
         (tree / "app").symlink_to(ROOT / "app")
         # Copies: Python looks for modules where a script really lies.
-        for program in ("web.py", "worker.py", "webhooks.py"):
+        for program in ("wsgi.py", "web.py", "webhooks.py"):
             shutil.copy(ROOT / program, tree)
-        (tree / "wsgi.py").write_text(WSGI)
+        (tree / "worker.py").write_text(WORKER)
         self.hang = tmp_path / "hang"
         settings = {"DATA_DIR": self.data_dir, "PORT": self.port, "WEB_WORKERS": 1, "HOST": ""}
         settings |= {"REDIS_URL": "", "DATABASE_URL": "", "SECRET_KEY": "", "APP_ENV": ""}

@@ -602,15 +602,32 @@ def test_documents_are_made_once(app):
     async def conversation(process):
         wire = await process.connect()
         bodies = set()
-        for _ in range(3):
-            wire.send(get("/docs", "X-Request-Id: mine"))
+        for path in ("/docs", "/docs?x=1", "/docs?x=2", "/docs?"):
+            wire.send(get(path, "X-Request-Id: mine"))
             reply = await wire.reply()
             assert (reply.status, reply.headers["x-request-id"]) == (200, "mine")
             bodies.add(reply.body)
-        return bodies, set(process.server.pages.lasting)
+        return bodies, process.server.pages
 
-    bodies, lasting = talk(app, conversation)
-    assert (len(bodies), lasting) == (1, {("/docs", False)})
+    bodies, pages = talk(app, conversation)
+    assert (len(bodies), set(pages.lasting)) == (1, {("/docs", False)})
+    assert pages.taken == 1
+
+
+def test_a_head_of_a_document_is_as_cheap(app):
+    async def conversation(process):
+        wire = await process.connect()
+        heads = []
+        for number in range(3):
+            wire.send(get(f"/docs?{number}", method="HEAD"))
+            heads.append(await wire.reply(head_only=True))
+        wire.send(get("/docs"))
+        return heads, await wire.reply(), process.server.pages.taken
+
+    heads, reply, taken = talk(app, conversation)
+    length = reply.headers["content-length"]
+    assert {(head.status, head.headers["content-length"]) for head in heads} == {(200, length)}
+    assert (len(reply.body), taken) == (int(length), 1)
 
 
 def test_tickets_of_polls_are_small(app, admin):
