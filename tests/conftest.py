@@ -11,7 +11,7 @@ import pytest
 from documented import DocumentedClient
 from fresh import Fresh
 from people import API_TOKEN, PASSWORD, sign_in_once
-from system import UNLIMITED, Server, start_system, stop_system
+from system import SHARED, UNLIMITED, Server, start_system, stop_system
 from werkzeug.routing import Rule
 
 from app import create_app
@@ -209,10 +209,13 @@ def system(tmp_path_factory) -> Iterator[Server]:
     stop_system(started)
 
 
-@pytest.fixture(scope="session")
-def server(tmp_path_factory) -> Iterator[Server]:
-    """A running system of its own: web, worker, Redis, PostgreSQL."""
-    data_dir = tmp_path_factory.mktemp("run")
-    started = start_system(data_dir)
-    yield started
-    stop_system(started)
+_shared: list[Server] = []
+
+
+@pytest.fixture(scope="module")
+def server(pytestconfig, tmp_path_factory) -> Server:
+    """A running system: web, worker, Redis, PostgreSQL. Files share it as order.py says."""
+    if not _shared:
+        _shared.append(start_system(tmp_path_factory.mktemp("run")))
+        pytestconfig.stash[SHARED].callback(lambda: stop_system(_shared.pop()))
+    return _shared[0]

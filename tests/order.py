@@ -2,8 +2,10 @@
 
 import gc
 from collections import Counter
+from contextlib import ExitStack
 
 import pytest
+from system import SHARED
 
 from app.run.collector import spare_what_is_loaded
 
@@ -33,6 +35,12 @@ def file_of(nodeid: str) -> str:
     return nodeid.partition("::")[0]
 
 
+def group_of(nodeid: str) -> str:
+    """Name the files that share a system, or the one that has its own."""
+    file = file_of(nodeid)
+    return f"system {SYSTEM_OF[file]}" if file in SYSTEM_OF else file
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Have the systems' files first, then those with the most tests: the last ones are short."""
     tests = Counter(file_of(item.nodeid) for item in items)
@@ -47,16 +55,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     """End the system that the files of a group have shared with the last of them."""
-    if file_of(item.nodeid) in SYSTEM_OF and not (
-        nextitem and file_of(nextitem.nodeid) in SYSTEM_OF
-    ):
-        for fixture in item.session._fixturemanager.getfixturedefs("server", item) or ():
-            fixture.finish(item._request)
+    if nextitem is None or group_of(nextitem.nodeid) != group_of(item.nodeid):
+        item.config.stash[SHARED].close()
 
 
-def pytest_configure() -> None:
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A run that was cut short has not come to the last of them."""
+    session.config.stash[SHARED].close()
+
+
+def pytest_configure(config: pytest.Config) -> None:
     """Look for no garbage while all is imported and collected: there is none."""
     gc.disable()
+    config.stash[SHARED] = ExitStack()
 
 
 def pytest_collection_finish() -> None:
@@ -73,8 +84,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log):
 
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file = file_of(nodeid)
-            return f"system {SYSTEM_OF[file]}" if file in SYSTEM_OF else file
+            return group_of(nodeid)
 
     config.option.loadscopereorder = False
     return Scheduling(config, log)

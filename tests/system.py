@@ -9,7 +9,7 @@ import sys
 import time
 import urllib.parse
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,8 @@ from waiting import patience, wait_until
 from app.config import ROOT
 from app.run.processes import leashed
 
+# Ends what the files of a group share, see order.py.
+SHARED = pytest.StashKey[ExitStack]()
 # For tests that buy more than shoppers may.
 UNLIMITED = {"PURCHASE_USER_LIMIT": "off", "PURCHASE_ADDRESS_LIMIT": "off"}
 # What a run must not inherit from whoever started the tests.

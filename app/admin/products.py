@@ -1,5 +1,6 @@
 """Products: their terms of sale, the buttons that bind the next purchase, restocks, the ledger."""
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
@@ -34,6 +35,10 @@ MAX_PAGE = 10**6
 ORDERS = 8
 # Of a file that is to be imported so many products are shown.
 SHOWN_OF_IMPORT = 100
+ANOTHER_RESTOCK = (
+    "This form has added units before, with something else in it. Look at the product's ledger; "
+    "sent once more, it adds these, too."
+)
 COUNTERS = {
     "accepted": "Accepted",
     "sold_out": "Sold out",
@@ -428,7 +433,8 @@ def show_restock(product_id: int) -> ResponseReturnValue:
 @bp.post("/<id:product_id>/restock")
 def restock(product_id: int) -> ResponseReturnValue:
     """Add units; the answer shows the stock right after it."""
-    key = request.form.get("key", "")
+    values = request.form.to_dict()
+    key = values.get("key", "")
     units, reason, errors = 0, None, {}
     try:
         amount = request.form.get("amount", "")
@@ -445,6 +451,8 @@ def restock(product_id: int) -> ResponseReturnValue:
         return refuse_restock(product_id, errors)
     try:
         done = movements.restock(product_id, units, reason, auth.staff_actor(), key)
+    except KeyMismatch:
+        return refuse_restock(product_id, {"amount": ANOTHER_RESTOCK}, values={**values, "key": ""})
     except Unavailable:
         message = "Redis did not answer. If the restock was recorded, it is carried out by itself."
         return refuse_restock(product_id, {"amount": message}, 503)
@@ -454,15 +462,19 @@ def restock(product_id: int) -> ResponseReturnValue:
 
 
 def refuse_restock(
-    product_id: int, errors: dict[str, str], status: int = 422
+    product_id: int,
+    errors: dict[str, str],
+    status: int = 422,
+    values: Mapping[str, str] | None = None,
 ) -> ResponseReturnValue:
     item = monitor.item(product_id)
+    values = request.form if values is None else values
     if not forms.by_htmx():
         return render_template(
-            "admin/restock.html", item=item, errors=errors, values=request.form
+            "admin/restock.html", item=item, errors=errors, values=values
         ), status
     response = make_response(
-        render_template("admin/_restock.html", item=item, errors=errors, values=request.form), 422
+        render_template("admin/_restock.html", item=item, errors=errors, values=values), 422
     )
     response.headers["HX-Retarget"] = f"#restock-form-{product_id}"
     response.headers["HX-Reswap"] = "outerHTML"

@@ -62,7 +62,7 @@ def restock(
     if not 1 <= units <= MAX_RESTOCK:
         raise InvalidRequest(f"amount must be from 1 to {MAX_RESTOCK}", "amount")
     if key and (replay := _restock_of(key)):
-        return _replayed(replay, product_id, units)
+        return _replayed(replay, product_id, units, reason)
     require_sale()
     if db.session.get(Product, product_id) is None:
         raise UnknownProduct(product_id)
@@ -85,7 +85,7 @@ def restock(
         db.session.rollback()
         if not key or not (replay := _restock_of(key)):
             raise
-        return _replayed(replay, product_id, units)
+        return _replayed(replay, product_id, units, reason)
     return Restocked(apply_movement(movement))
 
 
@@ -93,8 +93,10 @@ def _restock_of(key: str) -> StockMovement | None:
     return db.session.scalar(select(StockMovement).where(StockMovement.idempotency_key == key))
 
 
-def _replayed(movement: StockMovement, product_id: int, units: int) -> Restocked:
-    if (movement.product_id, movement.units) != (product_id, units):
+def _replayed(
+    movement: StockMovement, product_id: int, units: int, reason: str | None
+) -> Restocked:
+    if (movement.product_id, movement.units, movement.reason) != (product_id, units, reason):
         raise KeyMismatch
     if movement.applied_at is None:
         return Restocked(apply_movement(movement), replayed=True)

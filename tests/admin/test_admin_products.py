@@ -400,6 +400,19 @@ def test_the_same_form_restocks_once(client, admin):
     assert client.get("/products/1").json["stockRemaining"] == 150
 
 
+def test_a_form_that_has_restocked_tells_so_before_it_adds_something_else(client, admin):
+    restock(admin, "50", reason="truck")
+    for amount, reason in (("50", "another truck"), ("51", "truck")):
+        answer = restock(admin, amount, BROWSER, reason=reason, key="test-50")
+        assert "This form has added units before, with something else in it" in answer.text
+        assert f'value="{reason}"' in answer.text
+        assert client.get("/products/1").json["stockRemaining"] == 150
+    # Whoever has read it goes on with the form of this answer, which has another key.
+    key = re.search(r'name="key" value="([^"]+)"', answer.text)[1]
+    restock(admin, "51", BROWSER, reason="truck", key=key)
+    assert client.get("/products/1").json["stockRemaining"] == 201
+
+
 def test_restock_form_is_a_fragment_and_a_page(admin):
     assert "<html" in admin.get("/admin/products/1/restock").text
     fragment = admin.get("/admin/products/1/restock", headers=BROWSER).text

@@ -140,11 +140,21 @@ def test_sql_and_lua_injection(client, admin_headers, buy, drain):
         assert client.get("/purchase/metrics", query_string={"productId": text}).status_code == 400
         token = {"Authorization": f"Bearer {text}".replace("\r\n", " ")}
         assert client.post("/products/restock", json={}, headers=token).status_code == 401
-        product = {"name": text, "priceCents": 1, "currency": "USD", "stock": 1}
-        created = client.post("/products", json=product, headers=admin_headers)
+        product = {"priceCents": 1, "currency": "USD", "stock": 1}
+        restock = {"amount": 1}
+        line = text.replace("\r\n", " ")
+        if line != text:
+            # A name and a reason are one line.
+            for path, body, field in (
+                ("/products", product | {"name": text}, "name"),
+                ("/products/restock", restock | {"productId": 1, "reason": text}, "reason"),
+            ):
+                refused = client.post(path, json=body, headers=admin_headers)
+                assert (refused.status_code, refused.json["field"]) == (400, field)
+        created = client.post("/products", json=product | {"name": line}, headers=admin_headers)
         assert created.status_code == 201, text
-        assert client.get(created.headers["Location"]).json["name"] == text.strip()
-        restock = {"productId": created.json["id"], "amount": 1, "reason": text}
+        assert client.get(created.headers["Location"]).json["name"] == line.strip()
+        restock |= {"productId": created.json["id"], "reason": line}
         done = client.post("/products/restock", json=restock, headers=admin_headers)
         assert done.json["stock_remaining"] == 2
     # A key is the one text of a shopper's that reaches Redis and the outbox: no space, no control.
