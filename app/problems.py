@@ -1,5 +1,7 @@
 """The errors that every edge knows how to answer, whoever raises them."""
 
+from collections.abc import Mapping
+
 CHALLENGE = 'Bearer realm="shop"'
 
 
@@ -9,6 +11,11 @@ class InvalidRequest(ValueError):
     def __init__(self, message: str, field: str | None = None) -> None:
         super().__init__(message)
         self.field = field
+
+    def told(self, names: Mapping[str, str]) -> str:
+        """Return the words for a page, which may call a field by another name than programs do."""
+        field, _, fault = str(self).partition(" ")
+        return f"{names[field]} {fault}" if field == self.field and field in names else str(self)
 
 
 class Unauthenticated(Exception):

@@ -128,7 +128,7 @@ def create_token() -> ResponseReturnValue:
         if error.field == "scopes":
             errors = {"scopes": "Choose what the token may do"}
         else:
-            errors = {"name": str(error).replace("name must", "The name must", 1)}
+            errors = {"name": error.told({"name": "The name"})}
         return page(422, token_errors=errors, values=request.form, ticked=ticked)
     return page(secret=("token", token.name, text))
 

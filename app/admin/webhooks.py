@@ -19,6 +19,8 @@ CHANGE_LIMIT = "60/minute"
 limiter.limit(CHANGE_LIMIT, methods=["POST"])(bp)
 
 PAGE_DELIVERIES = 50
+# What the pages call an endpoint's members.
+ON_PAGES = {"url": "The address", "description": "The note"}
 
 
 def values(former: WebhookEndpoint | None = None) -> dict[str, Any]:
@@ -33,10 +35,7 @@ def values(former: WebhookEndpoint | None = None) -> dict[str, Any]:
     try:
         return webhooks.read(data)
     except InvalidRequest as error:
-        words = (
-            str(error).replace("url ", "The address ", 1).replace("description ", "The note ", 1)
-        )
-        raise InvalidRequest(words, error.field) from None
+        raise InvalidRequest(error.told(ON_PAGES), error.field) from None
 
 
 @bp.get("/")
