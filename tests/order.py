@@ -28,6 +28,17 @@ SYSTEMS = (
         "tests/watch/test_telemetry.py",
     ),
 )
+# Few tests that take long: begun at the end, one of them would be waited for.
+LONG = {
+    "tests/run/test_embedded.py",
+    "tests/run/test_supervisor.py",
+    "tests/stock/test_refusals.py",
+    "tests/stock/test_shards_on_nodes.py",
+    "tests/whole/test_holds_machine.py",
+    "tests/whole/test_resilience.py",
+    "tests/whole/test_state_machine.py",
+    "tests/worker/test_ending.py",
+}
 SYSTEM_OF = {file: number for number, files in enumerate(SYSTEMS) for file in files}
 
 
@@ -42,12 +53,12 @@ def group_of(nodeid: str) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Have the systems' files first, then those with the most tests: the last ones are short."""
+    """Have the systems' files first, then what else takes long: the last ones are short."""
     tests = Counter(file_of(item.nodeid) for item in items)
 
-    def rank(item: pytest.Item) -> tuple[int, int]:
+    def rank(item: pytest.Item) -> tuple[int, bool, int]:
         file = file_of(item.nodeid)
-        return SYSTEM_OF.get(file, len(SYSTEMS)), -tests[file]
+        return SYSTEM_OF.get(file, len(SYSTEMS)), file not in LONG, -tests[file]
 
     items.sort(key=rank)
 
