@@ -46,7 +46,8 @@ def wait_for_free(page, product_id: int, units: int) -> None:
     )
 
 
-@pytest.mark.parametrize("theme", ["light", drill("dark")])
+@pytest.mark.drill
+@pytest.mark.parametrize("theme", ["light", "dark"])
 def test_no_page_complains_or_is_too_wide(open_page, shop, theme):
     shop.product(name="A product with quite a long name, as marketing people like them")
     page = open_page(PAGES[0], color_scheme=theme, viewport={"width": 360, "height": 740})

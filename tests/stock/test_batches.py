@@ -155,7 +155,7 @@ def bench(servers):
 
 @pytest.mark.parametrize(
     "examples",
-    [60, pytest.param(often(1500, 10_000), marks=pytest.mark.drill)],
+    [150, pytest.param(often(1500, 10_000), marks=pytest.mark.drill)],
     ids=["few", "many"],
 )
 def test_a_batch_is_its_claims_one_by_one(bench, examples):

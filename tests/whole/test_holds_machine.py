@@ -443,7 +443,7 @@ def run(make_app, examples, phases=tuple(Phase)):
 
 
 @pytest.mark.parametrize(
-    "examples", [5, pytest.param(often(70, 1000), marks=pytest.mark.drill)], ids=["few", "many"]
+    "examples", [10, pytest.param(often(70, 1000), marks=pytest.mark.drill)], ids=["few", "many"]
 )
 def test_every_order_of_acts_keeps_the_promises(make_app, examples):
     run(make_app, examples)

@@ -527,7 +527,7 @@ def explore(machine, examples, phases=tuple(Phase)):
 
 
 @pytest.mark.parametrize(
-    "examples", [5, pytest.param(often(70, 1000), marks=pytest.mark.drill)], ids=["few", "many"]
+    "examples", [10, pytest.param(often(70, 1000), marks=pytest.mark.drill)], ids=["few", "many"]
 )
 def test_every_order_of_acts_keeps_the_promises(make_app, examples):
     Sale.app = make_app(purchase_user_limit=NO_LIMIT, purchase_address_limit=NO_LIMIT)
@@ -536,7 +536,7 @@ def test_every_order_of_acts_keeps_the_promises(make_app, examples):
 
 
 @pytest.mark.parametrize(
-    "examples", [2, pytest.param(often(40, 600), marks=pytest.mark.drill)], ids=["few", "many"]
+    "examples", [4, pytest.param(often(40, 600), marks=pytest.mark.drill)], ids=["few", "many"]
 )
 def test_so_it_is_with_several_shards(make_app, examples):
     Sale.app = make_app(shards=6, purchase_user_limit=NO_LIMIT, purchase_address_limit=NO_LIMIT)
