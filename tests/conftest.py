@@ -17,7 +17,7 @@ from werkzeug.routing import Rule
 from app import create_app
 from app.books import recovery
 from app.config import Settings, load_settings
-from app.extensions import db, stock
+from app.extensions import db, limiter, stock
 from app.orders.drain import drain_batch
 from app.run.embedded import PostgresServer, RedisServer
 from app.staff import people
@@ -85,10 +85,18 @@ def routes_compiled_once() -> Iterator[None]:
 def built_app(settings, quick_passwords):
     app = create_app(settings)
     app.test_client_class = DocumentedClient
-    app.extensions["its_shards"] = stock.shards
+    app.extensions["its_shards"], app.extensions["its_limiter"] = stock.shards, dict(vars(limiter))
     with app.app_context():
         flask_migrate.upgrade()
     return app
+
+
+def take_back(app, settings) -> None:
+    """Have the app go on: a process has one stock and one limiter, those of the app made last."""
+    if stock.shards is not app.extensions["its_shards"]:
+        stock.init_app(settings, lambda: recovery.sale_on_record(app))
+        app.extensions["its_shards"] = stock.shards
+    vars(limiter).update(app.extensions["its_limiter"])
 
 
 @pytest.fixture(scope="session")
@@ -102,10 +110,7 @@ def fresh(built_app, settings) -> Iterator[Fresh]:
 @pytest.fixture
 def app(built_app, settings, fresh):
     """The app with an empty shop but for product 1, which has 100 items."""
-    if stock.shards is not built_app.extensions["its_shards"]:
-        # A process has one stock, and another test has made it another app's, or nobody's.
-        stock.init_app(settings, lambda: recovery.sale_on_record(built_app))
-        built_app.extensions["its_shards"] = stock.shards
+    take_back(built_app, settings)
     with built_app.app_context():
         fresh.begin(settings)
     yield built_app
@@ -125,7 +130,7 @@ def make_app(built_app, settings, fresh):
         return app
 
     yield make
-    stock.init_app(settings, lambda: recovery.sale_on_record(built_app))
+    take_back(built_app, settings)
 
 
 @pytest.fixture
