@@ -29,6 +29,9 @@ BODY_SECONDS = 0.5
 RESOLVERS = 8
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
+# What a request on a connection meets that its peer has closed.
+CLOSED = (httpcore.RemoteProtocolError, httpcore.ReadError, httpcore.WriteError)
+
 
 class Refused(Exception):
     """The address is none that may be connected to."""
@@ -110,6 +113,8 @@ class Network(httpcore.NetworkBackend):
         self._allow_private = allow_private
         self._backend = httpcore.SyncBackend()
         self.until = 0.0
+        # How many were opened.
+        self.connections = 0
 
     def left(self, late: type[Exception]) -> float:
         """Return the seconds that are left of the attempt. Raises `late` when there are none."""
@@ -134,9 +139,12 @@ class Network(httpcore.NetworkBackend):
         for address in allowed:
             left = self.left(httpcore.ConnectTimeout)
             try:
-                return _Stream(self._backend.connect_tcp(address, port, left), self)
+                stream = self._backend.connect_tcp(address, port, left)
             except (httpcore.ConnectError, httpcore.ConnectTimeout) as failed:
                 error = failed
+            else:
+                self.connections += 1
+                return _Stream(stream, self)
         raise error
 
     def _resolve(self, host: str, port: int) -> list[str]:
@@ -186,6 +194,7 @@ class Sender:
         """Send a message once and return what came of it; it never raises."""
         started = time.monotonic()
         self._network.until = started + seconds
+        before = self._network.connections
 
         def outcome(**told: Any) -> Outcome:
             return Outcome(round((time.monotonic() - started) * 1000), **told)
@@ -197,23 +206,12 @@ class Sender:
                 found = outcome(status=response.status, retry_after=_retry_after(response.headers))
                 self._read_off(response)
                 return found
-        except Refused as error:
-            return outcome(error=str(error))
-        except httpcore.TimeoutException:
-            return outcome(error="not answered in time")
-        except ssl.SSLCertVerificationError as error:
-            return outcome(error=f"the certificate is not valid: {error.verify_message}")
-        except (httpcore.ProtocolError, httpcore.UnsupportedProtocol):
-            return outcome(error="what was answered is not HTTP")
-        except (httpcore.NetworkError, OSError) as error:
-            # httpcore's own are made of the system's.
-            cause = next((arg for arg in error.args if isinstance(arg, BaseException)), error)
-            if isinstance(cause, ssl.SSLCertVerificationError):
-                return outcome(error=f"the certificate is not valid: {cause.verify_message}")
-            return outcome(error=_in_words(cause))
         except Exception as error:
-            # Whatever else a stranger's answer may lead to.
-            return outcome(error=f"it failed: {type(error).__name__}")
+            left = self._network.until - time.monotonic()
+            if isinstance(error, CLOSED) and self._network.connections == before and left > 0:
+                # A kept connection that was closed meanwhile: that says nothing of the message.
+                return self.post(url, headers, body, left)
+            return outcome(error=_in_words(error))
 
     def _read_off(self, response: httpcore.Response) -> None:
         """Read the rest of a short answer; the answer counts whatever comes of that."""
@@ -241,12 +239,27 @@ def _retry_after(headers: Iterable[tuple[bytes, bytes]]) -> float | None:
 
 def _in_words(error: BaseException) -> str:
     match error:
+        case Refused():
+            return str(error)
+        case httpcore.TimeoutException():
+            return "not answered in time"
+        case httpcore.ProtocolError() | httpcore.UnsupportedProtocol():
+            return "what was answered is not HTTP"
+        case httpcore.NetworkError():
+            # Made of the system's.
+            cause = next((arg for arg in error.args if isinstance(arg, BaseException)), None)
+            return _in_words(cause or OSError(str(error)))
         case ConnectionRefusedError():
             return "the connection was refused"
         case ConnectionResetError() | BrokenPipeError():
             return "the connection was reset"
+        case ssl.SSLCertVerificationError():
+            return f"the certificate is not valid: {error.verify_message}"
         case ssl.SSLError():
             return f"TLS failed: {error.reason or 'no reason given'}"
         case OSError() if error.strerror:
             return f"no connection: {error.strerror.lower()}"
-    return str(error)[:200] or "the connection failed"
+        case OSError():
+            return str(error)[:200] or "the connection failed"
+    # Whatever else a stranger's answer may lead to.
+    return f"it failed: {type(error).__name__}"

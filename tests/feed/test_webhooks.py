@@ -392,6 +392,44 @@ def test_a_kept_connection_that_the_consumer_has_closed(shop, sell, consumer):
     assert (len(closed), state(endpoint).failures) == (3, 0)
 
 
+def test_a_kept_connection_that_is_closed_when_it_is_used_again(shop, sell, consumer):
+    """Too late to be seen before: the message is sent once more, on another one."""
+    more_stock(shop)
+    endpoint, _ = make(consumer)
+    sell(201)
+    answered = []
+
+    def hang_up(handler):
+        if len(answered) == 1 and not hung_up:
+            hung_up.append(1)
+            handler.connection.shutdown(socket.SHUT_RDWR)
+            handler.close_connection = True
+            return True
+        answered.append(1)
+        return False
+
+    hung_up = []
+    consumer.behave = hang_up
+    run(endpoint)
+    assert (len(hung_up), len(answered), state(endpoint).failures) == (1, 3, 0)
+
+
+def test_a_consumer_that_always_hangs_up_is_no_circle(shop, sell, consumer):
+    endpoint, _ = make(consumer)
+    sell()
+    asked = []
+
+    def hang_up(handler):
+        asked.append(1)
+        handler.connection.shutdown(socket.SHUT_RDWR)
+        handler.close_connection = True
+        return True
+
+    consumer.behave = hang_up
+    run(endpoint)
+    assert (len(asked), state(endpoint).failures) == (1, 1)
+
+
 PRIVATE = [
     "127.0.0.1", "127.8.9.1", "0.0.0.0", "10.1.2.3", "172.16.0.1", "192.168.1.1",
     "169.254.169.254", "100.64.0.1", "::1", "::", "fe80::1", "fc00::1", "::ffff:127.0.0.1",
