@@ -204,6 +204,7 @@ def test_a_second_ctrl_c_hurries(run):
     assert it.processes() == []
 
 
+@pytest.mark.drill
 def test_a_failed_preparation_ends_the_start(run):
     it = run(ADMIN_EMAIL="nobody")
     assert it.ends() == 1

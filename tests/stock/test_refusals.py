@@ -57,6 +57,7 @@ def bounded(app):
     stock.client.config_set("maxmemory", 0)
 
 
+@pytest.mark.drill
 def test_a_sold_out_product_stops_no_other_sale(client, buy, sold_out, bounded):
     first = buy(500, product_id=sold_out, key="k")
     bounded(3 * MEGABYTE)

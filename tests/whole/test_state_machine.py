@@ -535,10 +535,9 @@ def test_every_order_of_acts_keeps_the_promises(make_app, examples):
     assert Sale.steps >= 100 * examples
 
 
-@pytest.mark.parametrize(
-    "examples", [4, pytest.param(often(40, 600), marks=pytest.mark.drill)], ids=["few", "many"]
-)
-def test_so_it_is_with_several_shards(make_app, examples):
+@pytest.mark.drill
+def test_so_it_is_with_several_shards(make_app):
+    examples = often(40, 600)
     Sale.app = make_app(shards=6, purchase_user_limit=NO_LIMIT, purchase_address_limit=NO_LIMIT)
     explore(DealtSale, examples)
     assert Sale.steps >= 100 * examples
