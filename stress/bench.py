@@ -44,9 +44,7 @@ from systems import (
     wrk,
 )
 
-from app.stock.keys import KEYS
-
-CROWD = 1000
+MANY, CROWD = 256, 1000
 # The limit is on, and counts, but one machine's load does not meet it.
 HIGH_LIMIT = "10000000/minute"
 
@@ -59,7 +57,7 @@ def stored_since(earlier: dict, now: dict) -> int:
     return now["total_processed"] - earlier["total_processed"]
 
 
-def sell(system, product: int, base: int, seconds: float) -> dict:
+def sell(system, product: int, base: int, seconds: float, connections: int = CONNECTIONS) -> dict:
     """Sell as fast as it goes for `seconds`, then wait for the last order in PostgreSQL."""
     depths: list[tuple[float, int]] = []
     stopped = threading.Event()
@@ -74,7 +72,14 @@ def sell(system, product: int, base: int, seconds: float) -> dict:
     before = cpu_seconds(system.roots)
     watcher.start()
     try:
-        figures = wrk("buy.lua", f"{system.url}/purchase", base, product, seconds=seconds)
+        figures = wrk(
+            "buy.lua",
+            f"{system.url}/purchase",
+            base,
+            product,
+            seconds=seconds,
+            connections=connections,
+        )
         sold_seconds = figures["duration_us"] / 1e6
         # The last purchases are decided after their connections have ended, and counted one by one.
         drained = until(
@@ -92,7 +97,7 @@ def sell(system, product: int, base: int, seconds: float) -> dict:
         watcher.join()
     after = cpu_seconds(system.roots)
     sold = sold_since(earlier, drained)
-    if not figures["ok"] <= sold <= figures["ok"] + CONNECTIONS or figures["refused"]:
+    if not figures["ok"] <= sold <= figures["ok"] + connections or figures["refused"]:
         raise Broken(f"{system.name}: {figures['ok']} answered, {sold} sold")
     return figures | {
         "sold": sold,
@@ -122,6 +127,7 @@ def round_of_ours(
     with Ours(folder, port, PURCHASE_ADDRESS_LIMIT=address_limit).running() as system:
         wrk("buy.lua", f"{system.url}/purchase", users.next(), system.product(STOCK), seconds=1)
         result = sell(system, system.product(STOCK), users.next(), seconds)
+        result["many"] = sell(system, system.product(STOCK), users.next(), seconds / 2, MANY)
         return result | refuse(system, system.product(0), users, seconds / 2)
 
 
@@ -130,6 +136,7 @@ def round_of_peer(peer: ExpressPeer | GoPeer, users: Users, seconds: float) -> d
         # Node compiles what is hot: a cold start would wrong it. One user can take five units.
         wrk("limited.lua", f"{peer.url}/purchase", users.next(), 1, 1, seconds=2)
         result = sell(peer, 1, users.next(), seconds)
+        result["many"] = sell(peer, 1, users.next(), seconds / 2, MANY)
     with peer.running(0):
         wrk("limited.lua", f"{peer.url}/purchase", users.next(), 1, 1, seconds=1)
         return result | refuse(peer, 1, users, seconds / 2)
@@ -187,21 +194,14 @@ def dashboards_figures(system: Ours, product: int, users: Users, turns: int) -> 
     return pairs
 
 
-def memory_without_attempts(system: Ours) -> int:
-    """Return the bytes that Redis holds, but attempts, which pass with their window."""
-    attempts = sum(system.redis.memory_usage(name, samples=0) or 0 for name in KEYS.attempts)
-    return system.redis.info("memory")["used_memory"] - attempts
-
-
 def single_figures(folder: Path, port: int, users: Users, backlog: int, turns: int) -> dict:
-    """Measure what needs no comparison: idle latency, a backlog's drain, memory per order."""
+    """Measure what needs no comparison: idle latency, a crowd's, a backlog's drain."""
     found = {}
     with Ours(folder, port).running() as system:
         product, url = system.product(STOCK), f"{system.url}/purchase"
         found["idle"] = wrk("buy.lua", url, users.next(), product, seconds=4, connections=1)
         found["crowd"] = wrk("buy.lua", url, users.next(), product, seconds=4, connections=CROWD)
         worker = system.pid_of("worker")
-        empty = memory_without_attempts(system)
         os.kill(worker, signal.SIGSTOP)
         try:
             while system.metrics(product)["queue_depth"] < backlog:
@@ -212,16 +212,10 @@ def single_figures(folder: Path, port: int, users: Users, backlog: int, turns: i
                 os.kill(worker, signal.SIGSTOP)
         finally:
             waiting = system.metrics(product)["queue_depth"]
-            full = memory_without_attempts(system)
             os.kill(worker, signal.SIGCONT)
         started = time.monotonic()
         until(lambda: system.metrics(product)["queue_depth"] == 0, 120, "the backlog")
         found["backlog"] = {"orders": waiting, "rate": waiting / (time.monotonic() - started)}
-        rest = memory_without_attempts(system)
-        found["memory"] = {
-            "waiting": (full - empty) / waiting,
-            "persisted": (rest - empty) / waiting,
-        }
         found["dashboards"] = dashboards_figures(system, product, users, turns)
     return found
 

@@ -66,6 +66,7 @@ def tables(
 
     figures: list[tuple[str, Callable[[dict], float], str]] = [
         ("accepted purchases/s", lambda r: r["rate"], "{:,.0f}"),
+        ("the same, 256 connections", lambda r: r["many"]["rate"], "{:,.0f}"),
         ("orders/s until the last is stored", lambda r: r["persisted_rate"], "{:,.0f}"),
         ("refused/s, sold out", lambda r: r["sold_out"]["rate"], "{:,.0f}"),
         ("refused/s, rate-limited", lambda r: r["limited"]["rate"], "{:,.0f}"),
@@ -89,6 +90,7 @@ def tables(
             for name, figure, form in (
                 ("median latency, ms", lambda r: r["p50_us"] / 1000, "{:.1f}"),
                 ("p99 latency, ms", lambda r: r["p99_us"] / 1000, "{:.1f}"),
+                ("the same, 256 connections", lambda r: r["many"]["p99_us"] / 1000, "{:.1f}"),
                 ("deepest queue, orders", lambda r: r["deepest"], "{:,.0f}"),
                 ("drained after the last answer, s", lambda r: r["drained_after"], "{:.1f}"),
             )
@@ -159,14 +161,6 @@ def tables(
             [
                 f"drain of a backlog of {single['backlog']['orders']:,} by one worker, orders/s",
                 f"{single['backlog']['rate']:,.0f}",
-            ],
-            [
-                "Redis memory per waiting order, bytes (its cap record too, attempts left out)",
-                f"{single['memory']['waiting']:.0f}",
-            ],
-            [
-                "Redis memory per order once persisted, bytes (attempts left out)",
-                f"{single['memory']['persisted']:.0f}",
             ],
         ],
     )

@@ -158,7 +158,6 @@ class Ours:
             if process.poll() is not None:
                 raise Broken(f"did not start:\n{log.read_text()}")
             self.api = Server(self.url, (self.folder / "admin_api_token").read_text().strip())
-            self.redis = redis.Redis.from_url(RedisServer(self.folder).url)
             yield self
         finally:
             process.send_signal(signal.SIGTERM)
