@@ -22,7 +22,7 @@ def start_when_carried_out(commands: Iterable[click.Command]) -> None:
 
 def _started_first(callback: Callable[P, R]) -> Callable[P, R]:
     def carry_out(*args: P.args, **options: P.kwargs) -> R:
-        start_servers()
+        start_servers(app)
         return callback(*args, **options)
 
     return carry_out

@@ -34,6 +34,7 @@ from .products.sale import to_follow
 from .reading import MAX_ID, MAX_REASON, USER_WORDS, User, canonical, read_text
 from .staff import people, tokens
 from .stock import plan
+from .words import counted
 
 # Two starts at once must not migrate at once.
 PREPARE_SECONDS = 0.2
@@ -160,7 +161,7 @@ def seed(yes: bool) -> None:
         raise click.ClickException("refused with APP_ENV=production: every order would be deleted")
     products, stored, waiting = recovery.what_a_reset_deletes()
     click.echo(
-        f"This deletes {products:,} product{'s' * (products != 1)}, {stored:,} stored orders "
+        f"This deletes {counted(products, 'product')}, {counted(stored, 'stored order')} "
         f"and {waiting:,} that wait to be stored."
     )
     if not yes:
@@ -333,7 +334,8 @@ def cancel_orders(
     """
     plan = bulk.plan(bulk.Wanted(product_id, user, reference, since, until))
     click.echo(
-        f"{plan.orders} orders with {plan.units} units, up to order {plan.through_order_id}."
+        f"{counted(plan.orders, 'order')} with {counted(plan.units, 'unit')},"
+        f" up to order {plan.through_order_id}."
     )
     if not plan.orders:
         return
@@ -347,7 +349,8 @@ def cancel_orders(
             # A worker is at it.
             time.sleep(PREPARE_SECONDS)
     click.echo(
-        f"\r{found.cancelled_orders} orders are cancelled, with {found.cancelled_units} units."
+        f"\rCancelled {counted(found.cancelled_orders, 'order')}"
+        f" with {counted(found.cancelled_units, 'unit')}."
     )
     if found.state == "stopped":
         raise click.ClickException(f"It was stopped by {found.stopped_by}.")
@@ -429,7 +432,7 @@ def import_products(file: BinaryIO, dry_run: bool, yes: bool) -> None:
             f"{new.terms['currency']} {decimal(new.terms['price_cents'], new.terms['currency'])}"
         )
         click.echo(f"line {line}: {new.terms['name']}  {price}  stock {new.units:,}")
-    products = f"{len(plan.products):,} product{'s' * (len(plan.products) != 1)}"
+    products = counted(len(plan.products), "product")
     if dry_run:
         click.echo(f"{products} would be created.")
         return

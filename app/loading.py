@@ -36,14 +36,15 @@ def load_app(*, pages: bool = False, commands: bool = False) -> Flask:
         sys.exit(telling.fail(error))
     finally:
         gc.enable()
+    app.config["SETTINGS_GIVEN"] = settings  # without the addresses of servers it lacks
     if not commands:
-        start_servers()
+        start_servers(app)
     return app
 
 
-def start_servers() -> None:
-    """Start what is not running; ends the process where that can't be done."""
+def start_servers(app: Flask) -> None:
+    """Start what an app lacks and is not running; ends the process where that can't be done."""
     try:
-        _open.enter_context(servers(load_settings()))
-    except (SettingsError, EmbeddedError) as error:
+        _open.enter_context(servers(app.config["SETTINGS_GIVEN"]))
+    except EmbeddedError as error:
         sys.exit(telling.fail(error))

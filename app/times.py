@@ -5,6 +5,8 @@ from functools import lru_cache
 
 import msgspec
 
+from .words import counted
+
 # Rubbish may name a year that no calendar here knows (datetime.MAXYEAR), and is still to be shown.
 LAST_MS = 253_402_300_000_000
 
@@ -31,4 +33,4 @@ def to_ms(moment: datetime) -> int:
 def in_words(seconds: int) -> str:
     """Return a waiting time as people say it, rounded up: "in 1 second", "in 11 minutes"."""
     count, unit = (seconds, "second") if seconds <= 90 else (-(-seconds // 60), "minute")
-    return f"in {count} {unit}{'' if count == 1 else 's'}"
+    return f"in {counted(count, unit)}"

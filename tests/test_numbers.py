@@ -1,10 +1,11 @@
-"""Numbers as people type them: what each means, or that it is asked back."""
+"""Numbers as people type them: what each means, or that it is asked back; and as they are told."""
 
 import pytest
 
 from app import numbers
 from app.money import decimal, digits_of, read_currency
 from app.problems import InvalidRequest
+from app.words import counted
 
 NBSP, NARROW, THIN = "\u00a0", "\u202f", "\u2009"
 
@@ -134,6 +135,11 @@ def test_what_is_shown_is_read_as_it_was(currency, minor_units):
     grouped = decimal(minor_units, currency, ",")
     if grouped.count(",") != 1 or "." in grouped or currency == "JPY":
         assert numbers.amount(grouped, "price", "The price", currency) == minor_units
+
+
+def test_things_are_told_in_the_singular_only_when_there_is_one():
+    told = [counted(number, "unit") for number in (0, 1, 2, 1200, -1)]
+    assert told == ["0 units", "1 unit", "2 units", "1,200 units", "-1 units"]
 
 
 def test_currencies_are_those_of_the_standard():

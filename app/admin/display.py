@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 from ..config import ROOT
 from ..money import decimal
+from ..words import counted
 from .forms import submission_key, wall_time
 
 ICONS = "/static/vendor/tabler-icons-3.51.0.svg"
@@ -17,7 +18,8 @@ ICONS = "/static/vendor/tabler-icons-3.51.0.svg"
 def init_app(app: Flask) -> None:
     # A fragment goes out every second: less of it is indentation.
     app.jinja_env.trim_blocks = app.jinja_env.lstrip_blocks = True
-    for present in (number, money, when, duration, moment_utc, compact, as_json, wall_time):
+    amounts = (number, counted, compact, money)
+    for present in (*amounts, when, duration, moment_utc, as_json, wall_time):
         app.add_template_filter(present)
     app.add_template_global(asset)
     app.add_template_global(icon)

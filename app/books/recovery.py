@@ -34,6 +34,7 @@ from ..stock.entries import FAILED, STANDING, Entry, key_record
 from ..stock.place import place
 from ..stock.shard import Shard
 from ..stock.shards import Part, first_above
+from ..words import counted
 from . import ledger
 from .totals import deal_anew
 
@@ -172,17 +173,14 @@ class Rebuilt:
 
     def __str__(self) -> str:
         return (
-            f"On sale: {_count(self.products, 'product')} with "
-            f"{_count(self.free_units, 'free unit')}, after {_count(self.orders, 'stored order')} "
-            f"and {_count(self.dead_letters, 'dead letter')}; "
-            f"{_count(self.idempotency_keys, 'idempotency key')} known. It took "
+            f"On sale: {counted(self.products, 'product')} with "
+            f"{counted(self.free_units, 'free unit')}, after "
+            f"{counted(self.orders, 'stored order')} and "
+            f"{counted(self.dead_letters, 'dead letter')}; "
+            f"{counted(self.idempotency_keys, 'idempotency key')} known. It took "
             f"{self.seconds:.1f} s, and the next order is number {self.loss.first_order_id}. "
             f"{self.loss}"
         )
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _told(rebuild: Callable[[Actor, bool], Rebuilt]) -> Callable[..., Rebuilt]:

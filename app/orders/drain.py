@@ -19,6 +19,7 @@ from ..locks import DRAIN_LOCK, SHARD_DRAIN_LOCKS
 from ..problems import Unavailable
 from ..stock.entries import Columns, Entry, split
 from ..stock.shard import Shard
+from ..words import counted
 from . import events
 
 log = logging.getLogger(__name__)
@@ -89,7 +90,7 @@ class Drained:
     def __str__(self) -> str:
         if self.busy:
             return "another drain is at work"
-        text = f"persisted {self.persisted} order{'' if self.persisted == 1 else 's'}"
+        text = f"persisted {counted(self.persisted, 'order')}"
         if self.duplicates:
             text += f", {self.duplicates} were stored already"
         if self.dead_letters:

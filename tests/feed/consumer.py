@@ -79,6 +79,13 @@ def hang(handler: BaseHTTPRequestHandler) -> bool:
     return False
 
 
+def hang_up(handler: BaseHTTPRequestHandler) -> bool:
+    """End the connection instead of answering."""
+    handler.connection.shutdown(socket.SHUT_RDWR)
+    handler.close_connection = True
+    return True
+
+
 def reset(handler: BaseHTTPRequestHandler) -> bool:
     linger = struct.pack("ii", 1, 0)
     handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)

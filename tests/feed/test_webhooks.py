@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 import sqlalchemy
-from consumer import Consumer, drip, endless, garbage, hang, number, reset
+from consumer import Consumer, drip, endless, garbage, hang, hang_up, number, reset
 from people import API_TOKEN
 from sqlalchemy import text
 from waiting import patience
@@ -399,17 +399,15 @@ def test_a_kept_connection_that_is_closed_when_it_is_used_again(shop, sell, cons
     sell(201)
     answered = []
 
-    def hang_up(handler):
+    def hang_up_once(handler):
         if len(answered) == 1 and not hung_up:
             hung_up.append(1)
-            handler.connection.shutdown(socket.SHUT_RDWR)
-            handler.close_connection = True
-            return True
+            return hang_up(handler)
         answered.append(1)
         return False
 
     hung_up = []
-    consumer.behave = hang_up
+    consumer.behave = hang_up_once
     run(endpoint)
     assert (len(hung_up), len(answered), state(endpoint).failures) == (1, 3, 0)
 
@@ -417,17 +415,9 @@ def test_a_kept_connection_that_is_closed_when_it_is_used_again(shop, sell, cons
 def test_a_consumer_that_always_hangs_up_is_no_circle(shop, sell, consumer):
     endpoint, _ = make(consumer)
     sell()
-    asked = []
-
-    def hang_up(handler):
-        asked.append(1)
-        handler.connection.shutdown(socket.SHUT_RDWR)
-        handler.close_connection = True
-        return True
-
     consumer.behave = hang_up
     run(endpoint)
-    assert (len(asked), state(endpoint).failures) == (1, 1)
+    assert (len(consumer.received), state(endpoint).failures) == (1, 1)
 
 
 PRIVATE = [

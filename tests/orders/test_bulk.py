@@ -236,7 +236,7 @@ def test_the_command_asks_for_the_count(app, runner):
     assert "25 orders with 50 units" in refused.output
     done = runner.invoke(args=[*command, "--count", "25"])
     assert done.exit_code == 0, done.output
-    assert "25 orders are cancelled, with 50 units." in done.output
+    assert "Cancelled 25 orders with 50 units." in done.output
     assert (
         runner.invoke(args=["orders", "cancel", "--product", "9", "--reason", "x"]).exit_code == 1
     )

@@ -22,6 +22,7 @@ GROUND = {
     "locks",
     "money",
     "numbers",
+    "words",
 }
 TABLES = GROUND | {
     "extensions",
@@ -34,7 +35,8 @@ TABLES = GROUND | {
 }
 ROOMS = {
     "problems": set(),
-    "times": set(),
+    "words": set(),
+    "times": {"words"},
     "addresses": set(),
     "breaker": set(),
     "locks": set(),
@@ -65,7 +67,6 @@ ROOMS = {
     "feed": TABLES | {"database", "stock", "orders"},
     "books": TABLES | {"database", "stock", "products", "orders", "feed"},
 }
-USE_CASES = {"products", "orders", "books", "staff"}
 BELOW = set(ROOMS) - {"run"}
 ROOMS |= {
     # The server's limits (backlog) are told by who owns its sockets.
