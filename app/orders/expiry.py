@@ -82,15 +82,12 @@ def expire(most: int) -> int:
 
 def tell_held(generation: str) -> None:
     """Note in Redis, for sold-out answers, how many units of each product are held."""
+    ids = list(db.session.scalars(select(ProductTotals.product_id)))
+    db.session.rollback()
+    # First Redis, then PostgreSQL: what is stored in between may count twice, and never not at all.
+    views = stock.views(ids)
     stored = dict(
         db.session.execute(select(ProductTotals.product_id, ProductTotals.held_units)).all()
     )
     db.session.rollback()
-    products = stock.view(list(stored)).products
-    units = {
-        product_id: held
-        for product_id, held in stored.items()
-        if product_id in products and (held or products[product_id].get("held"))
-    }
-    if units:
-        stock.put_held(generation, units)
+    stock.put_held(generation, stored, views)

@@ -313,9 +313,22 @@ class Stock:
             by_shard[self.shard_of(order.user).part.shard].append(order)
         return by_shard
 
-    def put_held(self, generation: str, units: dict[int, int]) -> None:
-        """Note how many units of each product are held by stored orders, in whichever shard."""
-        self.gathered_in_reach(lambda shard: shard.putting_held(generation, units))
+    def put_held(
+        self, generation: str, stored: dict[int, int], before: list[View | Unavailable]
+    ) -> None:
+        """Note how many units of each product may come back because they are held.
+
+        `stored` is of orders in PostgreSQL, of whichever shard; `before` what shards held before
+        PostgreSQL was asked. Raises Unavailable where none can be reached.
+        """
+        reached(before)
+        asks: dict[Shard, Question[None]] = {
+            shard: shard.putting_held(generation, held)
+            for shard, view in zip(self.shards, before, strict=True)
+            if not isinstance(view, Unavailable) and (held := _held(view, stored))
+        }
+        if asks:
+            reached(gathered(list(asks), list(asks.values())))
 
     def keep_counts(self, product_ids: list[int]) -> None:
         """Write products' counts of refusals, as they stand, to the log of shards in reach."""
@@ -366,9 +379,13 @@ class Stock:
         """
         if len(self.shards) == 1:
             return self.first.view(product_ids)
-        views = self.gathered(lambda shard: shard.asking_view(product_ids))
+        views = self.views(product_ids)
         reached(views)
         return merged(dict(enumerate(views)))
+
+    def views(self, product_ids: list[int]) -> list[View | Unavailable]:
+        """Return what each shard holds, each read at one instant."""
+        return self.gathered(lambda shard: shard.asking_view(product_ids))
 
     def product_ids(self) -> list[int]:
         """Return the ids of the products on sale in Redis, ascending."""
@@ -406,3 +423,12 @@ class Stock:
     def turn_away(self, refusals: dict[int, int]) -> None:
         """Count refusals for the user's limit that Redis was not asked about, by product id."""
         self.first.turn_away(refusals)
+
+
+def _held(view: View, stored: dict[int, int]) -> dict[int, tuple[int, int]]:
+    """Return of each product of which units are, or were, held: those stored, those settled."""
+    return {
+        product_id: (units, figures.get("settled_units", 0))
+        for product_id, units in stored.items()
+        if (figures := view.products.get(product_id)) and (units or figures.get("held"))
+    }

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 from ..problems import Unprepared
@@ -155,8 +156,11 @@ class Moves(Link):
         keys = [self.keys.generation, self.keys.movements, product, *bought, *records]
         return "move_expired", keys, args
 
-    def putting_held(self, generation: str, units: dict[int, int]) -> Question[None]:
-        """Ask to note how many units of each product are held by stored orders."""
+    def putting_held(self, generation: str, units: dict[int, tuple[int, int]]) -> Question[None]:
+        """Ask to note how many units of each product may come back because they are held.
+
+        `units` are those held by stored orders, and those that were settled before that was asked.
+        """
         keys = [self.keys.generation, *map(self.keys.product, units)]
-        args = [self.named(generation), *units.values()]
+        args = [self.named(generation), *chain.from_iterable(units.values())]
         return self.asking_script("put_held", keys, args, lambda _: None)

@@ -15,8 +15,9 @@ from app.extensions import db, stock
 from app.models import Order
 from app.orders import deadletters, holds, intents, states
 from app.orders.drain import drain_batch
-from app.orders.expiry import Expiry, expire
+from app.orders.expiry import Expiry, expire, tell_held
 from app.products import movements
+from app.stock.keys import KEYS
 
 
 @pytest.fixture
@@ -162,6 +163,31 @@ def test_an_unpaid_hold_ends_and_its_unit_is_sold_again(client, buy, drain, held
         "HELD", "EXPIRED",
     ]  # fmt: skip
     prove(app)
+
+
+@pytest.mark.parametrize("step", ["views", "put_held"])
+def test_what_is_stored_while_the_sweeper_counts_may_still_come_back(
+    buy, drain, held, app, monkeypatch, step
+):
+    held(units=1)
+    buy(1)
+    real = getattr(stock, step)
+
+    def drained_beside(*args):
+        if step == "put_held":
+            drain()
+        answer = real(*args)
+        if step == "views":
+            drain()
+        return answer
+
+    with app.app_context():
+        monkeypatch.setattr(stock, step, drained_beside)
+        tell_held(stock.generation())
+        assert buy(2).json["mayReturn"] is True
+        monkeypatch.setattr(stock, step, real)
+        tell_held(stock.generation())
+        assert stock.client.hget(KEYS.product(1), "held") == "1"
 
 
 def test_a_late_payment_takes_the_unit_anew_if_there_is_one(buy, drain, held, late, act, app):
