@@ -134,6 +134,7 @@ def _confirm_together(turn: dict[int, Confirm]) -> dict[int, Done | Exception]:
         taken = known.get((str(wish.order_id), wish.key or ""))
         if wish.order_id in early:
             outcomes[number] = done = Done(early[wish.order_id], waits=True)
+            _note(wish)
             if wish.key:
                 keys[str(wish.order_id), wish.key] = [wish.payment], done.answer
             continue
@@ -241,6 +242,7 @@ def _confirm_alone(wish: Confirm) -> Done:
         if isinstance(found, Entry):
             _check_held(found)
             intents.accept_confirm(wish.order_id, wish.payment, wish.actor)
+            _note(wish)
             done = Done(_waiting(wish.order_id, found) | {"confirming": True}, waits=True)
             _commit(taken, done)
             if not intents.apply_to(wish.order_id):
@@ -263,7 +265,7 @@ def _confirm_alone(wish: Confirm) -> Done:
         else:
             pending = _pending(found)
             if pending is None:
-                pending = states.begin_reclaim(found, wish.payment, wish.actor)
+                pending = states.begin_reclaim(found, wish.payment, wish.reason, wish.actor)
             elif pending.kind != "reclaim":
                 # What it gave back goes to Redis before it is taken again.
                 db.session.rollback()
@@ -344,6 +346,8 @@ def extend(
         if isinstance(found, Entry):
             _check_held(found)
             intents.accept_extend(order_id, seconds, actor)
+            after = {"seconds": seconds, "reason": reason}
+            record(actor, "order.extend", f"order {order_id}", after=after)
             return Done(_waiting(order_id, found) | {"extending": seconds}, waits=True)
         if found.held_until is None:
             raise Conflict("This order was never held", "not_held")

@@ -276,7 +276,9 @@ def movement_of(order: Order) -> StockMovement | None:
     return db.session.scalars(own).one_or_none()
 
 
-def begin_reclaim(order: Order, payment: str | None, actor: Actor) -> StockMovement:
+def begin_reclaim(
+    order: Order, payment: str | None, reason: str | None, actor: Actor
+) -> StockMovement:
     """Begin to take an ended order's units anew for a late payment; the order stays as it is.
 
     The movement is to be applied after the commit; then the order is confirmed, or the movement is
@@ -286,7 +288,7 @@ def begin_reclaim(order: Order, payment: str | None, actor: Actor) -> StockMovem
         product_id=order.product_id,
         kind="reclaim",
         units=-order.quantity,
-        reason="paid late",
+        reason=reason or "paid late",
         actor=actor.name,
         user=order.user,
         order_id=order.id,
@@ -317,7 +319,12 @@ def _reclaimed(movement: StockMovement) -> None:
         "order.reclaim",
         f"order {order.id}",
         before={"status": before},
-        after={"status": order.status, "payment": order.payment, "units": order.quantity},
+        after={
+            "status": order.status,
+            "payment": order.payment,
+            "units": order.quantity,
+            "reason": movement.reason,
+        },
     )
     events.record_ids("order.reclaimed", [order.id], units=order.quantity)
 

@@ -7,15 +7,16 @@ import pytest
 from crowd import at_once
 from drills import drill
 from people import send
-from sqlalchemy import text
+from sqlalchemy import select, text
 
 from app.audit import CLI
 from app.books import ledger, recovery
 from app.extensions import db, stock
-from app.models import Order
+from app.models import AuditEntry, Order
 from app.orders import deadletters, holds, intents, states
 from app.orders.drain import drain_batch
 from app.orders.expiry import Expiry, expire, tell_held
+from app.problems import Unavailable
 from app.products import movements
 from app.stock.keys import KEYS
 
@@ -124,7 +125,8 @@ def test_confirm_release_and_their_repetition(client, buy, drain, held, act, app
         200, "CONFIRMED", "pi_1",
     )  # fmt: skip
     assert act(1, "confirm", payment="pi_1").status_code == 200
-    assert act(1, "confirm").status_code == 200
+    assert act(1, "confirm", key="k").status_code == 200
+    assert act(1, "confirm", key="k", payment="pi_2").json["code"] == "idempotency_mismatch"
     assert act(1, "confirm", payment="pi_2").json["code"] == "already_confirmed"
     assert act(1, "release").json["code"] == "order_confirmed"
     assert free(app) == 0
@@ -230,6 +232,53 @@ def test_a_late_payment_without_a_unit_is_refused_for_good(
     prove(app)
 
 
+def test_a_late_payment_of_a_hold_that_was_given_up(buy, drain, held, act, app):
+    held(units=1)
+    buy(1)
+    drain()
+    assert act(1, "release").json["status"] == "RELEASED"
+    paid = act(1, "confirm", payment="pi_1").json
+    assert (paid["status"], paid["reclaimed"], free(app)) == ("CONFIRMED", True, 0)
+    prove(app)
+
+
+@pytest.mark.parametrize("end", ["released", "expired"])
+def test_a_late_payment_before_redis_was_told_of_the_end(buy, drain, held, act, app, end):
+    """What the hold gave back goes to Redis first: its only unit is then there to be taken."""
+    held(units=1)
+    buy(1)
+    drain()
+    with app.app_context():
+        if end == "released":
+            states.give_back(states.lock(1), None, "RELEASED", None, CLI)
+        else:
+            db.session.execute(text("UPDATE orders SET held_until = now() - interval '10 s'"))
+            db.session.commit()
+            states.expire_due(10)
+        db.session.commit()
+    assert free(app) == 0
+    paid = act(1, "confirm", payment="pi_1").json
+    assert (paid["status"], paid["reclaimed"], free(app)) == ("CONFIRMED", True, 0)
+    prove(app)
+
+
+def test_a_late_payment_that_redis_was_not_told_of(buy, drain, held, late, act, app, monkeypatch):
+    """The answer is 503; until the same payment, or the sweeper, finishes it no other one may."""
+    held(units=1)
+    buy(1)
+    drain()
+    late()
+    with monkeypatch.context() as patch:
+        away = Unavailable("Redis is away")
+        patch.setattr(stock, "move", lambda *_: (_ for _ in ()).throw(away))
+        assert act(1, "confirm", key="a", payment="pi_1").status_code == 503
+    assert act(1, "confirm", key="b", payment="pi_2").json["code"] == "already_confirmed"
+    assert free(app) == 1
+    paid = act(1, "confirm", key="a", payment="pi_1").json
+    assert (paid["status"], paid["payment"], free(app)) == ("CONFIRMED", "pi_1", 0)
+    prove(app)
+
+
 def test_a_late_payment_obeys_the_cap(buy, drain, held, late, act, app):
     held(perUserLimit=1)
     buy(1)
@@ -259,8 +308,11 @@ def test_acts_before_the_order_is_stored(client, admin_headers, buy, drain, held
         202, "HELD", True,
     )  # fmt: skip
     assert act(1, "confirm", key="k", payment="pi_1").status_code == 202
+    assert act(1, "confirm", key="k", payment="pi_2").json["code"] == "idempotency_mismatch"
     assert act(1, "confirm", payment="pi_2").json["code"] == "already_confirmed"
+    assert act(1, "confirm", key="another").json["confirming"] is True
     assert act(1, "release").json["code"] == "conflicting_intent"
+    assert act(1, "extend", seconds=60).json["code"] == "conflicting_intent"
     assert act(2, "release").status_code == 202
     assert act(2, "confirm").json["code"] == "conflicting_intent"
     assert act(3, "extend", seconds=60).status_code == 202
@@ -451,7 +503,29 @@ def test_support_confirms_and_extends_with_a_reason(support, buy, drain, held, l
     page = support.get("/admin/orders/1").get_data(as_text=True)
     assert "Claimed anew" in page
     assert "cash" in page
+    assert noted(app, "order.extend") == ["on the phone"]
+    assert noted(app, "order.reclaim") == ["came to the desk"]
     prove(app)
+
+
+@pytest.mark.parametrize("stored", [True, False], ids=["stored", "waiting"])
+def test_why_a_hold_was_confirmed_or_extended_is_on_record(support, buy, drain, held, app, stored):
+    held()
+    buy(1)
+    buy(2)
+    if stored:
+        drain()
+    send(support, "/admin/orders/1/confirm", payment="cash", confirm_reason="came to the desk")
+    send(support, "/admin/orders/2/extend", seconds="60", extend_reason="on the phone")
+    assert noted(app, "order.confirm") == ["came to the desk"]
+    assert noted(app, "order.extend") == ["on the phone"]
+
+
+def noted(app, action: str) -> list[str]:
+    """Return the reasons that the audit has of an action."""
+    with app.app_context():
+        entries = db.session.scalars(select(AuditEntry).where(AuditEntry.action == action)).all()
+        return [entry.after["reason"] for entry in entries]
 
 
 def race(app, rounds: int, orders: int) -> list[int]:

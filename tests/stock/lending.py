@@ -34,7 +34,7 @@ def with_fault(*changes: tuple[str, str]) -> types.ModuleType:
         source = source.replace(right, wrong)
     module = types.ModuleType("dealing")
     module.__package__ = "app.stock"
-    exec(compile(source, "dealing", "exec"), module.__dict__)
+    exec(compile(source, "<dealing>", "exec"), module.__dict__)
     return module
 
 
