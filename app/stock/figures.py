@@ -1,6 +1,7 @@
-"""The figures of a shard, read at one instant: for people, the chart, the ledger's proof."""
+"""The figures of a shard: for people, the chart, the ledger's proof."""
 
 import contextlib
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -9,26 +10,48 @@ from typing import Any
 from ..problems import Unavailable
 from .brakes import Brakes
 from .entries import Entry
-from .link import Link, Question, asking
+from .link import Command, Link, Question, asking
 from .outcomes import REFUSALS
+
+# Redis does nothing else while it reads so many products, 10 to 20 µs each.
+MOST_AT_ONCE = 200
 
 
 @dataclass(frozen=True)
 class View:
-    """What Redis holds of the sale at one instant, by product id."""
+    """What Redis holds of the sale, by product id; each product as it was at one instant."""
 
     generation: str
     last_order_id: int
     waiting: int
     oldest_claimed_ms: int | None
-    applied_movements: frozenset[int]
-    overlap: list[Entry]
     products: dict[int, dict[str, int]]
+    # What other products add up to, where only that was asked for; with `on_sale`.
+    others: dict[str, int]
     brakes: Brakes
     # Shards that could not be asked: what they have is in none of the figures.
     missing: tuple[int, ...] = ()
     # Of several shards what each holds, or why it could not be asked.
     parts: "dict[int, View | Unavailable]" = field(default_factory=dict)
+
+    def sums(self) -> dict[str, int]:
+        """Return what all products add up to.
+
+        `on_sale` are the free units that can be bought: not those of drafts.
+        """
+        sums = defaultdict(int, {"free": 0, "on_sale": 0} | self.others)
+        for figures in self.products.values():
+            for name, figure in figures.items():
+                if name not in _SAME:
+                    sums[name] += figure
+            if can_be_bought(figures):
+                sums["on_sale"] += figures["free"]
+        return sums
+
+
+def can_be_bought(figures: dict[str, int]) -> bool:
+    """Tell whether there is any time at which a product can be bought: not a draft or archived."""
+    return bool(figures.get("max"))
 
 
 # Of a product in several shards: what is one for all of them, as it is where it is oldest.
@@ -43,7 +66,9 @@ def merged(parts: dict[int, View | Unavailable]) -> View:
     views = {number: part for number, part in parts.items() if isinstance(part, View)}
     names = {view.generation for view in views.values() if view.generation}
     products: dict[int, dict[str, int]] = {}
+    others: Counter[str] = Counter()
     for view in views.values():
+        others.update(view.others)
         for product_id, figures in view.products.items():
             sums = products.setdefault(product_id, {})
             older = figures["version"] < sums.get("version", figures["version"] + 1)
@@ -58,9 +83,8 @@ def merged(parts: dict[int, View | Unavailable]) -> View:
         last_order_id=max(view.last_order_id for view in views.values()),
         waiting=sum(view.waiting for view in views.values()),
         oldest_claimed_ms=min(oldest, default=None),
-        applied_movements=frozenset(),
-        overlap=[entry for view in views.values() for entry in view.overlap],
         products=products,
+        others=dict(others),
         brakes=Brakes(
             any(view.brakes.sale for view in views.values()),
             frozenset(of for view in views.values() for of in view.brakes.products),
@@ -103,6 +127,13 @@ class Accounts:
     products: dict[int, Account]
 
 
+def _pieces(product_ids: Sequence[int]) -> list[Sequence[int]]:
+    return [
+        product_ids[start : start + MOST_AT_ONCE]
+        for start in range(0, len(product_ids), MOST_AT_ONCE)
+    ]
+
+
 class Figures(Link):
     """Reads them, and sets them right. Every method raises Unavailable."""
 
@@ -115,43 +146,29 @@ class Figures(Link):
         """Return the ids of the products on sale in Redis, ascending."""
         return self.ask(self.asking_product_ids())
 
-    def view(
-        self,
-        product_ids: list[int],
-        stored_through: int | None = None,
-        movement_ids: Sequence[int] = (),
-        surely: bool = False,
-    ) -> View:
-        """Return what Redis holds, read at one instant.
+    def view(self, product_ids: Sequence[int], others: Sequence[int] = ()) -> View:
+        """Return what Redis holds. Unknown products are left out. See `asking_view`."""
+        return self.ask(self.asking_view(product_ids, others))
 
-        `stored_through` asks for the entries up to this id that are still in the outbox,
-        `movement_ids` which of these movements are applied. Unknown products are left out.
-        `surely` waits until replicas have it all.
+    def asking_view(self, product_ids: Sequence[int], others: Sequence[int] = ()) -> Question[View]:
+        """Ask for these products, and for what the `others` add up to, MOST_AT_ONCE at a time.
+
+        In one round trip, between whose parts Redis decides purchases. What is no product's is as
+        it was at the first of them.
         """
-        question = self.asking_view(product_ids, stored_through, movement_ids)
-        return self.ask(self.surely(question) if surely else question)
+        apart = _pieces(product_ids) or [()]
+        commands = [self._viewing("each", piece) for piece in apart]
+        commands += [self._viewing("sums", piece) for piece in _pieces(others)]
+        return Question(commands, partial(self._view, product_ids, len(apart)), "view")
 
-    def asking_view(
-        self,
-        product_ids: Sequence[int],
-        stored_through: int | None = None,
-        movement_ids: Sequence[int] = (),
-    ) -> Question[View]:
-        keys = [
-            self.keys.generation,
-            self.keys.movements,
-            self.keys.outbox,
-            self.keys.order_ids,
-            self.keys.brakes,
-        ]
+    def _viewing(self, how: str, product_ids: Sequence[int]) -> Command:
+        keys = [self.keys.generation, self.keys.outbox, self.keys.order_ids, self.keys.brakes]
         keys += [self.keys.product(product_id) for product_id in product_ids]
-        through = "" if stored_through is None else stored_through
-        return self.asking_script(
-            "view", keys, [through, *movement_ids], partial(self._view, product_ids)
-        )
+        return self.calling("view", keys, [how])
 
-    def _view(self, product_ids: Sequence[int], answer: Any) -> View:
-        generation, last, waiting, head, applied, overlap, brakes, hashes = answer
+    def _view(self, product_ids: Sequence[int], apart: int, answers: Any) -> View:
+        generation, last, waiting, head, brakes, _ = answers[0]
+        hashes = [of for answer in answers[:apart] for of in answer[-1]]
         products = {}
         for product_id, flat in zip(product_ids, hashes, strict=True):
             if flat:
@@ -162,6 +179,9 @@ class Figures(Link):
                 products[product_id] = {
                     name: int(value) for name, value in fields.items() if value != ""
                 }
+        others: Counter[str] = Counter()
+        for *_, (flat,) in answers[apart:]:
+            others.update(dict(zip(flat[::2], flat[1::2], strict=True)))
         oldest = None
         with contextlib.suppress(ValueError):
             oldest = Entry.parse(head).claimed_ms
@@ -170,9 +190,8 @@ class Figures(Link):
             last_order_id=int(last),
             waiting=waiting,
             oldest_claimed_ms=oldest,
-            applied_movements=frozenset(map(int, applied)),
-            overlap=[Entry.parse(text) for text in overlap],
             products=products,
+            others=dict(others),
             brakes=Brakes.parse(brakes),
         )
 

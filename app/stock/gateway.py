@@ -372,20 +372,22 @@ class Stock:
             by_shard[self.shard_of(of[0]).part.shard].append(of)
         return sum(self.shards[shard].put_keys(of) for shard, of in by_shard.items())
 
-    def view(self, product_ids: list[int]) -> View:
-        """Return what the shards that can be reached hold, each read at one instant.
+    def view(self, product_ids: Sequence[int], others: Sequence[int] = ()) -> View:
+        """Return what the shards that can be reached hold of these products, and of `others` sums.
 
         Raises Unavailable where none can.
         """
         if len(self.shards) == 1:
-            return self.first.view(product_ids)
-        views = self.views(product_ids)
+            return self.first.view(product_ids, others)
+        views = self.views(product_ids, others)
         reached(views)
         return merged(dict(enumerate(views)))
 
-    def views(self, product_ids: list[int]) -> list[View | Unavailable]:
-        """Return what each shard holds, each read at one instant."""
-        return self.gathered(lambda shard: shard.asking_view(product_ids))
+    def views(
+        self, product_ids: Sequence[int], others: Sequence[int] = ()
+    ) -> list[View | Unavailable]:
+        """Return what each shard holds, see Figures.asking_view."""
+        return self.gathered(lambda shard: shard.asking_view(product_ids, others))
 
     def product_ids(self) -> list[int]:
         """Return the ids of the products on sale in Redis, ascending."""

@@ -17,6 +17,7 @@ from .servers import Server
 from .shards import Part
 
 Answer = TypeVar("Answer")
+Command = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Question(Generic[Answer]):
     `read` may raise Unavailable. `script` is the one that the commands run, if they do.
     """
 
-    commands: Sequence[tuple[Any, ...]]
+    commands: Sequence[Command]
     read: Callable[[list[Any]], Answer]
     script: str | None = None
 
@@ -50,7 +51,7 @@ def asking() -> Iterator[None]:
         raise Unavailable(str(error)) from error
 
 
-def piped(client: Any, commands: Sequence[tuple[Any, ...]], **how: bool) -> list[Any]:
+def piped(client: Any, commands: Sequence[Command], **how: bool) -> list[Any]:
     """Return the answers to commands that are sent in one go. Raises redis.RedisError."""
     if len(commands) == 1 and not how:
         return [client.execute_command(*commands[0])]
@@ -109,8 +110,11 @@ class Link:
         self, name: str, keys: list[str], args: list[Any], read: Callable[[Any], Answer]
     ) -> Question[Answer]:
         """Return the question that a script answers."""
-        words = ("EVALSHA", self._scripts[name].sha, len(keys), *keys, *args)
-        return Question([words], lambda answers: read(answers[0]), name)
+        return Question([self.calling(name, keys, args)], lambda answers: read(answers[0]), name)
+
+    def calling(self, name: str, keys: list[str], args: list[Any]) -> Command:
+        """Return the command that runs a script."""
+        return ("EVALSHA", self._scripts[name].sha, len(keys), *keys, *args)
 
     def surely(self, question: Question[Answer]) -> Question[Answer]:
         """Return it with what makes sure that replicas have what was read. See run_surely."""

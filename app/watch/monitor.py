@@ -169,7 +169,9 @@ class Board:
     @property
     def free(self) -> int | None:
         known = not self.redis_error and not self.sale_error
-        return sum(item.free or 0 for item in self.items) if known else None
+        # What nobody can buy is not free: a draft's units are in its row alone, as in the chart.
+        free = sum(item.free or 0 for item in self.items if item.state != DRAFT)
+        return free if known else None
 
     @property
     def spans(self) -> dict[str, Span]:
@@ -375,7 +377,7 @@ def _shard_state(
         number,
         node,
         None if held_by_it is Held.THIS else "without this sale",
-        free=sum(figures["free"] for figures in part.products.values()),
+        free=part.sums()["on_sale"],
         waiting=part.waiting,
         in_transit=ledger.in_transit.get(number),
     )

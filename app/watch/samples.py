@@ -36,6 +36,7 @@ RATES = {
     "persisted": ("persisted",),
 }  # fmt: skip
 COLUMNS = ("accepted", "refused", "waiting", "free")
+COUNTERS = ("accepted", "claimed", "settled", "persisted", *REFUSALS)
 _REFUSALS = sum((RATES[name] for name in ("sold_out", "limited", "refused")), ())
 # Beside the sums a sample has the newest products by themselves, as many as the dashboard shows.
 MOST_PRODUCTS = 60
@@ -43,10 +44,14 @@ MOST_PRODUCTS = 60
 
 def totals(view: View) -> Figures:
     """Return the counters as they stand, over all products, and the queue."""
-    figures = list(view.products.values())
-    names = ("accepted", "claimed", "settled", "persisted", "free", *REFUSALS)
-    found = {name: sum(figure.get(name, 0) for figure in figures) for name in names}
-    return found | {"waiting": view.waiting, "oldest_ms": view.oldest_claimed_ms}
+    sums = view.sums()
+    found = {name: sums.get(name, 0) for name in COUNTERS}
+    return found | {
+        # What nobody can buy is not free.
+        "free": sums["on_sale"],
+        "waiting": view.waiting,
+        "oldest_ms": view.oldest_claimed_ms,
+    }
 
 
 def sample(view: View) -> Figures:

@@ -208,7 +208,8 @@ def _gauge(name: str, meaning: str, value: float) -> GaugeMetricFamily:
 
 
 def _of_redis() -> Iterator[Metric]:
-    view = stock.view(stock.product_ids())
+    ids = stock.product_ids()
+    view = stock.view(ids[:MOST_PRODUCTS], ids[MOST_PRODUCTS:])
     yield _gauge("flashsale_sale_prepared", "Whether Redis holds the sale.", bool(view.generation))
     yield from _of_shards(view)
     news, found = stock.board.news(0), stock.board.counted(STATE_LASTS_SECONDS)
@@ -259,7 +260,7 @@ def _of_shards(view: View) -> Iterator[Metric]:
             up.add_metric([shard], 0)
             continue
         up.add_metric([shard], bool(part.generation))
-        free.add_metric([shard], sum(of["free"] for of in part.products.values()))
+        free.add_metric([shard], part.sums()["free"])
         waiting.add_metric([shard], part.waiting)
     yield from (up, free, waiting)
 
@@ -284,19 +285,18 @@ def _of_products(view: View, refused: dict[str, str]) -> Iterator[Metric]:
     )
     units = CounterMetricFamily("flashsale_units_claimed", "Units sold.", labels=["product"])
     free = GaugeMetricFamily("flashsale_stock_units", "Units free to be sold.", labels=["product"])
-    ids = sorted(view.products)
-    groups = {str(product): [view.products[product]] for product in ids[:MOST_PRODUCTS]}
-    if ids[MOST_PRODUCTS:]:
-        groups["other"] = [view.products[product] for product in ids[MOST_PRODUCTS:]]
+    groups = {str(product): view.products[product] for product in sorted(view.products)}
+    if view.others:
+        groups["other"] = view.others
     for product, figures in groups.items():
         for outcome in OUTCOMES:
-            total = sum(figure.get(outcome, 0) for figure in figures)
+            total = figures.get(outcome, 0)
             # An outcome that never was is told for accepted alone, so that a rate can be taken.
             if total or outcome == "accepted":
                 purchases.add_metric([product, outcome], total)
-        persisted.add_metric([product], sum(figure["persisted"] for figure in figures))
-        units.add_metric([product], sum(figure["claimed"] for figure in figures))
-        free.add_metric([product], sum(figure["free"] for figure in figures))
+        persisted.add_metric([product], figures.get("persisted", 0))
+        units.add_metric([product], figures.get("claimed", 0))
+        free.add_metric([product], figures.get("free", 0))
     for outcome in OUTCOMES:
         if outcome in refused:
             purchases.add_metric(["none", outcome], int(refused[outcome]))

@@ -30,6 +30,7 @@ from ..reading import (
     read_text,
     read_user,
 )
+from ..stock.figures import can_be_bought
 from ..watch import health, telemetry
 from . import openapi, probe
 from .access import metrics_token_required, token_optional, token_with
@@ -119,19 +120,17 @@ def list_orders(user: str) -> ResponseReturnValue:
 def metrics() -> ResponseReturnValue:
     """The sale in figures, from Redis alone: it costs the same however many orders there are."""
     product_id = query_integer("productId", 1, MAX_ID)
-    ids = stock.product_ids() if product_id is None else [product_id]
-    view = stock.view(ids)
+    view = stock.view([], stock.product_ids()) if product_id is None else stock.view([product_id])
     if not view.generation:
         raise Unprepared("the sale is not in Redis")
-    figures = list(view.products.values())
     # What nobody can buy, a draft or an archived product, is not there to shoppers.
-    on_sale = [figure for figure in figures if figure.get("max")]
-    if product_id is not None and not on_sale:
+    if product_id is not None and not any(map(can_be_bought, view.products.values())):
         raise UnknownProduct(product_id)
+    sums = view.sums()
     return jsonify(
-        stock_remaining=sum(figure["free"] for figure in on_sale),
-        queue_depth=sum(figure["accepted"] - figure["settled"] for figure in figures),
-        total_processed=sum(figure["persisted"] for figure in figures),
+        stock_remaining=sums["on_sale"],
+        queue_depth=sums["accepted"] - sums["settled"],
+        total_processed=sums["persisted"],
     )
 
 

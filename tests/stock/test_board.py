@@ -143,6 +143,25 @@ def test_the_chart_of_a_product(app, buy):
     assert samples.chart(product_id=99)["second"] == []
 
 
+@pytest.mark.parametrize("shards", [1, 3])
+def test_units_free_are_those_that_can_be_bought_everywhere(make_app, shards):
+    """The tile, the chart, the shards' rows and the shoppers' own figure are of the same units."""
+    with make_app(shards=shards).app_context():
+        for change in ({"visibility": "draft"}, {"archived": True}, {"paused": True}):
+            catalogue.create(terms.read_new(LAMP | change), CLI)
+        ids = stock.product_ids()
+        assert ids == [1, 2, 3, 4]
+        board, view = monitor.board(), stock.view(ids)
+        told = [
+            board.free, samples.sample(view)["free"], view.sums()["on_sale"],
+            stock.view([], ids).sums()["on_sale"], stock.view([2, 4], [1, 3]).sums()["on_sale"],
+            sum(shard.free for shard in board.shards) or 200,
+        ]  # fmt: skip
+        assert told == [200] * len(told)
+        assert view.sums()["free"] == stock.view([], ids).sums()["free"] == 400
+        assert dict(view.sums()) == dict(stock.view([3], [4, 1, 2]).sums())
+
+
 @pytest.mark.parametrize("query", ["span=1y", "product=x", "product=0", "product=-1"])
 def test_a_chart_that_there_is_not(admin, query):
     assert admin.get(f"/admin/chart.json?{query}").status_code == 404

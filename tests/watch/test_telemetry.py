@@ -7,13 +7,15 @@ import timeit
 import pytest
 import redis
 from call import call
+from counts import commandstats
 from prometheus_client.parser import text_string_to_metric_families
 from waiting import patience, wait_until
 
 from app.audit import CLI
-from app.extensions import stock
+from app.extensions import db, stock
 from app.problems import Unavailable
 from app.products import catalogue, terms
+from app.stock import figures
 from app.stock.keys import KEYS
 from app.watch import telemetry
 from app.watch.telemetry import DURATION_BOUNDS, Meter
@@ -163,6 +165,35 @@ def test_the_number_of_series_is_bounded(app, client, admin_headers, monkeypatch
     assert {labels["product"] for labels in of_products} == {"1", "2", "3", "other"}
     assert len(of_products) == 4 * 4
     assert value(figures, "flashsale_stock_units", product="other") == 20
+
+
+def test_many_products_cost_little(app, client, admin_headers, monkeypatch):
+    """Those that are not told apart are added up by Redis, a few in each of its turns."""
+    monkeypatch.setattr(telemetry, "MOST_PRODUCTS", 3)
+    monkeypatch.setattr(figures, "MOST_AT_ONCE", 4)
+
+    def add(products):
+        rows = [{"name": "Lamp", "priceCents": 1, "currency": "USD", "stock": 5}] * products
+        with app.app_context():
+            ids = [of.id for of in catalogue.add([*map(terms.read_new, rows)], CLI, "more")]
+            db.session.commit()
+            catalogue.put_on_sale(ids)
+
+    def cost():
+        before, sent = commandstats(), stock.client.info("stats")["total_net_output_bytes"]
+        told = read(client, admin_headers)
+        after, sent_then = commandstats(), stock.client.info("stats")["total_net_output_bytes"]
+        scripts, hashes = (after[of] - before.get(of, 0) for of in ("evalsha", "hgetall"))
+        return told, scripts, hashes, sent_then - sent
+
+    add(6)
+    _, few_scripts, few_hashes, few_bytes = cost()
+    add(80)
+    told, scripts, hashes, sent = cost()
+    assert value(told, "flashsale_stock_units", product="other") == (6 + 80 - 2) * 5
+    assert (hashes - few_hashes, scripts - few_scripts) == (80, 80 / 4)
+    # A product by itself is some 250 bytes; what is told of 80 is their ids and the 20 sums.
+    assert sent - few_bytes < 80 * 15 + 20 * 450
 
 
 @pytest.mark.parametrize(
