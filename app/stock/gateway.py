@@ -328,7 +328,8 @@ class Stock:
             if not isinstance(view, Unavailable) and (held := _held(view, stored))
         }
         if asks:
-            reached(gathered(list(asks), list(asks.values())))
+            answers = gathered(list(asks), list(asks.values()))
+            reached(answers)
 
     def keep_counts(self, product_ids: list[int]) -> None:
         """Write products' counts of refusals, as they stand, to the log of shards in reach."""
