@@ -30,8 +30,12 @@ def _started_first(callback: Callable[P, R]) -> Callable[P, R]:
 
 # `flask` looks for its commands; for those that serve (run, shell, routes) it asks later.
 _asked = click.get_current_context(silent=True)
-_for_commands = _asked is not None and isinstance(_asked.command, click.Group)
+_group = _asked.command if _asked else None
+_for_commands = isinstance(_group, click.Group)
 
 app = load_app(pages=not _for_commands, commands=_for_commands)
-if _for_commands:
+if isinstance(_group, click.Group):
+    # Flask-Limiter brings it along, and it needs packages that are not installed here.
+    if of_limiter := _group.commands.get("limiter"):
+        of_limiter.hidden = True
     start_when_carried_out(app.cli.commands.values())

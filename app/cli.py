@@ -24,6 +24,7 @@ from .config import ROOT, Settings, was_generated
 from .database import is_unavailable, sqlstate
 from .extensions import db, stock
 from .locks import PREPARE_LOCK
+from .models import DeadLetter, Product
 from .money import decimal
 from .orders import bulk, deadletters
 from .problems import Conflict, InvalidRequest, Unavailable, UnknownProduct, Unprepared
@@ -39,6 +40,7 @@ from .words import counted
 # Two starts at once must not migrate at once.
 PREPARE_SECONDS = 0.2
 MOST_LISTED = 100_000
+LETTERS_AT_ONCE = 500
 
 ledger_commands = AppGroup("ledger", help="The proof that stock and orders agree to the unit.")
 cluster_commands = AppGroup("cluster", help="The nodes that share the sale.")
@@ -364,7 +366,20 @@ def cancel_orders(
 def list_dead_letters(state: str, limit: int) -> None:
     """Show the newest dead letters."""
     filters = deadletters.Filters(state=None if state == "all" else state)
-    for letter in deadletters.list_letters(filters, limit=limit):
+    before, left = None, limit
+    while letters := deadletters.list_letters(filters, before, min(left, LETTERS_AT_ONCE)):
+        show_letters(letters)
+        before, left = letters[-1].id, left - len(letters)
+        if not left:
+            if deadletters.list_letters(filters, before, 1):
+                click.echo(f"There are older ones than these {limit:,}: see --limit", err=True)
+            return
+    if before is None:
+        click.echo("There are none.", err=True)
+
+
+def show_letters(letters: list[DeadLetter]) -> None:
+    for letter in letters:
         click.echo(
             f"{letter.id}  {letter.resolution or 'open'}  order {letter.order_id or '?'}  "
             f"user {letter.user or '?'}  product {letter.product_id or '?'}  "
@@ -460,6 +475,8 @@ def currency(product: int | None, keep: bool, rewrite: bool, yes: bool) -> None:
         if product is None:
             click.echo("No product's amounts are in doubt.")
             return
+        if db.session.get(Product, product) is None:
+            raise UnknownProduct(product)
         raise click.ClickException(f"The amounts of product {product} are not in doubt")
     if product is None or keep == rewrite:
         for doubt in doubts:

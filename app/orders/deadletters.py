@@ -25,7 +25,7 @@ from ..products.movements import apply_movement
 from ..reading import User
 from ..stock.entries import Entry
 from . import events, intents
-from .lookup import MAX_LISTED, columns_of
+from .lookup import columns_of
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def list_letters(
 ) -> list[DeadLetter]:
     """Return letters, newest first; `before` is the id where the page before ended."""
     filters = filters or Filters()
-    query = select(DeadLetter).order_by(DeadLetter.id.desc()).limit(min(limit, MAX_LISTED))
+    query = select(DeadLetter).order_by(DeadLetter.id.desc()).limit(limit)
     if filters.state == "open":
         query = query.where(DeadLetter.resolution.is_(None))
     elif filters.state is not None:

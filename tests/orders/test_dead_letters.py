@@ -8,6 +8,7 @@ import pytest
 from occupied import occupy
 from sqlalchemy import select, text
 
+from app import cli
 from app.audit import CLI
 from app.books import ledger, recovery
 from app.extensions import db, stock
@@ -329,6 +330,29 @@ def test_the_commands(letter, runner):
     assert free() == 97
     again = runner.invoke(args=["dead-letters", "replay", str(letter.id), "--reason", "test"])
     assert again.exit_code == 1
+
+
+def test_the_command_says_what_it_leaves_out(app, runner, monkeypatch):
+    monkeypatch.setattr(cli, "LETTERS_AT_ONCE", 2)
+    nothing = runner.invoke(args=["dead-letters", "list"])
+    assert (nothing.stdout, nothing.stderr) == ("", "There are none.\n")
+    with app.app_context():
+        db.session.add_all(
+            DeadLetter(stream_id=f"{n}-0", payload="x", error="wrong", order_id=n)
+            for n in range(1, 8)
+        )
+        db.session.commit()
+
+    def listed(limit):
+        found = runner.invoke(args=["dead-letters", "list", "--limit", str(limit)])
+        return [line.split("  ")[2] for line in found.stdout.splitlines()], found.stderr
+
+    newest_first = [f"order {n}" for n in range(7, 0, -1)]
+    for limit in (7, 8, 100_000):
+        assert listed(limit) == (newest_first, "")
+    for limit in (1, 4, 5, 6):
+        told = f"There are older ones than these {limit}: see --limit\n"
+        assert listed(limit) == (newest_first[:limit], told)
 
 
 def long_ago() -> datetime:
