@@ -190,7 +190,10 @@ def extend(order_id: int) -> ResponseReturnValue:
             request.form.get("seconds", ""), "seconds", "The time", 1, MAX_HOLD_SECONDS
         )
         done = holds.extend(order_id, seconds, auth.staff_actor(), key, reason)
-        return "Accepted: it is extended as soon as it is stored." if done.waits else "Extended."
+        if done.waits:
+            return "Accepted: it is extended as soon as it is stored."
+        # A whole hold from now at most, whatever was asked for.
+        return f"Extended: held until {done.order['heldUntil'][11:19]} UTC."
 
     return act_of_hold(order_id, "extend_reason", "longer", act)
 

@@ -14,7 +14,7 @@ from typing import Any, cast
 from sqlalchemy import ColumnElement, Select, and_, false, func, select
 
 from ..extensions import db, stock
-from ..models import Batch, DeadLetter, Order, StockMovement
+from ..models import AuditEntry, Batch, DeadLetter, Order, StockMovement
 from ..problems import Unavailable, UnknownOrder
 from ..products.names import Names
 from ..reading import REFERENCE, VALID_KEY, User, canonical
@@ -396,6 +396,16 @@ class Story:
     # Whether its hold was extended, which is possible once.
     extended: bool = False
     letter: DeadLetter | None = None
+    # By whom and why its hold was confirmed or extended, as far as a reason was given.
+    acts: Sequence[AuditEntry] = ()
+
+    @property
+    def confirmed(self) -> AuditEntry | None:
+        return next((act for act in self.acts if act.action == "order.confirm"), None)
+
+    @property
+    def extensions(self) -> list[AuditEntry]:
+        return [act for act in self.acts if act.action == "order.extend"]
 
 
 def _expired_with(order: Found) -> ColumnElement[bool]:
@@ -407,6 +417,19 @@ def _expired_with(order: Found) -> ColumnElement[bool]:
         StockMovement.product_id == order.product_id,
         StockMovement.order_ids.contains([order.id]),
     )
+
+
+def _acts_of_hold(order: Found) -> Sequence[AuditEntry]:
+    if order.held_until is None:
+        return ()
+    return db.session.scalars(
+        select(AuditEntry)
+        .where(
+            AuditEntry.target == f"order {order.id}",
+            AuditEntry.action.in_(("order.confirm", "order.extend")),
+        )
+        .order_by(AuditEntry.id)
+    ).all()
 
 
 def story(order_id: int) -> Story:
@@ -439,6 +462,7 @@ def story(order_id: int) -> Story:
                 .where((StockMovement.order_id == order_id) | _expired_with(order))
                 .order_by(StockMovement.id)
             ).all(),
+            acts=_acts_of_hold(order),
         )
     if letter is not None:
         return Story(

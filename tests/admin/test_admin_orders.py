@@ -78,6 +78,12 @@ def test_a_number_is_a_user_or_an_order(support, buy, drain):
     answer = support.get("/admin/orders/?q=%232")
     assert 'class="hit"' in answer.text
     assert listed(answer) == []
+    assert "No other order" not in answer.text
+    answer = support.get("/admin/orders/?q=3")
+    assert 'class="hit"' in answer.text
+    assert "No other order is of a user 3, or under such a key or reference." in answer.text
+    assert "No orders found" not in answer.text
+    assert "No orders found" in support.get("/admin/orders/?q=99").text
     assert "visible characters" in support.get("/admin/orders/?q=Zoë").text
     assert "There is no such order" in support.get("/admin/orders/?q=%2399").text
 

@@ -519,6 +519,24 @@ def test_why_a_hold_was_confirmed_or_extended_is_on_record(support, buy, drain, 
     send(support, "/admin/orders/2/extend", seconds="60", extend_reason="on the phone")
     assert noted(app, "order.confirm") == ["came to the desk"]
     assert noted(app, "order.extend") == ["on the phone"]
+    drain()
+    confirmed, extended = (support.get(f"/admin/orders/{n}").text for n in (1, 2))
+    assert "Confirmed by staff support-page@example.com" in confirmed
+    assert "“came to the desk”" in confirmed
+    assert "Held for longer by staff support-page@example.com" in extended
+    assert "“on the phone”" in extended
+
+
+def test_an_extension_tells_until_when(support, buy, drain, held, app):
+    """Which is sooner than was asked for, where that is more than a whole hold from now."""
+    held(holdSeconds=60)
+    buy(1)
+    drain()
+    send(support, "/admin/orders/1/extend", seconds="3600", extend_reason="x")
+    page = support.get("/admin/orders/1").text
+    with app.app_context():
+        until = db.session.get_one(Order, 1).held_until
+    assert f"Extended: held until {until:%H:%M:%S} UTC." in page
 
 
 def noted(app, action: str) -> list[str]:
