@@ -4,6 +4,7 @@ import asyncio
 import random
 from dataclasses import replace
 from importlib import resources
+from itertools import count
 
 import pytest
 import redis
@@ -18,6 +19,8 @@ from app.run.embedded import RedisServer
 from app.stock.claims import MOST_AT_ONCE, ClaimScript, Request
 from app.stock.keys import KEYS
 from app.stock.loop_line import LoopLine
+from app.stock.place import place
+from app.stock.shards import WHOLE, Part
 from app.watch.telemetry import Meter
 
 CLOCK = "test:clock"
@@ -32,7 +35,8 @@ REQUESTS = st.builds(
     address=st.sampled_from(["192.0.2.1", "192.0.2.2", "198.51.100.7", "2001:db8::/64"]),
     expected_cents=st.sampled_from([None, None, None, 1999, 5]),
     reference=st.sampled_from([None, None, "cart-7"]),
-    found=st.none(),
+    # Of a sale of several shards: what the others were found to have.
+    found=st.sampled_from([None, None, "0", "0 away", "3"]),
     dry_since=st.just(0.0),
 )
 BATCHES = st.lists(
@@ -53,6 +57,10 @@ PRODUCTS = st.fixed_dictionaries(
         "cap": st.sampled_from(["", 1, 3, 10]),
         "max": st.sampled_from([2, 10]),
         "price": st.just("1999 EUR"),
+        "hold": st.sampled_from(["", "", 300]),
+        "held": st.sampled_from([0, 0, 2]),
+        # Until so long after the start, as in a sale of several shards.
+        "sealed": st.sampled_from([None, None, 500, 30_000]),
         "moved": st.just(0),
         "accepted": st.just(0),
         "claimed": st.just(0),
@@ -68,6 +76,16 @@ LIMITS = st.fixed_dictionaries(
     }
 )
 BRAKES = st.sampled_from([None, None, None, " * ", " 2 ", " 99 "])
+PARTS = st.sampled_from([WHOLE, WHOLE, Part(1, 6)])
+
+
+def of_part(part, batches):
+    """Have other shoppers ask, who belong there: a field of one's own is one's own in one shard."""
+    if part == WHOLE:
+        return batches
+    crowd = (user for n in count(1) for user in (n, f"t{n}") if place(user, 6).shard == part.shard)
+    theirs = dict(zip(USERS, crowd, strict=False))
+    return [(later, [r._replace(user=theirs[r.user]) for r in of]) for later, of in batches]
 
 
 # What chance alone may leave out: so many buy that the outbox, or an address, has enough.
@@ -77,8 +95,10 @@ NONE = {
     "purchase_network_limit": NO_LIMIT,
 }
 PLENTY = {"free": 40, "opens": "", "closes": "", "pause": 0, "cap": "", "max": 10,
-          "price": "1999 EUR", "moved": 0, "accepted": 0, "claimed": 0}  # fmt: skip
+          "price": "1999 EUR", "hold": "", "held": 0, "sealed": None, "moved": 0, "accepted": 0,
+          "claimed": 0}  # fmt: skip
 CROWD = [Request(user, 1, 1, None, "192.0.2.1") for user in range(1, 9)]
+AGAIN = [Request(1, 1, units, "k", "192.0.2.1") for units in (1, 1, 2)]
 
 
 class Bench:
@@ -103,18 +123,20 @@ class Bench:
         finally:
             self.redis.connection_pool.release(connection)
 
-    def run(self, limits, products, brakes, batches, together):
+    def run(self, limits, products, brakes, batches, together, part=WHOLE):
         """Return what was answered, and what then stands in Redis, after each batch."""
-        script = ClaimScript(self.text, replace(self.settings, **limits))
+        script = ClaimScript(self.text, replace(self.settings, **limits), part)
+        keys = script.keys
         self.redis.flushdb()
-        self.redis.set(KEYS.generation, "sale")
+        self.redis.set(keys.generation, part.generation("sale"))
         if brakes:
-            self.redis.set(KEYS.brakes, brakes)
+            self.redis.set(keys.brakes, brakes)
         for number, product in enumerate(products, 1):
-            for edge in ("opens", "closes"):
-                if product[edge] != "":
+            for edge in ("opens", "closes", "sealed"):
+                if product.get(edge) not in ("", None):
                     product = product | {edge: self.START + product[edge]}
-            self.redis.hset(KEYS.product(number), mapping=product)
+            told = {name: value for name, value in product.items() if value is not None}
+            self.redis.hset(keys.product(number), mapping=told)
         now, told = self.START, []
         for later, requests in batches:
             now += later
@@ -159,7 +181,7 @@ def bench(servers):
     ids=["few", "many"],
 )
 def test_a_batch_is_its_claims_one_by_one(bench, examples):
-    outcomes = set()
+    outcomes, remarks = set(), set()
 
     @settings(
         max_examples=examples,
@@ -168,23 +190,26 @@ def test_a_batch_is_its_claims_one_by_one(bench, examples):
         database=None,
         suppress_health_check=list(HealthCheck),
     )
-    @given(LIMITS, st.tuples(PRODUCTS, PRODUCTS, PRODUCTS), BRAKES, BATCHES)
-    @example({**NONE, "outbox_limit": 6}, (PLENTY,), None, [(0, CROWD)])
-    @example({**NONE, "purchase_address_units": 4}, (PLENTY,), None, [(0, CROWD)])
-    def alike(limits, products, brakes, batches):
-        alone = bench.run(limits, products, brakes, batches, together=False)
-        together = bench.run(limits, products, brakes, batches, together=True)
+    @given(LIMITS, st.tuples(PRODUCTS, PRODUCTS, PRODUCTS), BRAKES, BATCHES, PARTS)
+    @example({**NONE, "outbox_limit": 6}, (PLENTY,), None, [(0, CROWD), (1, AGAIN)], WHOLE)
+    @example({**NONE, "purchase_address_units": 4}, (PLENTY,), None, [(0, CROWD)], WHOLE)
+    def alike(limits, products, brakes, batches, part):
+        batches = of_part(part, batches)
+        alone = bench.run(limits, products, brakes, batches, False, part)
+        together = bench.run(limits, products, brakes, batches, True, part)
         for one, other in zip(alone, together, strict=True):
             assert other == one
         outcomes.update(answer[0] for answers, _ in together for answer in answers)
+        remarks.update(answer[4] for answers, _ in together for answer in answers)
 
     alike()
     # The examples are worth something: they meet every outcome but those of other tests.
     assert outcomes >= {
         b"accepted", b"replayed", b"mismatched", b"limited", b"limited_address", b"limited_network",
         b"unknown", b"too_many", b"ended", b"paused", b"not_open", b"price_changed", b"capped",
-        b"capped_address", b"sold_out", b"insufficient", b"overloaded",
+        b"capped_address", b"sold_out", b"insufficient", b"overloaded", b"dry",
     }  # fmt: skip
+    assert remarks >= {b"held", b"away", b"held away"}
 
 
 # What a batch may be decided wrongly by, though each claim alone is decided well.
