@@ -520,6 +520,8 @@ def test_why_a_hold_was_confirmed_or_extended_is_on_record(support, buy, drain, 
     assert noted(app, "order.confirm") == ["came to the desk"]
     assert noted(app, "order.extend") == ["on the phone"]
     drain()
+    with app.app_context():
+        intents.apply_open()
     confirmed, extended = (support.get(f"/admin/orders/{n}").text for n in (1, 2))
     assert "Confirmed by staff support-page@example.com" in confirmed
     assert "“came to the desk”" in confirmed
