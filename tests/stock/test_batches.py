@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from collections import defaultdict
 from dataclasses import replace
 from importlib import resources
 from itertools import count
@@ -84,7 +85,7 @@ def of_part(part, batches):
     if part == WHOLE:
         return batches
     crowd = (user for n in count(1) for user in (n, f"t{n}") if place(user, 6).shard == part.shard)
-    theirs = dict(zip(USERS, crowd, strict=False))
+    theirs = defaultdict(lambda: next(crowd))
     return [(later, [r._replace(user=theirs[r.user]) for r in of]) for later, of in batches]
 
 
@@ -191,7 +192,8 @@ def test_a_batch_is_its_claims_one_by_one(bench, examples):
         suppress_health_check=list(HealthCheck),
     )
     @given(LIMITS, st.tuples(PRODUCTS, PRODUCTS, PRODUCTS), BRAKES, BATCHES, PARTS)
-    @example({**NONE, "outbox_limit": 6}, (PLENTY,), None, [(0, CROWD), (1, AGAIN)], WHOLE)
+    @example({**NONE, "outbox_limit": 6}, (PLENTY,), None, [(0, AGAIN), (1, CROWD)], WHOLE)
+    @example(NONE, ({**PLENTY, "free": 1},), None, [(0, CROWD)], Part(1, 6))
     @example({**NONE, "purchase_address_units": 4}, (PLENTY,), None, [(0, CROWD)], WHOLE)
     def alike(limits, products, brakes, batches, part):
         batches = of_part(part, batches)
