@@ -155,7 +155,7 @@ def show_story(
         state_of=webhooks.state_of,
         story=story,
         product=catalogue.names().sold(story.order.product_id, story.order.claimed_at),
-        cancelling=(intents.units_given_back(order_id) if story.order.status == "QUEUED" else 0),
+        cancelling=0 if story.order.persisted_at else intents.units_given_back(order_id),
         job_is_known=story.batch is not None and jobs.is_known(story.batch.job_id),
         errors=errors or {},
         seconds_left=(held_until - datetime.now(UTC)).total_seconds() if held_until else 0,

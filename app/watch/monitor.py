@@ -5,11 +5,12 @@ script call and one pipeline.
 """
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from ..database import is_unavailable
@@ -50,8 +51,11 @@ class Item:
     failed: int
     failed_orders: int
     orders: int
-    # Of the holds that have ended so many per cent were paid; None where none has.
-    conversion: float | None = None
+    # Of a product that holds its orders, or did: how many of them have ended, and how many as paid.
+    ended_holds: int = 0
+    paid_holds: int = 0
+    # Seconds until its next hold ends; only where one product was asked for.
+    hold_ends_in: float | None = None
     queued: int | None = None
     free: int | None = None
     # Seconds until it opens or closes, None where nothing is near.
@@ -70,6 +74,11 @@ class Item:
     # without some.
     away: tuple[int, ...] = ()
     partly_proved: bool = False
+
+    @property
+    def conversion(self) -> float | None:
+        """How many per cent of the holds that have ended were paid; None where none has."""
+        return conversion([self])
 
     @property
     def figures(self) -> tuple[object, ...]:
@@ -99,6 +108,13 @@ class Item:
             bar.append((name, round(start, 3), round(width, 3)))
             start += width
         return bar
+
+
+def conversion(items: Iterable[Item]) -> float | None:
+    """Return it for all of these products together."""
+    ended = [(item.ended_holds, item.paid_holds) for item in items if item.ended_holds]
+    holds, paid = map(sum, zip(*ended, strict=True)) if ended else (0, 0)
+    return paid * 100 / holds if holds else None
 
 
 @dataclass(frozen=True)
@@ -165,6 +181,15 @@ class Board:
     @property
     def sold(self) -> int:
         return sum(item.sold for item in self.items)
+
+    @property
+    def held(self) -> int:
+        return sum(item.held for item in self.items)
+
+    @property
+    def conversion(self) -> float | None:
+        """See Item.conversion."""
+        return conversion(self.items)
 
     @property
     def free(self) -> int | None:
@@ -254,7 +279,11 @@ def items(
         expected = on_record()
         live = _Live([product.id for product, _ in rows], expected)
     live.postgres_error = health.in_words(error) if error else None
-    return [_item(product, totals, live) for product, totals in rows], live
+    found = [_item(product, totals, live) for product, totals in rows]
+    if product_id is not None and found[0].held and error is None:
+        ends_in = _seconds_until(_next_end(Order.product_id == product_id), live.now)
+        found = [replace(found[0], hold_ends_in=ends_in)]
+    return found, live
 
 
 def item(product_id: int) -> Item:
@@ -265,6 +294,7 @@ def item(product_id: int) -> Item:
 def _item(product: Product, totals: ProductTotals, live: "_Live") -> Item:
     now = live.now
     figures = live.products.get(product.id)
+    paid, unpaid = _holds(product, totals)
     free = figures["free"] if figures else None
     proof = live.ledger.products.get(product.id, {})
     return Item(
@@ -276,7 +306,8 @@ def _item(product: Product, totals: ProductTotals, live: "_Live") -> Item:
         failed=totals.dead_units,
         failed_orders=totals.dead_orders,
         orders=totals.confirmed_orders,
-        conversion=_conversion(product, totals),
+        ended_holds=paid + unpaid,
+        paid_holds=paid,
         queued=max(0, figures["claimed"] - figures["settled_units"]) if figures else None,
         free=free,
         opens_in=_seconds_until(product.opens_at, now),
@@ -291,12 +322,16 @@ def _item(product: Product, totals: ProductTotals, live: "_Live") -> Item:
     )
 
 
-def _conversion(product: Product, totals: ProductTotals) -> float | None:
-    given_up = totals.released_orders + totals.expired_orders
-    ended = totals.confirmed_orders + given_up
-    if not ended or not (product.hold_seconds or given_up):
-        return None
-    return totals.confirmed_orders * 100 / ended
+def _holds(product: Product, totals: ProductTotals) -> tuple[int, int]:
+    """Return how many holds ended as paid, and how many unpaid; none where there never was one.
+
+    Which of its orders were sold without a hold, before it had them, the sums don't know.
+    """
+    unpaid = totals.released_orders + totals.expired_orders
+    if not (product.hold_seconds or unpaid):
+        return 0, 0
+    # What was cancelled later was paid.
+    return totals.confirmed_orders + totals.cancelled_orders, unpaid
 
 
 def _seconds_until(moment: datetime | None, now: datetime) -> float | None:
@@ -430,9 +465,10 @@ def board() -> Board:
     )
 
 
-def _next_end() -> datetime | None:
+def _next_end(*of: ColumnElement[bool]) -> datetime | None:
+    """Return when the next hold ends that is not paid before."""
     try:
-        first = select(func.min(Order.held_until)).where(Order.status == "HELD")
+        first = select(func.min(Order.held_until)).where(Order.status == "HELD", *of)
         return db.session.scalar(first)
     except SQLAlchemyError as error:
         if not is_unavailable(error):

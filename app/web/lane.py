@@ -279,13 +279,15 @@ def bought_body(claim: Claim) -> bytes:
     """Return what a buyer is told; records of 0.1.0, which a replay may meet, know no price."""
     if not claim.text:
         return b'{"status":"queued","orderId":%d}' % claim.detail
-    cents, currency, *held = claim.text.split()
-    if held:
+    cents, _, currency = claim.text.partition(b" ")
+    # A code of three letters, and of an order that is held the end of its hold.
+    if len(currency) > 3:
+        currency, _, until = currency.partition(b" ")
         return (
             b'{"status":"held","orderId":%d,"heldUntil":"%b","unitPriceCents":%b,"currency":"%b"}'
             % (
                 claim.detail,
-                utc_text(from_ms(int(held[0]))).encode(),
+                utc_text(from_ms(int(until))).encode(),
                 cents,
                 currency,
             )

@@ -7,11 +7,12 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 from people import BROWSER, send
-from sqlalchemy import text
+from sqlalchemy import select, text
 
 from app import sheet
 from app.extensions import db, stock
 from app.feed import numbering
+from app.models import AuditEntry
 from app.orders import expiry, intents, search
 from app.orders.sheet import MISSING
 from app.problems import Unavailable
@@ -358,6 +359,79 @@ def test_holds_are_exported_and_counted_where_nobody_paid(
         )
         db.session.commit()
     assert "left 1 hold unpaid" in support.get("/admin/orders/?q=7").text
+
+
+def facts(page: str) -> dict[str, str]:
+    """Return the figures of a page by their names, without marks and white space."""
+    found = re.findall(r"<dt>(.*?)</dt>\s*<dd>(.*?)</dd>", page, re.DOTALL)
+    return {re.sub("<.*?>", "", name): re.sub("<.*?>", "", value) for name, value in found}
+
+
+def test_pages_tell_what_is_held_when_it_ends_and_how_many_were_paid(
+    client, admin, admin_headers, buy, drain, app
+):
+    assert "Holds paid" not in admin.get("/admin/").text + admin.get("/admin/products/1").text
+    assert client.patch("/products/1", json={"holdSeconds": 600}, headers=admin_headers).json
+    for user in (1, 2, 3, 4):
+        buy(user, quantity=2)
+    drain()
+    shown = facts(admin.get("/admin/products/1").text)
+    assert (shown["Holds paid"], shown["Next hold ends"][:6]) == ("–", "in 9 m")
+    shown = facts(admin.get("/admin/").text)
+    assert (shown["Units held"], shown["Holds paid"]) == ("8 in 4 orders", "–")
+    # What is cancelled after it was paid was paid.
+    for act in ("1/confirm", "2/confirm", "2/cancel", "3/release"):
+        body = {"reason": "test"} if "confirm" not in act else {}
+        assert client.post(f"/orders/{act}", json=body, headers=admin_headers).status_code == 200
+    assert facts(admin.get("/admin/products/1/live").text)["Holds paid"] == "67 %"
+    page = admin.get("/admin/live").text
+    shown = facts(page)
+    assert (shown["Units held"], shown["Holds paid"]) == ("2 in 1 order", "67 %")
+    assert "next one ends in 9 min" in page
+    assert client.post("/orders/4/release", headers=admin_headers).status_code == 200
+    shown = facts(admin.get("/admin/products/1").text)
+    assert (shown["Holds paid"], shown["Next hold ends"]) == ("50 %", "–")
+
+
+def audited(app, action: str) -> list[tuple[str, str, str]]:
+    with app.app_context():
+        query = select(AuditEntry).where(AuditEntry.action == action).order_by(AuditEntry.id)
+        return [(e.actor, e.target, e.after["reason"]) for e in db.session.scalars(query)]
+
+
+def test_why_a_person_acts_on_a_hold_is_kept_before_it_is_stored_and_after_its_end(
+    app, client, admin_headers, support, buy, drain
+):
+    assert client.patch("/products/1", json={"holdSeconds": 60}, headers=admin_headers).json
+    for user in (1, 2, 3, 4):
+        buy(user)
+    page = support.get("/admin/orders/1").text
+    assert "Waiting to be stored" in page
+    assert "data-poll" in page
+    assert "Release order #1?" in page
+    send(support, "/admin/orders/1/confirm", payment="cash", confirm_reason="at the desk")
+    send(support, "/admin/orders/2/extend", seconds="5", extend_reason="on the phone")
+    send(support, "/admin/orders/3/cancel", reason="not wanted")
+    assert "1 unit will be given back" in support.get("/admin/orders/3").text
+    drain()
+    with app.app_context():
+        assert intents.apply_open() == 3
+        db.session.execute(
+            text("UPDATE orders SET held_until = now() - interval '9 s' WHERE status = 'HELD'")
+        )
+        db.session.commit()
+        assert expiry.expire(10) == 2
+    who = "staff support-page@example.com"
+    assert audited(app, "order.confirm") == [(who, "order 1", "at the desk")]
+    assert audited(app, "order.extend") == [(who, "order 2", "on the phone")]
+    assert audited(app, "order.release") == [(who, "order 3", "not wanted")]
+    send(support, "/admin/orders/2/confirm", payment="pi_2", confirm_reason="the money came")
+    assert client.post("/orders/4/confirm", headers=admin_headers).json["reclaimed"]
+    assert audited(app, "order.reclaim") == [
+        (who, "order 2", "the money came"),
+        ("token ADMIN_API_TOKEN", "order 4", "paid late"),
+    ]
+    assert "“the money came”" in support.get("/admin/orders/2").text
 
 
 def test_an_order_is_found_by_its_key(support, buy, drain):
