@@ -12,6 +12,8 @@ import urllib.request
 import stripe
 
 ANSWER_SECONDS = 5
+# Stripe gave no answer, or none that says what has become of it.
+NO_ANSWER = (stripe.APIConnectionError, stripe.APIError, stripe.RateLimitError)
 
 
 class TryAgain(Exception):
@@ -46,7 +48,7 @@ class Checkout:
             intent = self.intents.create(params, options)
         except stripe.CardError:
             return "declined"  # the shopper may try another card; the hold ends by itself
-        except (stripe.APIConnectionError, stripe.APIError) as error:
+        except NO_ANSWER as error:
             raise TryAgain from error
         return self.settle(intent)
 
@@ -58,9 +60,11 @@ class Checkout:
             return "lost"
         if intent.status != "requires_capture":
             return intent.status
-        status, answer = self.confirm(intent.metadata["order"], intent.id)
+        order = intent.metadata["order"]
+        status, answer = self.act(order, "confirm", {"payment": intent.id}, intent.id)
+        confirmed = status in (200, 202)
         try:
-            if status in (200, 202):
+            if confirmed:
                 self.intents.capture(intent.id)
                 return "paid"
             if status in (404, 409):
@@ -69,23 +73,35 @@ class Checkout:
                 return "lost"
         except stripe.InvalidRequestError as error:
             # Somebody else was faster: what it is now counts.
-            now = self.intents.retrieve(intent.id)
+            now = self.retrieve(intent.id)
+            if now.status == "canceled" and confirmed:
+                # The authorisation is gone, so the unit is not paid for: it goes back.
+                reason = {"reason": "the payment was cancelled"}
+                status, answer = self.act(order, "cancel", reason, intent.id)
+                if status != 200 and answer.get("code") != "already_cancelled":
+                    raise TryAgain(f"{status} {answer}") from error
             if now.status in ("succeeded", "canceled"):
                 return self.settle(now)
             raise TryAgain from error
-        except (stripe.APIConnectionError, stripe.APIError) as error:
+        except NO_ANSWER as error:
             raise TryAgain from error
         raise TryAgain(f"{status} {answer}")
 
-    def confirm(self, order, payment):
-        """Say that an order is paid; return status and body, status 0 for no answer."""
+    def retrieve(self, name):
+        try:
+            return self.intents.retrieve(name)
+        except NO_ANSWER as error:
+            raise TryAgain from error
+
+    def act(self, order, act, body, key):
+        """Confirm or cancel an order, once; return status and body, status 0 for no answer."""
         request = urllib.request.Request(
-            f"{self.sale_url}/orders/{order}/confirm",
-            json.dumps({"payment": payment}).encode(),
+            f"{self.sale_url}/orders/{order}/{act}",
+            json.dumps(body).encode(),
             {
                 "Content-Type": "application/json",
                 "Authorization": f"Bearer {self.token}",
-                "Idempotency-Key": payment,
+                "Idempotency-Key": key,
             },
         )
         try:
@@ -109,8 +125,7 @@ class Checkout:
             raise ValueError("not signed by Stripe") from error
         if event.type.startswith("payment_intent."):
             # Events come twice, late and in any order: the intent as it is now is what counts.
-            try:
-                intent = self.intents.retrieve(event.data.object.id)
-            except (stripe.APIConnectionError, stripe.APIError) as error:
-                raise TryAgain from error
-            self.settle(intent)
+            intent = self.retrieve(event.data.object.id)
+            # Stripe tells of all payments of the shop's account.
+            if "order" in (intent.metadata or {}):
+                self.settle(intent)

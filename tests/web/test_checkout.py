@@ -29,12 +29,16 @@ users = itertools.count(random.randrange(10**9, 2**52))
 
 
 class FakeStripe:
-    """Payment intents; of faults (a path, done or not) each call that meets one is not answered."""
+    """Payment intents. The next call of a path that has a fault is done or not, and not answered.
+
+    What the path is refused with instead: a status and an error.
+    """
 
     def __init__(self):
         self.intents: dict[str, dict] = {}
         self.keys: dict[str, str] = {}
         self.faults: list[tuple[str, bool]] = []
+        self.refusals: dict[str, tuple[int, dict]] = {}
 
     def call(self, path: str, form: dict[str, str], key: str | None) -> tuple[int, dict]:
         parts = path.strip("/").split("/")[2:]
@@ -75,7 +79,10 @@ def fake():
             if fault:
                 service.faults.remove(fault)
             status, body = 500, {}
-            if fault is None or fault[1]:
+            refused = next((end for end in service.refusals if path.endswith(end)), None)
+            if refused:
+                status, body = service.refusals.pop(refused)
+            elif fault is None or fault[1]:
                 status, body = service.call(path, form, self.headers.get("Idempotency-Key"))
             if fault:
                 self.close_connection = True
@@ -200,6 +207,53 @@ def test_a_lost_answer_is_settled_by_the_next_try(server, sell, fake, path, done
         checkout.pay(held, 1, "pm_card_visa")
     assert checkout.pay(held, 1, "pm_card_visa") == "paid"
     assert [intent["status"] for intent in fake.intents.values()] == ["succeeded"]
+
+
+RATE_LIMIT = 429, {"error": {"type": "invalid_request_error", "code": "rate_limit"}}
+
+
+@pytest.mark.parametrize("path", ["/v1/payment_intents", "/capture"])
+def test_who_asks_stripe_too_often_tries_again(server, sell, fake, path):
+    from checkout import TryAgain
+
+    checkout = checkout_of(server, fake.client)
+    held = sell()[1]
+    fake.refusals[path] = RATE_LIMIT
+    with pytest.raises(TryAgain):
+        checkout.pay(held, 1, "pm_card_visa")
+    body = event("pi_1")
+    if fake.intents:
+        fake.refusals["/pi_1"] = RATE_LIMIT
+        with pytest.raises(TryAgain):
+            checkout.webhook(body, signed(body))
+    assert checkout.pay(held, 1, "pm_card_visa") == "paid"
+    assert [intent["status"] for intent in fake.intents.values()] == ["succeeded"]
+
+
+def test_a_payment_that_is_cancelled_meanwhile_gives_the_unit_back(server, sell, fake):
+    """By somebody at Stripe, or because its authorisation has lapsed."""
+    checkout = checkout_of(server, fake.client)
+    held = sell()[1]
+    wait_until(lambda: sell.stored(held["orderId"]), what="the order")
+    act = checkout.act
+
+    def cancelled_meanwhile(order, name, body, key):
+        answer = act(order, name, body, key)
+        fake.intents["pi_1"]["status"] = "canceled"
+        return answer
+
+    checkout.act = cancelled_meanwhile
+    assert checkout.pay(held, 1, "pm_card_visa") == "lost"
+    assert sell.stored(held["orderId"])["status"] == "CANCELLED"
+    assert sell()[0] == 200
+
+
+def test_other_payments_of_the_account_are_left_alone(server, fake):
+    other = {"object": "payment_intent", "status": "requires_capture", "metadata": {}}
+    fake.intents["pi_9"] = {"id": "pi_9"} | other
+    body = event("pi_9")
+    checkout_of(server, fake.client).webhook(body, signed(body))
+    assert fake.intents["pi_9"]["status"] == "requires_capture"
 
 
 def test_webhooks_come_twice_late_and_in_any_order(server, sell, fake):
