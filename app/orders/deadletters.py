@@ -185,6 +185,7 @@ def replay(ids: list[int], reason: str, actor: Actor) -> list[Resolved]:
         if obstacle := _obstacle(letter):
             return Resolved(letter.id, False, obstacle)
         entry = Entry.parse(letter.payload)
+        status = "HELD" if entry.held_until_ms else "CONFIRMED"
         # What has no obstacle was read as an order, with an id.
         order_id = cast("int", letter.order_id)
         if db.session.get(Order, order_id) is not None:
@@ -194,7 +195,7 @@ def replay(ids: list[int], reason: str, actor: Actor) -> list[Resolved]:
                 db.session.execute(
                     insert(Order).values(
                         id=order_id,
-                        status="HELD" if entry.held_until_ms else "CONFIRMED",
+                        status=status,
                         **user_columns(entry.user),
                         **columns_of(entry),
                     )
@@ -210,7 +211,7 @@ def replay(ids: list[int], reason: str, actor: Actor) -> list[Resolved]:
             cause = str(getattr(error, "orig", error)).strip().partition("\n")[0]
             return Resolved(letter.id, False, f"It was refused again: {cause}")
         _mark(letter, "replayed", reason, actor)
-        events.record_ids("order.confirmed", [order_id])
+        events.record_ids(f"order.{status.lower()}", [order_id])
         if order_id != letter.order_id:
             letter.replayed_as = order_id
         record(

@@ -405,7 +405,11 @@ def test_dead_letters_are_told_and_what_becomes_of_them(app, client, buy, drain,
     assert {event["type"] for event in follow(feed)} == {"order.confirmed"}
 
 
-def test_an_order_that_can_not_be_stored_is_told_as_failed(app, buy, number, feed):
+@pytest.mark.parametrize(("seconds", "after"), [(None, "confirmed"), (300, "held")])
+def test_an_order_that_can_not_be_stored_is_told_as_failed(
+    app, client, admin_headers, buy, number, feed, seconds, after
+):
+    client.patch("/products/1", json={"holdSeconds": seconds}, headers=admin_headers)
     buy(1)
     with app.app_context():
         db.session.execute(text("ALTER TABLE orders ADD CONSTRAINT none CHECK (id <> 1)"))
@@ -422,7 +426,9 @@ def test_an_order_that_can_not_be_stored_is_told_as_failed(app, buy, number, fee
         (letter,) = deadletters.list_letters()
         deadletters.replay([letter.id], "mended", CLI)
     number()
-    assert [event["type"] for event in follow(feed)] == ["order.failed", "order.confirmed"]
+    told = follow(feed)
+    assert [event["type"] for event in told] == ["order.failed", f"order.{after}"]
+    assert told[1]["order"]["status"] == after.upper()
 
 
 def test_products_are_told_when_sold_out_and_restocked(app, buy, drain, number, feed):
