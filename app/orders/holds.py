@@ -17,6 +17,7 @@ from ..models import Order, RequestKey, StockMovement
 from ..problems import Conflict, KeyMismatch, Unavailable, UnknownOrder
 from ..products.movements import apply_movement
 from ..stock.entries import Entry
+from ..times import utc_text
 from . import cancelling, events, intents, search, states
 from .search import described
 from .states import HoldExpired
@@ -357,8 +358,8 @@ def extend(
             actor,
             "order.extend",
             f"order {order_id}",
-            before={"heldUntil": before.isoformat()},
-            after={"heldUntil": found.held_until.isoformat(), "reason": reason},
+            before={"heldUntil": utc_text(before)},
+            after={"heldUntil": utc_text(found.held_until), "reason": reason},
         )
         return Done(_described(found))
 

@@ -161,7 +161,12 @@ def give_back(
         action,
         f"order {order.id}",
         before={"status": before, "units": left},
-        after={"status": order.status, "reason": reason, "units": units},
+        after={
+            "status": order.status,
+            "reason": reason,
+            "units": left - units,
+            "returned": units,
+        },
     )
     return returned
 

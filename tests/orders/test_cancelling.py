@@ -4,12 +4,12 @@ import threading
 
 import pytest
 from crowd import at_once
-from sqlalchemy import text
+from sqlalchemy import select, text
 
 from app.audit import CLI
 from app.books import ledger, recovery
 from app.extensions import db, stock
-from app.models import DeadLetter, Order, OrderIntent
+from app.models import AuditEntry, DeadLetter, Order, OrderIntent
 from app.orders import cancelling, deadletters, intents
 from app.problems import Conflict, Unavailable
 from app.products.movements import finish_pending
@@ -40,6 +40,20 @@ def proved(app):
         assert finish_pending() == 0
         assert ledger.check(rows=True).ok
         return free()
+
+
+def test_the_audit_has_the_units_that_were_and_that_are_left(buy, drain, cancel, app):
+    buy(1, quantity=3)
+    drain()
+    cancel(1, quantity=1)
+    cancel(1)
+    with app.app_context():
+        of = AuditEntry.action == "order.cancel"
+        entries = db.session.scalars(select(AuditEntry).where(of).order_by(AuditEntry.id)).all()
+    told = [
+        (entry.before["units"], entry.after["units"], entry.after["returned"]) for entry in entries
+    ]
+    assert told == [(3, 2, 1), (2, 0, 2)]
 
 
 def test_one_order_from_the_claim_to_its_end(buy, drain, cancel, show, app):

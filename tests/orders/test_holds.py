@@ -19,6 +19,7 @@ from app.orders.expiry import Expiry, expire, tell_held
 from app.problems import Unavailable
 from app.products import movements
 from app.stock.keys import KEYS
+from app.times import utc_text
 
 
 @pytest.fixture
@@ -538,6 +539,8 @@ def test_an_extension_tells_until_when(support, buy, drain, held, app):
     page = support.get("/admin/orders/1").text
     with app.app_context():
         until = db.session.get_one(Order, 1).held_until
+        (entry,) = db.session.scalars(select(AuditEntry).where(AuditEntry.action == "order.extend"))
+        assert entry.after["heldUntil"] == utc_text(until)
     assert f"Extended: held until {until:%H:%M:%S} UTC." in page
 
 
