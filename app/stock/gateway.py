@@ -413,6 +413,10 @@ class Stock:
             if held != generation:
                 raise Unprepared("the sale is not in every shard")
 
+    def clocks(self) -> list[datetime]:
+        """Return the times by which the shards in reach judge claims, each its own node's."""
+        return self.gathered_in_reach(Shard.asking_clock)
+
     def clock(self) -> datetime:
         """Return the time by which claims are judged, in whole milliseconds, rounded down."""
         failed = None

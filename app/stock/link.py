@@ -183,7 +183,12 @@ class Link:
 
     def clock(self) -> datetime:
         """Return the time by which claims are judged, in whole milliseconds, rounded down."""
-        with asking():
-            seconds, microseconds = self.client.time()
-        whole = datetime.fromtimestamp(seconds, UTC)
-        return whole.replace(microsecond=microseconds // 1000 * 1000)
+        return self.ask(self.asking_clock())
+
+    def asking_clock(self) -> Question[datetime]:
+        def read(answers: list[Any]) -> datetime:
+            ((seconds, microseconds),) = answers
+            whole = datetime.fromtimestamp(seconds, UTC)
+            return whole.replace(microsecond=microseconds // 1000 * 1000)
+
+        return Question([("TIME",)], read)

@@ -44,6 +44,7 @@ ASKED = {
     "waiting_order": lambda stock: stock.waiting_order(1),
     "history": lambda stock: stock.board.history(0),
     "clock": lambda stock: stock.clock(),
+    "clocks": lambda stock: stock.clocks(),
     "clear": lambda stock: stock.first.clear(),
     "clear_sale": lambda stock: stock.first.clear_sale(),
     "put_accounts": lambda stock: stock.first.put_accounts({1: {"free": 1}}, {1: (1, TERMS)}),

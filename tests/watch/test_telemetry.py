@@ -3,6 +3,7 @@
 import json
 import time
 import timeit
+from datetime import UTC, datetime, timedelta
 
 import pytest
 import redis
@@ -17,6 +18,8 @@ from app.problems import Unavailable
 from app.products import catalogue, terms
 from app.stock import figures
 from app.stock.keys import KEYS
+from app.stock.link import Question
+from app.stock.shard import Shard
 from app.watch import telemetry
 from app.watch.telemetry import DURATION_BOUNDS, Meter
 
@@ -152,6 +155,20 @@ def test_the_ledger(app, client, admin_headers):
         figures = read(client, admin_headers)
         assert value(figures, "flashsale_ledger_ok") == ok
         assert value(figures, "flashsale_ledger_checked_timestamp_seconds") == 1795343988.5
+
+
+def test_every_shard_s_clock_is_compared(make_app, admin_headers, monkeypatch):
+    """It gives the holds of its shoppers their end; that of the Redis of jobs gives none."""
+    app = make_app(shards=2)
+
+    def difference() -> float:
+        return value(read(app.test_client(), admin_headers), "flashsale_clock_difference_seconds")
+
+    assert difference() < patience(1)
+    ask = Shard.asking_clock
+    fast = Question([("TIME",)], lambda _: datetime.now(UTC) + timedelta(hours=1))
+    monkeypatch.setattr(Shard, "asking_clock", lambda of: fast if of.part.shard else ask(of))
+    assert difference() > 3000
 
 
 def test_the_number_of_series_is_bounded(app, client, admin_headers, monkeypatch):
