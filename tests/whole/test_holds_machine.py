@@ -119,6 +119,7 @@ class Sale(RuleBasedStateMachine):
         # Acts that wait for the order to be stored.
         self.wanted: dict[int, list[str]] = {}
         self.due: set[int] = set()
+        self.extended: set[int] = set()
         # Whether ends wait, since nobody could sweep for a while.
         self.patient = False
         self.paid: set[int] = set()
@@ -165,7 +166,9 @@ class Sale(RuleBasedStateMachine):
         back = []
         for order in sorted(self.stored & self.wanted.keys()):
             for act in self.wanted.pop(order):
-                if self.orders[order][2] == "HELD":
+                if act == "extend":
+                    self.extended.add(order)
+                elif self.orders[order][2] == "HELD":
                     self.orders[order][2] = "CONFIRMED" if act == "confirm" else "RELEASED"
                     if act == "release":
                         back.append(order)
@@ -292,6 +295,25 @@ class Sale(RuleBasedStateMachine):
             self.orders[order][2] = "RELEASED"
             if crash == "before":
                 self.untold.append(("return", [order]))
+
+    @rule(data=st.data())
+    def extend(self, data):
+        """Once for each order; what is over stays so, by the clock of this test."""
+        if not self.orders:
+            return
+        order = data.draw(st.sampled_from(sorted(self.orders)))
+        if order in self.stored:
+            self.settle()
+            allowed = self.orders[order][2] == "HELD" and order not in self.extended
+        else:
+            allowed = order not in self.wanted
+        if not allowed:
+            with pytest.raises(Conflict):
+                holds.extend(order, 5, CLI)
+        elif holds.extend(order, 5, CLI).waits:
+            self.wanted[order] = ["extend"]
+        else:
+            self.extended.add(order)
 
     @rule(data=st.data())
     def step_clock(self, data):
