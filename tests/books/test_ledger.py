@@ -106,6 +106,30 @@ def test_finds_a_movement_that_redis_forgot(sold):
     assert ledger.differences(1).unapplied_movements == [movement_id]
 
 
+def test_finds_a_redis_that_went_back_in_time(sold):
+    """It would give orders that are stored their numbers again."""
+    assert stock.client.decrby(KEYS.order_ids, 4) == 4
+    result = ledger.check()
+    assert not result.ok
+    assert result.problems == [
+        "Redis counts orders up to 4, but order 5 is stored: it has gone back in time"
+    ]
+
+
+def test_a_movement_that_waits_is_its_products_alone(app, sold, client, admin_headers, monkeypatch):
+    lamp = {"name": "Lamp", "priceCents": 1, "currency": "EUR", "stock": 7}
+    assert client.post("/products", json=lamp, headers=admin_headers).status_code == 201
+    with monkeypatch.context() as patch:
+        patch.setattr(stock, "move", lambda *arguments: (_ for _ in ()).throw(Unprepared("test")))
+        for product_id, units in ((1, 10), (2, 20)):
+            with pytest.raises(Unprepared):
+                movements.restock(product_id, units, None, CLI)
+    db.session.rollback()
+    result = ledger.check()
+    assert result.ok
+    assert {n: of.pending for n, of in result.products.items()} == {1: 10, 2: 20}
+
+
 def test_a_movement_between_the_two_stores_is_no_drift(app, sold, monkeypatch):
     """Recorded and not applied; applied and not marked: neither is an alarm."""
     with monkeypatch.context() as patch:

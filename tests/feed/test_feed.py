@@ -6,6 +6,7 @@ import time
 from datetime import date, timedelta
 
 import pytest
+from psycopg2 import errors
 from sqlalchemy import text
 from waiting import patience, wait_until
 
@@ -372,6 +373,23 @@ def test_old_days_are_dropped_whole(app, buy, drain, number, feed):
     assert [event["order"]["userId"] for event in feed(oldest).json["events"]] == ["2"]
     assert feed(kept).json["events"] == []
     assert [event["order"]["userId"] for event in feed().json["events"]] == ["2"]
+
+
+def test_a_day_without_a_partition_gets_one(app, buy, drain, feed):
+    """Nobody was there for days, or PostgreSQL's clock was set: it is noticed by the failure."""
+    numberer = numbering.Numberer()
+    with app.app_context():
+        numberer.run_once()
+        today = db.session.scalar(text("SELECT now()")).date()
+        with numbering.raw_connection(db.engine) as connection, connection.cursor() as cursor:
+            cursor.execute(f"DROP TABLE events_{today:%Y%m%d}")
+            connection.commit()
+        buy(1)
+        drain()
+        with pytest.raises(errors.CheckViolation):
+            numberer.run_once()
+        numberer.run_once()
+    assert [event["order"]["userId"] for event in follow(feed)] == ["1"]
 
 
 def test_partitions_are_there_before_their_days(app):

@@ -230,6 +230,56 @@ def test_killed_between_send_and_record(shop, sell, consumer, monkeypatch):
     assert json.loads(third[1])["data"]["events"][0]["order"]["id"] == 3
 
 
+def test_what_was_sent_before_a_failure_is_not_sent_again(shop, sell, consumer, monkeypatch):
+    monkeypatch.setattr(delivery, "EVENTS_PER_DELIVERY", 1)
+    endpoint, _ = make(consumer)
+    sell(2)
+    sign = delivery.signed
+
+    def fail_once(*given):
+        if consumer.received:
+            raise MemoryError
+        return sign(*given)
+
+    monkeypatch.setattr(delivery, "signed", fail_once)
+    with pytest.raises(MemoryError):
+        delivery.Job(endpoint).run()
+    monkeypatch.setattr(delivery, "signed", sign)
+    run(endpoint)
+    assert [event["order"]["id"] for event in consumer.events] == [1, 2]
+    assert len(set(consumer.ids())) == 2
+
+
+def test_an_endpoint_that_was_off_for_longer_than_events_are_kept(shop, sell, consumer, caplog):
+    endpoint, _ = make(consumer)
+    sell(5)
+    db.session.execute(text("DELETE FROM events WHERE number <= 3"))
+    db.session.execute(text("UPDATE feed SET floor = 3"))
+    db.session.commit()
+    run(endpoint)
+    assert [event["order"]["id"] for event in consumer.events] == [4, 5]
+    assert f"webhook {endpoint}: events before 3 are no longer kept" in caplog.text
+
+
+def test_a_repeated_act_of_an_endpoint_is_done_once(shop, sell, consumer):
+    client = shop.test_client()
+    endpoint, _ = make(consumer)
+    sell()
+    run(endpoint)
+    for act in ("test", "secret", "deliveries/1/redeliver"):
+        path, headers = f"/webhooks/{endpoint}/{act}", HEADERS | {"Idempotency-Key": act}
+        first, second = (client.post(path, headers=headers) for _ in range(2))
+        assert first.status_code in (200, 202), first.text
+        assert (second.status_code, second.headers["Idempotent-Replayed"]) == (
+            first.status_code, "true",
+        )  # fmt: skip
+        assert "Idempotent-Replayed" not in first.headers
+        assert second.json == first.json
+    run(endpoint)
+    # The event, once more as it was asked for, and the test.
+    assert len(consumer.received) == 3
+
+
 @pytest.mark.parametrize("status", [500, 503, 408, 425, 429])
 def test_answers_that_ask_for_another_attempt(shop, sell, consumer, status):
     endpoint, _ = make(consumer)

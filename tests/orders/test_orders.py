@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 
 import pytest
 from crowd import at_once
+from sqlalchemy.exc import OperationalError
 
 from app.audit import CLI
 from app.extensions import db, stock
@@ -13,6 +14,7 @@ from app.orders import cancelling as orders
 from app.orders.drain import drain_batch
 from app.problems import Conflict
 from app.stock.keys import KEYS
+from app.web import api
 
 
 def ids(answer):
@@ -50,6 +52,16 @@ def test_ids_of_different_length_keep_their_order(client, buy):
     for _ in range(3):
         buy(50)
     assert ids(client.get("/purchase/orders/50")) == [11, 10, 9]
+
+
+def test_without_postgresql_what_waits_is_told_beside_the_error(client, buy, monkeypatch):
+    """An incomplete list would look like a lost order."""
+    buy(1)
+    away = OperationalError("SELECT", {}, Exception("away"))
+    monkeypatch.setattr(api.orders, "orders_of", lambda *_: (_ for _ in ()).throw(away))
+    answer = client.get("/purchase/orders/1")
+    assert (answer.status_code, answer.json["code"]) == (503, "unavailable")
+    assert [(order["id"], order["status"]) for order in answer.json["queued"]] == [(1, "QUEUED")]
 
 
 def test_read_between_commit_and_trim_shows_an_order_once(client, buy, app, monkeypatch):

@@ -50,6 +50,27 @@ def test_a_flushed_script_is_loaded_again(line):
     assert stock.waiting() == 2
 
 
+def test_a_redis_without_memory_surely_sells_nothing(line):
+    def claim(user: int):
+        return line.claim(Request(user, 1, 1, None, "a"))
+
+    async def claims():
+        stock.client.config_set("maxmemory", "1mb")
+        told = await asyncio.gather(*map(claim, range(1, 11)), return_exceptions=True)
+        with pytest.raises(Unavailable) as refused:
+            stock.claim(1, 1, 1, None, "a")
+        stock.client.config_set("maxmemory", 0)
+        return [*told, refused.value], await claim(1)
+
+    try:
+        told, after = asyncio.run(asyncio.wait_for(claims(), patience(30)))
+    finally:
+        stock.client.config_set("maxmemory", 0)
+    assert {(type(error), error.executed) for error in told} == {(Unavailable, False)}
+    assert after.outcome == b"accepted"
+    assert stock.view([1]).products[1]["free"] == 99
+
+
 def test_a_cut_connection_is_an_unknown_outcome_and_not_sent_again(line):
     async def claims():
         await line.claim(Request(1, 1, 1, None, "a"))

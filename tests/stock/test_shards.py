@@ -236,6 +236,16 @@ def test_a_rebuild_deals_the_sale_anew(make_app, before, after):
         assert len(keys) <= after
 
 
+def test_what_went_out_before_the_dealing_must_have_been_put_on_sale(six):
+    assert ledger.check().ok
+    older = "UPDATE product_totals SET confirmed_units = confirmed_units + 2 WHERE shard = -1"
+    db.session.execute(text(older))
+    db.session.commit()
+    assert ledger.check().products[1].problems == [
+        "before this dealing 0 units were put on sale, 2 went out"
+    ]
+
+
 def test_a_shard_that_came_back_empty_is_made_anew_and_its_loss_told(six):
     """Another node has its slots and none of its data."""
     recovery.reset(CLI)

@@ -99,6 +99,44 @@ def test_what_is_special_is_the_views(app, held):
         assert set(db.session.scalars(text("SELECT status FROM orders"))) == {"HELD"}
 
 
+ODD = {
+    "no token": ("authorization", None),
+    "another scheme": ("authorization", "Basic YTpi"),
+    "compressed": ("content-encoding", "gzip"),
+    "a form": ("content-type", "application/x-www-form-urlencoded"),
+    "no type": ("content-type", None),
+    "no key": ("idempotency-key", "two words"),
+    "an empty key": ("idempotency-key", ""),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_odd_headers_are_the_views_to_refuse(app, client, held, odd):
+    name, value = ODD[odd]
+    request = asked(1)
+    kept = [each for each in request.headers if each[0] != name.encode()]
+    request.headers = kept + ([(name.encode(), value.encode())] if value is not None else [])
+    assert answers(Confirms(app), request) == [None]
+    headers = {header.decode(): text.decode() for header, text in request.headers}
+    answer = client.post("/orders/1/confirm", data=bytes(request.body), headers=headers)
+    assert answer.status_code in (400, 401, 415)
+
+
+@pytest.mark.parametrize("body", [b"[]", b"{", b'{"payment":7}', b'{"paid":"x"}'])
+def test_odd_bodies_are_the_views_to_refuse(app, client, admin_headers, held, body):
+    request = asked(1)
+    request.body[:] = body
+    assert answers(Confirms(app), request) == [None]
+    headers = admin_headers | {"Content-Type": "application/json"}
+    assert client.post("/orders/1/confirm", data=body, headers=headers).status_code == 400
+
+
+def test_doubled_headers_are_the_views_to_refuse(app, held):
+    request = asked(1)
+    request.headers = [*request.headers, (b"authorization", b"Bearer fst_another")]
+    assert answers(Confirms(app), request) == [None]
+
+
 def test_a_locked_order_keeps_nobody_else_waiting(app, held):
     with app.app_context():
         db.session.execute(text("SELECT FROM orders WHERE id = 2 FOR UPDATE"))

@@ -307,6 +307,7 @@ def test_keys_that_are_of_no_use_are_left_out_and_named(rsa_key, ec_key, tmp_pat
         "unknown": {"kty": "LATTICE", "kid": "unknown"},
         "no kty": {"kid": "no kty"},
         "private": private,
+        "bare private": private | {"kid": "bare private", "key_ops": ["verify"]},
         "weak": weak,
         "RS256": good,
     }  # fmt: skip
