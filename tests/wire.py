@@ -70,7 +70,7 @@ class Process:
 async def serving(app) -> AsyncIterator[Process]:
     """Serve the app on a line of its own: a line to Redis belongs to one event loop."""
     kept = stock.loop_line
-    line = LoopLine(stock.first.server, kept.line._script, lambda: None)
+    line = LoopLine(stock.first.server, kept.line.script, lambda: None)
     stock.loop_line = Doorkeeper(line, stock.turn_away)
     listener = socket.create_server(("127.0.0.1", 0))
     told, ready = os.pipe()

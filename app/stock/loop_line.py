@@ -45,7 +45,7 @@ class LoopLine:
 
     def __init__(self, server: Server, script: ClaimScript, on_record: OnRecord) -> None:
         self._server = server
-        self._script = script
+        self.script = script
         self._replicas = script.replicas
         self._on_record = on_record
         # What goes out at the end of this turn of the loop.
@@ -117,7 +117,7 @@ class LoopLine:
 
     def _decide(self, channel: Channel, batch: Batch, again: bool = False) -> None:
         """Send a batch; `again` that it was sent before, and surely nothing of it ran."""
-        command = self._script.command(*[request for request, _ in batch])
+        command = self.script.command(*[request for request, _ in batch])
         if not self._replicas.count:
             channel.send(command, partial(self._answered, channel, batch, again, None))
             return
@@ -148,7 +148,7 @@ class LoopLine:
             code = code_of(answer)
             if code == "NOSCRIPT" and not again and not channel.lost:
                 # Nothing ran, so sending again is safe.
-                channel.send(self._script.load, ignore)
+                channel.send(self.script.load, ignore)
                 self._decide(channel, batch, again=True)
             elif code in UNFIT:
                 channel.retire()
@@ -249,12 +249,12 @@ class LoopLine:
         channel = self._channel
         if channel is None or channel.lost:
             channel = await self._reach()
-        answer = await channel.ask(self._script.try_adding)
+        answer = await channel.ask(self.script.try_adding)
         if isinstance(answer, hiredis.ReplyError):
             if code_of(answer) in UNFIT:
                 channel.retire()
             raise refused(answer)
-        held, _ = await channel.ask_well(self._script.ask_sale)
+        held, _ = await channel.ask_well(self.script.ask_sale)
         if held is None:
             raise Unprepared("the sale is not in Redis")
         if not self._verified and time.monotonic() - self._compared_at > COMPARE_SECONDS:
@@ -270,7 +270,7 @@ class LoopLine:
         self._compared_at = time.monotonic()
         # First PostgreSQL, then Redis: the ids on record were issued before Redis is asked.
         record = await asyncio.get_running_loop().run_in_executor(None, self._on_record)
-        self._script.check_sale(record, *await channel.ask_well(self._script.ask_sale))
+        self.script.check_sale(record, *await channel.ask_well(self.script.ask_sale))
         self._verified = record is not None
 
     async def _reach(self) -> Channel:
@@ -286,8 +286,8 @@ class LoopLine:
         try:
             async with asyncio.timeout(COMMAND_TIMEOUT_SECONDS):
                 channel = await connect(self._server)
-                await channel.ask_well(self._script.load)
-                await channel.ask_well(self._script.try_writing)
+                await channel.ask_well(self.script.load)
+                await channel.ask_well(self.script.try_writing)
                 if self._replicas.count:
                     await self._try_replicas(channel)
                 await self._compare(channel)

@@ -104,13 +104,13 @@ class SpreadBrakes:
     """The brakes of all shards. A brake is set where it is set in any."""
 
     def __init__(self, gateways: Sequence[BrakeGateway]) -> None:
-        self._gateways = gateways
+        self.gateways = gateways
 
     def _gathered(
         self, question: Callable[[BrakeGateway], Question[Answer]]
     ) -> list[Answer | Unavailable]:
-        links = [gateway.link for gateway in self._gateways]
-        return gathered(links, [question(gateway) for gateway in self._gateways])
+        links = [gateway.link for gateway in self.gateways]
+        return gathered(links, [question(gateway) for gateway in self.gateways])
 
     def read(self) -> Brakes:
         """Return which are set, as far as shards can be reached. Raises Unavailable."""
@@ -135,7 +135,7 @@ class SpreadBrakes:
         now_ms = max(state.now_ms for state in states)
         # Later than what is known, whatever the shards' clocks say.
         mark = Mark(max(now_ms, known.at_ms + 1 if known else 0), act["id"] or "", on)
-        answers = asked(self._gateways, lambda gateway: gateway.change(word, mark, act, key))
+        answers = asked(self.gateways, lambda gateway: gateway.change(word, mark, act, key))
         done = {n: of for n, of in enumerate(answers) if not isinstance(of, Unavailable)}
         if any(of.outcome == "mismatched" for of in done.values()):
             raise KeyMismatch
@@ -161,7 +161,7 @@ class SpreadBrakes:
         """Take out acts that the audit has. Safe to repeat, and for two at once."""
         ids = {act.act_id for act in acts}
         theirs = self._gathered(lambda gateway: gateway.asking_acts(len(acts)))
-        for gateway, found in zip(self._gateways, theirs, strict=True):
+        for gateway, found in zip(self.gateways, theirs, strict=True):
             if not isinstance(found, Unavailable):
                 # Each shard has noted it by its own clock.
                 gateway.forget([act for act in found if act.act_id in ids])
@@ -171,11 +171,11 @@ class SpreadBrakes:
 
         Any number of processes may do so: a shard keeps the newest that it was told.
         """
-        if len(self._gateways) == 1:
+        if len(self.gateways) == 1:
             return
         states = self._gathered(BrakeGateway.asking_state)
         marks = newest(reached(states))
-        for gateway, state in zip(self._gateways, states, strict=True):
+        for gateway, state in zip(self.gateways, states, strict=True):
             if not isinstance(state, Unavailable):
                 for word, mark in marks.items():
                     if state.marks.get(word) != mark:
@@ -186,13 +186,13 @@ class SpreadBrakes:
     def remake(self, former: Sequence[BrakeGateway]) -> None:
         """Have the brakes of the shards that the sale was dealt to before. Raises Unavailable."""
         known = {gateway.name for gateway in former}
-        for gateway in self._gateways:
+        for gateway in self.gateways:
             if gateway.name not in known:
                 gateway.forget_all()
         # Of now, too: somebody may brake while a sale is made anew.
-        states = all_of(asked([*former, *self._gateways], BrakeGateway.state))
+        states = all_of(asked([*former, *self.gateways], BrakeGateway.state))
         for word, mark in newest(states).items():
-            for gateway in self._gateways:
+            for gateway in self.gateways:
                 gateway.change(word, mark, None)
 
 

@@ -33,7 +33,7 @@ class ThreadLine:
 
     def __init__(self, server: Server, script: ClaimScript, on_record: OnRecord) -> None:
         self._server = server
-        self._script = script
+        self.script = script
         self._replicas = script.replicas
         self._on_record = on_record
         self._record: tuple[str, int] | None = None
@@ -45,13 +45,13 @@ class ThreadLine:
         # A failure anywhere makes every thread's connection suspect: they connect anew.
         self._failures = 0
         # While it is closed nobody waits for a Redis that has just failed, but for one who tries.
-        self._breaker = Breaker(COMMAND_TIMEOUT_SECONDS)
+        self.breaker = Breaker(COMMAND_TIMEOUT_SECONDS)
 
     def claim(self, request: Request) -> Claim:
         """Decide one purchase. Raises Unavailable when Redis gave no answer."""
-        if not self._breaker.admits():
+        if not self.breaker.admits():
             raise Unavailable("Redis was unreachable a moment ago", executed=False)
-        command = self._script.command(request)
+        command = self.script.command(request)
         started = time.monotonic()
         try:
             try:
@@ -63,7 +63,7 @@ class ThreadLine:
                 self._leave(error)
                 claim = self._decide(command)
         except Unprepared:
-            self._breaker.waited_in_vain()
+            self.breaker.waited_in_vain()
             raise
         except Unreplicated:
             self._leave()
@@ -71,18 +71,18 @@ class ThreadLine:
         except (redis.RedisError, OSError) as error:
             if isinstance(error, redis.ResponseError) and code_of(error) not in UNFIT:
                 # This claim was refused; the next one may be asked all the same.
-                self._breaker.answered()
+                self.breaker.answered()
             else:
                 self._leave(error)
             raise refused(error) from error
-        self._breaker.answered()
+        self.breaker.answered()
         return claim
 
     def _leave(self, error: Exception | None = None) -> None:
         if error and code_of(error) in UNFIT:
             self._server.leave()
         self._failures += 1
-        self._breaker.waited_in_vain()
+        self.breaker.waited_in_vain()
 
     def _decide(self, command: bytes) -> Claim:
         """Return the claim. Raises redis.RedisError, OSError, Unreplicated, Unprepared."""
@@ -94,7 +94,7 @@ class ThreadLine:
             answer, copied = self._ask(connection, command)
         except redis.exceptions.NoScriptError:
             # Nothing ran, so this is the one case where sending again is safe.
-            self._exchange(connection, self._script.load)
+            self._exchange(connection, self.script.load)
             answer, copied = self._ask(connection, command)
         claim = claim_of(answer[0])
         if copied is not None and not self._replicas.enough(copied):
@@ -127,12 +127,12 @@ class ThreadLine:
         """Return whether the sale was compared with PostgreSQL; as LoopLine.check."""
         try:
             connection = self._connection(self._failures)
-            self._exchange(connection, self._script.try_adding)
-            held, last = self._exchange(connection, self._script.ask_sale)
+            self._exchange(connection, self.script.try_adding)
+            held, last = self._exchange(connection, self.script.ask_sale)
             if held is None:
                 raise Unprepared("the sale is not in Redis")
             if self._record is None and time.monotonic() - self._recorded_at > COMPARE_SECONDS:
-                self._script.check_sale(self._sale_on_record(), held, last)
+                self.script.check_sale(self._sale_on_record(), held, last)
         except Unprepared:
             # Every thread compares anew before it sells.
             self._failures += 1
@@ -154,15 +154,13 @@ class ThreadLine:
                 local.connection = self._pool.make_connection()
             local.connection.disconnect()
             local.connection.connect()
-            self._exchange(local.connection, self._script.load)
-            self._exchange(local.connection, self._script.try_writing)
+            self._exchange(local.connection, self.script.load)
+            self._exchange(local.connection, self.script.try_writing)
             if self._replicas.count:
                 self._try_replicas(local.connection)
             # First PostgreSQL, then Redis: the ids on record were issued before Redis is asked.
             record = self._sale_on_record()
-            self._script.check_sale(
-                record, *self._exchange(local.connection, self._script.ask_sale)
-            )
+            self.script.check_sale(record, *self._exchange(local.connection, self.script.ask_sale))
             local.failures = failures
         return local.connection
 

@@ -183,12 +183,12 @@ def six(make_app):
 
 
 def in_all() -> list[Brakes]:
-    return [gateway.read() for gateway in stock.brakes._gateways]
+    return [gateway.read() for gateway in stock.brakes.gateways]
 
 
 def without_the_last() -> SpreadBrakes:
     """Return the brakes of a sale as they are changed while its last shard is out of reach."""
-    return SpreadBrakes(stock.brakes._gateways[:-1])
+    return SpreadBrakes(stock.brakes.gateways[:-1])
 
 
 def told_as(name: str) -> dict:
@@ -216,17 +216,17 @@ def test_a_shard_that_missed_acts_gets_the_newest(six):
 
 def test_an_older_act_that_comes_late_changes_nothing(six):
     """Whoever spreads an act may be slow, and another one come meanwhile."""
-    states = [gateway.state() for gateway in stock.brakes._gateways]
+    states = [gateway.state() for gateway in stock.brakes.gateways]
     assert newest(states) == {}
     brake(True, None, CLI)
-    (late,) = newest([stock.brakes._gateways[0].state()]).values()
+    (late,) = newest([stock.brakes.gateways[0].state()]).values()
     brake(False, None, CLI)
-    for gateway in stock.brakes._gateways:
+    for gateway in stock.brakes.gateways:
         assert gateway.change("*", late, None).outcome == "outdated"
     assert in_all() == [Brakes(False, frozenset())] * 6
     # By a clock that is ahead; an operator's act is later all the same.
-    ahead = Mark(stock.brakes._gateways[0].state().now_ms + 60_000, "z", True)
-    assert stock.brakes._gateways[3].change("*", ahead, None).outcome == "done"
+    ahead = Mark(stock.brakes.gateways[0].state().now_ms + 60_000, "z", True)
+    assert stock.brakes.gateways[3].change("*", ahead, None).outcome == "done"
     assert not brake(False, None, CLI).sale
     stock.brakes.agree()
     assert in_all() == [Brakes(False, frozenset())] * 6

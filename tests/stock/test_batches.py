@@ -358,7 +358,7 @@ def test_refusals_move_nothing_in_the_log(app, buy, monkeypatch):
     monkeypatch.setattr(Meter, "flush", lambda meter: None)
     for user in range(1, 11):
         buy(user, quantity=10)
-    script = stock.thread_line._script
+    script = stock.thread_line.script
     connection = stock.raw_client.connection_pool.get_connection()
     try:
         connection.send_packed_command((script.load,))
@@ -385,7 +385,7 @@ def test_refusals_move_nothing_in_the_log(app, buy, monkeypatch):
 def test_a_batch_costs_few_commands(app):
     """What is the same for all of a batch is read and written once."""
     stock.client.config_set("appendfsync", "no")
-    script = stock.thread_line._script
+    script = stock.thread_line.script
     connection = stock.raw_client.connection_pool.get_connection()
     try:
         for start in (1, 1001):
@@ -411,7 +411,7 @@ def test_a_batch_costs_few_commands(app):
 
 
 def test_claims_of_one_turn_go_together(app):
-    line = LoopLine(stock.first.server, stock.loop_line.line._script, lambda: None)
+    line = LoopLine(stock.first.server, stock.loop_line.line.script, lambda: None)
 
     async def rush(users):
         return await asyncio.gather(
@@ -430,7 +430,7 @@ def test_claims_of_one_turn_go_together(app):
 
 
 def test_one_that_can_t_be_told_keeps_nobody_waiting(app, caplog):
-    line = LoopLine(stock.first.server, stock.loop_line.line._script, lambda: None)
+    line = LoopLine(stock.first.server, stock.loop_line.line.script, lambda: None)
 
     async def whole():
         done = asyncio.get_running_loop().create_future()

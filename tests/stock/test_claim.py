@@ -139,7 +139,7 @@ def test_a_cut_answer_is_unknown_and_not_sent_again(app, monkeypatch):
     # For a quarter of a second requests are refused at once; then one tries again.
     with pytest.raises(Unavailable):
         stock.claim(2, 1, 1, "key", "a")
-    stock.thread_line._breaker.answered()
+    stock.thread_line.breaker.answered()
     assert stock.claim(2, 1, 1, "key", "a")[:2] == (b"replayed", 2)
 
 

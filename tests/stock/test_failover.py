@@ -194,7 +194,7 @@ def test_what_surely_did_not_run_is_sent_once_more(app, pair, monkeypatch):
     assert stock.claim(1, 1, 1, None, "a").outcome == b"accepted"
 
     async def talk():
-        line = loop_line.LoopLine(stock.first.server, stock.loop_line.line._script, lambda: None)
+        line = loop_line.LoopLine(stock.first.server, stock.loop_line.line.script, lambda: None)
         claims = [await line.claim(Request(2, 1, 1, None, "a"))]
         await asyncio.get_running_loop().run_in_executor(None, pair.fail_over)
         asked = [line.claim(Request(user, 1, 1, None, "a")) for user in range(3, 10)]
@@ -212,7 +212,7 @@ def test_a_replica_is_not_sold_from_however_often_it_is_asked(app, pair):
         with pytest.raises(Unavailable) as refused:
             stock.claim(user, 1, 1, None, "a")
         assert refused.value.executed is False
-        stock.thread_line._breaker.answered()
+        stock.thread_line.breaker.answered()
 
 
 def test_what_replication_had_not_carried_over_closes_the_sale(app, pair):
@@ -230,7 +230,7 @@ def test_what_replication_had_not_carried_over_closes_the_sale(app, pair):
     for _ in range(3):
         with pytest.raises(Unavailable):
             stock.claim(20, 1, 1, None, "a")
-        stock.thread_line._breaker.answered()
+        stock.thread_line.breaker.answered()
     assert pair.nodes[1].get(KEYS.order_ids) == b"5"
     with app.app_context():
         recovery.rebuild(CLI)

@@ -24,7 +24,7 @@ from app.stock.servers import Server
 @pytest.fixture
 def line(app):
     """A line of its own: a line belongs to one event loop."""
-    return LoopLine(stock.first.server, stock.loop_line.line._script, lambda: None)
+    return LoopLine(stock.first.server, stock.loop_line.line.script, lambda: None)
 
 
 def test_hundreds_in_flight_share_a_connection_and_stay_exact(line):
@@ -130,7 +130,7 @@ def test_no_redis_at_all(app, tmp_path):
 
 def test_another_sale_in_redis_sells_nothing(app):
     async def claim():
-        line = LoopLine(stock.first.server, stock.loop_line.line._script, lambda: ("another", 5))
+        line = LoopLine(stock.first.server, stock.loop_line.line.script, lambda: ("another", 5))
         with pytest.raises(Unavailable):
             await line.claim(Request(1, 1, 1, None, "a"))
 

@@ -19,7 +19,7 @@ MEGABYTE = 1 << 20
 
 def refuse(count: int, first: int = 1_000_000) -> list[bytes]:
     """Let new users at new addresses try to buy product 1; return the outcomes."""
-    script = stock.thread_line._script
+    script = stock.thread_line.script
     pool = stock.raw_client.connection_pool
     connection = pool.get_connection()
     outcomes = []
@@ -174,8 +174,8 @@ def test_what_surely_did_nothing_says_so(app, buy):
     stock.client.delete(KEYS.generation)
     answer = buy(1)
     assert (answer.status_code, answer.json["executed"]) == (503, False)
-    stock.thread_line._breaker.waited_in_vain()
+    stock.thread_line.breaker.waited_in_vain()
     with pytest.raises(Unavailable) as refused:
         stock.claim(1, 1, 1, None, "a")
-    stock.thread_line._breaker.answered()
+    stock.thread_line.breaker.answered()
     assert refused.value.executed is False

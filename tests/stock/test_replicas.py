@@ -187,7 +187,7 @@ def test_the_event_loop_keeps_back_promises_alone(app, pair):
     """Refusals of the same batch go out at once; and claims gather while others wait."""
 
     async def talk():
-        line = LoopLine(stock.first.server, stock.loop_line.line._script, lambda: None)
+        line = LoopLine(stock.first.server, stock.loop_line.line.script, lambda: None)
         assert (await line.claim(Request(1, 1, 1, None, "a"))).outcome == b"accepted"
         loop, cut_off = asyncio.get_running_loop(), pair.b.cut_off
         cut_off()

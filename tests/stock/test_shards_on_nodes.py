@@ -186,7 +186,7 @@ def test_a_sweep_does_all_that_needs_no_lost_node(cluster, shop):
     sweeper.run_once(threading.Event())
     assert db.session.scalar(pending) == 0
     relay.Sampler("test").run_once(threading.Event())
-    assert all(of.read().sale for of in stock.brakes._gateways)
+    assert all(of.read().sale for of in stock.brakes.gateways)
     assert is_even().free == 100 + 6 - 40 + 2
     brake.brake(False, None, CLI)
     sweeper.run_once(threading.Event())
@@ -240,7 +240,7 @@ def test_terms_and_brakes_are_in_force_where_they_can_be(cluster, shop, admin_he
     wait_until(lambda: not stock.view([1]).missing, 30, "the node to be back")
     relay.Sampler("test").run_once(threading.Event())
     relay.Sweeper().run_once(threading.Event())
-    for gateway in stock.brakes._gateways:
+    for gateway in stock.brakes.gateways:
         assert gateway.read() == Brakes(True, frozenset())
     for shard in stock.shards:
         assert shard.view([1]).products[1]["cap"] == 1
