@@ -35,8 +35,8 @@ def live() -> ResponseReturnValue:
 
 def newest() -> dict[str, Any]:
     board = monitor.board()
-    names = {item.product.id: item.product.name for item in (*board.items, *board.archived)}
-    return {"ledger": board.ledger, "board": board, "names": names}
+    items = {item.product.id: item for item in (*board.items, *board.archived)}
+    return {"ledger": board.ledger, "board": board, "items": items}
 
 
 @bp.post("/rebuild")

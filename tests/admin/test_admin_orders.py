@@ -10,6 +10,7 @@ from people import BROWSER, send
 from sqlalchemy import select, text
 
 from app import sheet
+from app.books import ledger
 from app.extensions import db, stock
 from app.feed import numbering
 from app.models import AuditEntry
@@ -388,6 +389,9 @@ def test_pages_tell_what_is_held_when_it_ends_and_how_many_were_paid(
     shown = facts(page)
     assert (shown["Units held"], shown["Holds paid"]) == ("2 in 1 order", "67 %")
     assert "next one ends in 9 min" in page
+    with app.app_context():
+        ledger.keep_proof()
+    assert "now 2 held" in admin.get("/admin/ledger/").text
     assert client.post("/orders/4/release", headers=admin_headers).status_code == 200
     shown = facts(admin.get("/admin/products/1").text)
     assert (shown["Holds paid"], shown["Next hold ends"]) == ("50 %", "–")
