@@ -99,11 +99,13 @@ def _redis_fault(error: Exception) -> str:
 
 
 def _postgres_fault(error: Exception) -> str:
+    reason = str(getattr(error, "orig", error)).strip().partition("\n")[0]
     if sqlstate(error) in (UNDEFINED_TABLE, UNDEFINED_COLUMN):
+        if click.get_current_context().info_name == "prepare":
+            return f"No migration makes what the models have: {reason}"
         return "PostgreSQL is without this system's tables, or has older ones: run `flask prepare`"
     url = db.engine.url
     where = url.host or url.query.get("host", "its socket")
-    reason = str(getattr(error, "orig", error)).strip().partition("\n")[0]
     return f"PostgreSQL at {where}:{url.port or 5432} can't do this now: {reason}"
 
 

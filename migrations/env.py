@@ -1,5 +1,7 @@
 """Run migrations on the app's own database connection (`flask db …`)."""
 
+import re
+
 from alembic import context
 from flask import current_app
 
@@ -14,6 +16,15 @@ def is_ours(name: str | None, kind: str, _: object) -> bool:
 def is_table(found: object, name: str | None, kind: str, reflected: bool, _: object) -> bool:
     """Leave views out: they are written by hand."""
     return not (kind == "table" and getattr(found, "info", {}).get("is_view"))
+
+
+def call_next(made: object, _: object, directives: list) -> None:
+    """Call a new migration by the next number and its message: `0017_notes_of_products`."""
+    (script,) = directives
+    words = re.sub("[^a-z0-9]+", "_", (script.message or "").lower()).strip("_")
+    number = int(context.script.get_current_head()[:4]) + 1
+    # alembic_version has room for 32 characters.
+    script.rev_id = f"{number:04}_{words}"[:32].rstrip("_")
 
 
 def run_offline() -> None:
@@ -37,6 +48,7 @@ def run_online() -> None:
             include_object=is_table,
             # What one has locked nobody waits for while the next one waits for something else.
             transaction_per_migration=True,
+            process_revision_directives=call_next,
             **migrate.configure_args,
         )
         with context.begin_transaction():

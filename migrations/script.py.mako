@@ -1,24 +1,18 @@
-"""${message}
+"""${message}."""
 
-Revision ID: ${up_revision}
-Revises: ${down_revision | comma,n}
-Create Date: ${create_date}
-
-"""
 from alembic import op
-import sqlalchemy as sa
-${imports if imports else ""}
+from online import lock_briefly
 
-# revision identifiers, used by Alembic.
-revision = ${repr(up_revision)}
-down_revision = ${repr(down_revision)}
-branch_labels = ${repr(branch_labels)}
-depends_on = ${repr(depends_on)}
+revision = "${up_revision}"
+down_revision = "${down_revision}"
+branch_labels = None
+depends_on = None
 
 
 def upgrade():
-    ${upgrades if upgrades else "pass"}
+    with op.get_context().autocommit_block():
+        lock_briefly("")
 
 
 def downgrade():
-    ${downgrades if downgrades else "pass"}
+    op.execute("")

@@ -1,5 +1,6 @@
 """Migrations and the rules that stand in the schema itself."""
 
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 from waiting import wait_until
 
+from app.books import recovery
+from app.config import ROOT
 from app.extensions import db
 from app.products.movements import totals
 from app.watch.health import newest_migration
@@ -22,6 +25,27 @@ def test_one_head_and_models_match(app):
         script = ScriptDirectory(app.extensions["migrate"].directory)
         assert script.get_heads() == [newest_migration()]
         flask_migrate.check()
+
+
+def test_a_new_migration_gets_the_next_number_and_the_message_for_a_name(runner, tmp_path):
+    shutil.copytree(ROOT / "migrations", tmp_path / "migrations")
+    args = ["db", "--directory", str(tmp_path / "migrations"), "revision"]
+    done = runner.invoke(args=[*args, "-m", "Products' notes, of every kind there may be"])
+    assert done.exit_code == 0, done.output
+    *before, made = sorted(path.stem for path in (tmp_path / "migrations" / "versions").glob("0*"))
+    assert made == f"{len(before) + 1:04}_products_notes_of_every_kin"
+    text = (tmp_path / "migrations" / "versions" / f"{made}.py").read_text()
+    assert f'revision = "{made}"\ndown_revision = "{before[-1]}"' in text
+
+
+def test_prepare_tells_of_models_without_a_migration(runner, monkeypatch):
+    def lacking():
+        db.session.execute(text("SELECT note FROM products"))
+
+    monkeypatch.setattr(recovery, "database_is_empty", lacking)
+    done = runner.invoke(args=["prepare"])
+    assert done.exit_code == 1
+    assert done.output.startswith("Error: No migration makes what the models have: column")
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,14 @@ import pytest
 from people import csrf_token
 from sqlalchemy import select
 
+from app.admin import product_form
 from app.audit import CLI
 from app.books import ledger
+from app.config import ROOT
 from app.extensions import db
 from app.models import AuditEntry, Product
 from app.problems import Conflict, Unavailable
-from app.products import catalogue, importing
+from app.products import catalogue, importing, terms
 from app.products.movements import finish_pending
 from app.products.sale import publish_stale
 
@@ -34,6 +36,16 @@ def made(content: str | bytes) -> list[tuple[object, ...]]:
         (line, new.terms["name"], new.terms["price_cents"], new.terms["currency"], new.units)
         for line, new in zip(plan.lines, plan.products, strict=True)
     ]
+
+
+def test_every_term_can_be_imported_and_edited():
+    """A new one would else be known to the API alone."""
+    assert set(importing.CELLS) == {*terms.TERMS, "stock"}
+    buttons = ("paused", "archived")
+    columns = {column for name, (column, _) in terms.TERMS.items() if name not in buttons}
+    assert {column for _, column, _ in product_form.FIELDS.values()} == columns
+    documented = (ROOT / "docs" / "admin.md").read_text().partition("## Importing products")[2]
+    assert not [name for name in importing.COLUMNS if f"`{name}`" not in documented]
 
 
 BOTH = [(2, "Lamp", 1990, "EUR", 3), (3, "Fan", 1500, "JPY", 1)]
