@@ -4,6 +4,7 @@ import threading
 from contextlib import contextmanager
 
 import pytest
+from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 from waiting import wait_until
 
@@ -39,7 +40,8 @@ def thread_of(app, act):
 def waits_for(cursor, locktype: str) -> list[int]:
     cursor.execute(
         "SELECT pid FROM pg_locks WHERE locktype = %s AND NOT granted"
-        " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())",
+        " AND coalesce(database, 0)"
+        " IN (0, (SELECT oid FROM pg_database WHERE datname = current_database()))",
         [locktype],
     )
     return [pid for (pid,) in cursor.fetchall()]
@@ -92,3 +94,51 @@ def test_a_reset_that_postgres_refuses_leaves_redis_as_it_was(app, connect, buy)
     assert stock.generation() == before
     assert stock.waiting() == 1
     assert buy(2).status_code == 200
+
+
+MOVEMENTS = """
+INSERT INTO stock_movements (product_id, kind, units, actor)
+SELECT id, 'return', 1, 'test' FROM products ORDER BY id DESC
+"""
+LETTERS = """
+INSERT INTO dead_letters (stream_id, payload, error, product_id, quantity)
+SELECT 9000 + id || '-0', '', '', id, 1 FROM products ORDER BY id DESC
+"""
+MORE = "UPDATE dead_letters SET quantity = 2"
+GONE = "DELETE FROM stock_movements"
+
+
+@pytest.mark.parametrize("statements", [(MOVEMENTS, GONE), (LETTERS, MORE)])
+def test_sums_are_locked_in_the_order_of_their_products(
+    app, client, admin_headers, connect, statements
+):
+    """Whoever waits for the first one has no other: else two would wait for each other."""
+    for number in range(7):
+        body = {"name": f"P{number}", "priceCents": 1, "currency": "EUR", "stock": 1}
+        assert client.post("/products", json=body, headers=admin_headers).status_code == 201
+    first, watch = connect(), connect()
+    for statement in statements:
+        first.execute("SELECT FROM product_totals WHERE product_id = 1 FOR UPDATE")
+
+        def change(statement=statement):
+            db.session.execute(text(statement))
+            db.session.commit()
+
+        with thread_of(app, change) as raised:
+            try:
+                wait_until(lambda: waits_for(watch, "transactionid"), what="a sum to be waited for")
+                watch.execute("SELECT FROM product_totals WHERE product_id > 1 FOR UPDATE NOWAIT")
+            finally:
+                watch.connection.rollback()
+                first.connection.rollback()
+        assert raised == []
+
+
+def test_what_redis_has_by_now_locks_no_sums(app, connect):
+    with app.app_context():
+        pending_movement()
+    connect().execute("SELECT FROM product_totals FOR UPDATE")
+    other = connect()
+    other.execute("SET lock_timeout = '1s'")
+    other.execute("UPDATE stock_movements SET applied_at = now()")
+    assert other.rowcount > 0
