@@ -7,7 +7,7 @@ from functools import partial
 from typing import NamedTuple, TypeVar
 
 from ..config import Settings
-from ..problems import Unavailable, Unprepared
+from ..problems import Unavailable
 from ..reading import User
 from .board import Noticeboard
 from .brakes import BrakeGateway, Brakes
@@ -99,10 +99,6 @@ class Stock:
     def each(self, do: Callable[[Shard], Answer]) -> list[Answer]:
         """Have it done in every shard. Raises Unavailable where one fails, once all were asked."""
         return all_of(self.asked(do))
-
-    def reachable(self, do: Callable[[Shard], Answer]) -> list[Answer]:
-        """Have it done in every shard that can be reached. Raises Unavailable where none can."""
-        return reached(self.asked(do))
 
     def asked(self, do: Callable[[Shard], Answer]) -> list[Answer | Unavailable]:
         """Have it done in every shard; return what each answered, or why it could not."""
@@ -406,12 +402,6 @@ class Stock:
         """
         names = {name for name in self.gathered_in_reach(Shard.asking_generation) if name}
         return " or ".join(sorted(names)) or None
-
-    def require_all(self, generation: str) -> None:
-        """Raise Unavailable unless every shard holds the sale, so that a change is in force."""
-        for held in self.gathered_of_all(Shard.asking_generation):
-            if held != generation:
-                raise Unprepared("the sale is not in every shard")
 
     def clocks(self) -> list[datetime]:
         """Return the times by which the shards in reach judge claims, each its own node's."""

@@ -6,10 +6,6 @@ shopper belongs to (place.py) has everything that a claim of theirs touches.
 
 from typing import NamedTuple
 
-from ..config import SHARD_COUNTS
-
-# With so many, every table below is even over any number of equal nodes that divides them.
-COUNTS = SHARD_COUNTS
 # A tag's slot is its CRC16, so that numbers as they come lie badly: of {0} … {15} on 8 equal nodes
 # four would have four each and four none. These were searched for: any count's tags are spread
 # evenly over 2, 3, 4, 6, 8 or 12 nodes of equal slots, wherever that divides the count.

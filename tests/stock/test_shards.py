@@ -14,21 +14,21 @@ from waiting import wait_until
 from app import create_app
 from app.audit import CLI
 from app.books import ledger, recovery
-from app.config import NO_LIMIT
+from app.config import NO_LIMIT, SHARD_COUNTS
 from app.extensions import db, stock
 from app.orders import cancelling
 from app.orders.drain import drain_batch
 from app.problems import Unavailable
 from app.products import movements
 from app.stock.plan import Placed, warnings
-from app.stock.shards import COUNTS, Part, first_above, tag_of
+from app.stock.shards import Part, first_above, tag_of
 from app.worker import relay
 
 # What each prime number of equal nodes gets of a sale's shards, by which the table was searched.
 NODES = (2, 3, 4, 6, 8, 12)
 
 
-@pytest.mark.parametrize("shards", COUNTS)
+@pytest.mark.parametrize("shards", SHARD_COUNTS)
 def test_tags_are_spread_evenly_over_equal_nodes(shards):
     tags = [tag_of(shard, shards) for shard in range(shards)]
     assert len(set(tags)) == shards
