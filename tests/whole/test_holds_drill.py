@@ -209,13 +209,15 @@ class Persistent:
 
 
 @pytest.mark.drill
-def test_kills_between_hold_and_payment(tmp_path):
+@pytest.mark.parametrize("shards", ["1", "6"])
+def test_kills_between_hold_and_payment(tmp_path, shards):
     server = start_system(
         tmp_path,
         PURCHASE_ADDRESS_LIMIT="off",
         PURCHASE_USER_LIMIT="off",
         LOOKUP_LIMIT="off",
         WEB_WORKERS="2",
+        SHARDS=shards,
     )
     try:
         token = {"Authorization": f"Bearer {server.api_token}"}
@@ -261,7 +263,10 @@ def test_kills_between_hold_and_payment(tmp_path):
         assert paid + free(server, product) == UNITS
         assert {act for act, _, _ in crowd.told.values()} == set(ACTS)
         proof = run_program(
-            [sys.executable, "-m", "flask", "ledger", "check"], 60, DATA_DIR=str(tmp_path)
+            [sys.executable, "-m", "flask", "ledger", "check"],
+            60,
+            DATA_DIR=str(tmp_path),
+            SHARDS=shards,
         )
         assert proof.returncode == 0, proof.stdout + proof.stderr
     finally:
