@@ -331,6 +331,37 @@ def test_acts_before_the_order_is_stored(client, admin_headers, buy, drain, held
     prove(app)
 
 
+def test_what_was_accepted_first_is_done_first_also_when_it_is_late(buy, drain, held, act, app):
+    """The order is stored, and neither the drain's job nor the sweeper has looked at it."""
+    held(units=1)
+    buy(1)
+    assert act(1, "extend", seconds=60).status_code == 202
+    drain()
+    told = act(1, "release").json
+    assert (told["status"], free(app)) == ("RELEASED", 1)
+    with app.app_context():
+        assert db.session.get(Order, 1).extended_from is not None
+    prove(app)
+
+
+def test_units_that_redis_is_not_told_of_at_once_return_later(
+    buy, drain, held, act, app, monkeypatch
+):
+    held(units=1)
+    buy(1)
+    assert act(1, "release").status_code == 202
+    drain()
+    with app.app_context():
+        with monkeypatch.context() as patch:
+            away = Unavailable("Redis is away")
+            patch.setattr(stock, "move", lambda *_: (_ for _ in ()).throw(away))
+            assert intents.apply_open() == 1
+        assert free(app) == 0
+        assert movements.finish_pending() == 1
+    assert free(app) == 1
+    prove(app)
+
+
 def test_an_accepted_confirmation_wins_over_the_end_of_the_hold(buy, held, act, app):
     """The hold ends while PostgreSQL was slow to store it: whoever was told 202 has the unit."""
     held(units=1)

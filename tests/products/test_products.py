@@ -11,7 +11,7 @@ from app.audit import CLI
 from app.books import ledger, recovery
 from app.extensions import db, stock
 from app.models import AuditEntry, Product, RequestKey, StockMovement
-from app.problems import Conflict, UnknownProduct
+from app.problems import Conflict, Unavailable, UnknownProduct
 from app.products import catalogue, importing, movements, sale, terms
 from app.stock.keys import KEYS
 
@@ -184,6 +184,34 @@ def test_what_a_crash_left_pending_is_finished_once(app):
         assert movements.finish_pending() == 2
         assert movements.finish_pending() == 0
         assert stock.view([1]).products[1]["free"] == 110
+
+
+def test_a_redis_that_is_away_does_not_keep_the_sweeper_and_none_waits_for_ever(app, monkeypatch):
+    """After some failures it goes on with the others the next time, not with the same ones."""
+    monkeypatch.setattr(movements, "FAILED_AT_ONCE", 2)
+    tried = []
+
+    def fail(generation, movement_id, *_):
+        tried.append(movement_id)
+        raise Unavailable("Redis is away")
+
+    with app.app_context():
+        for _ in range(3):
+            db.session.add(StockMovement(product_id=1, kind="restock", units=5, actor="test"))
+        db.session.commit()
+        first, second, third = db.session.scalars(
+            select(StockMovement.id).where(StockMovement.applied_at.is_(None)).order_by("id")
+        )
+        finisher = movements.Finisher()
+        with monkeypatch.context() as patch:
+            patch.setattr(stock, "move", fail)
+            for _ in range(3):
+                with pytest.raises(Unavailable):
+                    finisher.run_once()
+        assert tried == [first, second, third, first, second]
+        finisher.run_once()
+        finisher.run_once()
+        assert stock.view([1]).products[1]["free"] == 115
 
 
 def test_terms_that_never_reached_redis_are_published(app, buy):

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import pytest
 from call import call
 from people import sign_in_once
+from sqlalchemy.exc import OperationalError
 from waiting import patience
 from werkzeug.security import generate_password_hash
 
@@ -358,6 +359,20 @@ def test_no_route_but_the_known_is_open(app, client):
                 answer = client.open(path, method=method)
                 assert answer.status_code == 401, (method, path)
                 assert answer.headers["WWW-Authenticate"].startswith("Bearer "), (method, path)
+
+
+def test_a_token_is_good_though_its_use_cannot_be_noted(app, client, monkeypatch):
+    """As where PostgreSQL only reads."""
+    with app.app_context():
+        _, text = tokens.create("program", ["orders:read"], CLI)
+
+    def refuse(*_):
+        raise OperationalError("UPDATE", {}, Exception("cannot execute in a read-only transaction"))
+
+    monkeypatch.setattr(tokens, "update", refuse)
+    bearer = {"Authorization": f"Bearer {text}"}
+    assert client.get("/orders", headers=bearer).json["orders"] == []
+    assert client.post("/orders/1/cancel", headers=bearer).status_code == 403
 
 
 def test_tokens_are_stored_as_hashes_and_never_shown_again(app, client, admin_headers):
