@@ -9,6 +9,7 @@ from enum import Enum
 from sqlalchemy import select, text
 
 from .extensions import db, stock
+from .locks import SALE_LOCK
 from .models import Sale
 
 
@@ -25,6 +26,15 @@ def on_record() -> str:
     """Return the name of the sale that Redis should hold, "" before the first one."""
     found = db.session.execute(select(Sale.generation, Sale.shards)).one_or_none()
     return _name(*found) if found else ""
+
+
+def keep_on_record() -> str:
+    """Do as on_record, and let nobody replace that sale before this transaction ends.
+
+    Best a transaction's first statement: see locks.py.
+    """
+    db.session.execute(text(f"SELECT pg_advisory_xact_lock_shared({SALE_LOCK})"))
+    return on_record()
 
 
 def _name(generation: str, shards: int) -> str:

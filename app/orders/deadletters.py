@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import cast
 
-from sqlalchemy import insert, select, text
+from sqlalchemy import insert, select
 from sqlalchemy.exc import DBAPIError
 
 from ..audit import Actor, record
 from ..database import is_unavailable
 from ..extensions import db, stock
-from ..generation import on_record
-from ..locks import SALE_LOCK
+from ..generation import keep_on_record
 from ..models import DeadLetter, Order, Product, StockMovement, user_columns
 from ..problems import Conflict, Unavailable
 from ..products.movements import apply_movement
@@ -178,8 +177,7 @@ def replay(ids: list[int], reason: str, actor: Actor) -> list[Resolved]:
     nothing is changed.
     """
     # A rebuild waits for it, or has begun and Redis refuses: it reads the keys before or after.
-    db.session.execute(text(f"SELECT pg_advisory_xact_lock_shared({SALE_LOCK})"))
-    generation = on_record()
+    generation = keep_on_record()
 
     def resolve(letter: DeadLetter) -> Resolved:
         if obstacle := _obstacle(letter):

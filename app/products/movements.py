@@ -16,8 +16,7 @@ from sqlalchemy.exc import IntegrityError
 
 from ..audit import SYSTEM, Actor, record
 from ..extensions import db, stock
-from ..generation import on_record
-from ..locks import SALE_LOCK
+from ..generation import keep_on_record
 from ..models import ENDED_STATUSES, DeadLetter, Order, Product, ProductTotals, StockMovement
 from ..problems import Conflict, InvalidRequest, KeyMismatch, Unavailable, UnknownProduct
 from ..reading import MAX_RESTOCK, MAX_STOCK
@@ -136,8 +135,7 @@ def apply_movement(movement: StockMovement) -> int:
     # What this transaction has read it holds against a reset, which holds the lock that is asked
     # for now: each would wait for the other.
     db.session.rollback()
-    db.session.execute(text(f"SELECT pg_advisory_xact_lock_shared({SALE_LOCK})"))
-    generation = on_record()
+    generation = keep_on_record()
     found = db.session.get(StockMovement, movement_id, with_for_update=True, populate_existing=True)
     if found is None:
         db.session.rollback()
@@ -216,12 +214,12 @@ def apply_first_stock(created: list[tuple[Product, StockMovement]]) -> None:
     ids = [movement.id for _, movement in created]
     if not ids:
         return
-    db.session.execute(text(f"SELECT pg_advisory_xact_lock_shared({SALE_LOCK})"))
+    generation = keep_on_record()
     # Nobody else applies them meanwhile; in this order, so that two wait for each other in turn.
     locked = select(StockMovement.id).where(StockMovement.id.in_(ids)).order_by(StockMovement.id)
     db.session.execute(locked.with_for_update())
     moved = stock.put_new(
-        on_record(),
+        generation,
         [
             (product.id, product.version, in_force(product), movement.id, movement.units)
             for product, movement in created
@@ -275,8 +273,7 @@ def apply_together(movement_ids: Sequence[int]) -> set[int]:
     Returns those that Redis has now; the others (it does not know the product of, or they are of
     many orders) are left to `apply_movement`. Raises stock.Unavailable.
     """
-    db.session.execute(text(f"SELECT pg_advisory_xact_lock_shared({SALE_LOCK})"))
-    generation = on_record()
+    generation = keep_on_record()
     found = db.session.scalars(
         select(StockMovement)
         .where(
@@ -311,8 +308,7 @@ def apply_ended(movement_ids: Sequence[int]) -> None:
 
     Raises stock.Unavailable.
     """
-    db.session.execute(text(f"SELECT pg_advisory_xact_lock_shared({SALE_LOCK})"))
-    generation = on_record()
+    generation = keep_on_record()
     found = db.session.execute(ENDED, {"ids": list(movement_ids)}).all()
     moved = stock.move_expired(generation, _together(found))
     _mark_applied([movement.id for movement in found], moved)

@@ -53,7 +53,7 @@ ROOMS = {
     "database": {"breaker"},
     "models": {"extensions", "reading"},
     "audit": {"extensions", "models"},
-    "generation": {"extensions", "models"},
+    "generation": {"extensions", "locks", "models"},
     "events": {"extensions", "models"},
     "planned": {"extensions"},
     "idempotency": {"extensions", "models", "problems"},
@@ -87,6 +87,9 @@ def imports_of(path) -> set[str]:
     found = set()
     package = path.relative_to(ROOT).parts[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name.split(".") for alias in node.names]
+            found |= {(more or ["__init__"])[0] for name, *more in names if name == "app"}
         if not isinstance(node, ast.ImportFrom):
             continue
         module = tuple(node.module.split(".")) if node.module else ()
