@@ -132,7 +132,7 @@ def fill(shop: Shop, consumer: str) -> None:
          "closesAt": iso(now + 47 * MINUTE), "perUserLimit": 4},
         {"name": "Vertex GPU, founders edition", "priceCents": 189_900, "stock": 60,
          "perUserLimit": 1, "maxQuantity": 1},
-        {"name": "Orbit smartwatch", "priceCents": 39_900, "stock": 800},
+        {"name": "Orbit smartwatch", "priceCents": 39_900, "stock": 800, "holdSeconds": 3600},
         {"name": "Halo drone with 4K camera", "priceCents": 74_900, "stock": 300,
          "opensAt": iso(now + 26 * MINUTE), "closesAt": iso(now + 146 * MINUTE)},
         {"name": "Lumen desk lamp", "priceCents": 8_950, "stock": 150},
@@ -239,11 +239,16 @@ def prepare_pages(shop: Shop, page: Page) -> dict[str, str]:
 
 
 def shrink(file: Path) -> None:
-    """Keep the 256 commonest colours as they are, and the nearest of them for the others."""
+    """Keep the 256 commonest colours as they are, and the nearest of them for the others.
+
+    Letters have more shades of grey than that, and a state's dot is small: some bright ones stay.
+    """
     picture = Image.open(file).convert("RGB")
-    colours = sorted(picture.getcolors(2**24), reverse=True)[:256]
+    colours = [colour for _, colour in sorted(picture.getcolors(2**24), reverse=True)]
+    bright = [colour for colour in colours if max(colour) - min(colour) > 64]
+    kept = list(dict.fromkeys([*bright[:64], *colours]))[:256]
     palette = Image.new("P", (1, 1))
-    palette.putpalette([part for _, colour in colours for part in colour])
+    palette.putpalette([part for colour in kept for part in colour])
     picture.quantize(palette=palette, dither=Image.Dither.NONE).save(file, optimize=True)
 
 

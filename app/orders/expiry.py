@@ -11,7 +11,7 @@ from sqlalchemy import select, text
 
 from ..extensions import db, stock
 from ..generation import on_record
-from ..models import ProductTotals
+from ..models import Product, ProductTotals
 from ..problems import Unavailable
 from ..products.movements import apply_ended
 from . import states
@@ -27,6 +27,8 @@ TURN_SECONDS = 1.0
 OUTAGE_SECONDS = 5
 MOST_PATIENCE_SECONDS = 60
 HELD_SECONDS = 1.0
+# What a worker that has ended since told of a product is put right so soon.
+ALL_SECONDS = 30
 
 # The patience ends in time also when the clock is set back meanwhile.
 SWEPT = text(f"""
@@ -44,7 +46,8 @@ class Expiry:
     """Ends holds, and tells Redis how many units may still come back."""
 
     def __init__(self) -> None:
-        self._told_at = float("-inf")
+        self._told_at = self._all_at = float("-inf")
+        self._lately: set[int] | None = None
 
     def step(self) -> bool:
         """End what is due, for a while; tell whether more may be.
@@ -56,7 +59,9 @@ class Expiry:
             return False
         if time.monotonic() - self._told_at >= HELD_SECONDS:
             self._told_at = time.monotonic()
-            tell_held(generation)
+            if self._told_at - self._all_at > ALL_SECONDS:
+                self._all_at, self._lately = self._told_at, None
+            self._lately = tell_held(generation, self._lately)
         may = db.session.execute(SWEPT).scalar()
         db.session.commit()
         until = time.monotonic() + TURN_SECONDS
@@ -80,14 +85,33 @@ def expire(most: int) -> int:
     return orders
 
 
-def tell_held(generation: str) -> None:
-    """Note in Redis, for sold-out answers, how many units of each product are held."""
-    ids = list(db.session.scalars(select(ProductTotals.product_id)))
+def tell_held(generation: str, lately: set[int] | None = None) -> set[int]:
+    """Note in Redis, for sold-out answers, how many units of each product are held.
+
+    With `lately`, those of which any were so lately, as this returned it, only they and those that
+    hold their orders are looked at.
+    """
+    wanted = select(Product.id)
+    if lately is not None:
+        stored_units = select(ProductTotals.product_id).where(ProductTotals.held_units > 0)
+        wanted = wanted.where(
+            Product.hold_seconds.is_not(None)
+            | Product.id.in_(stored_units)
+            | Product.id.in_(lately)
+        )
+    ids = list(db.session.scalars(wanted))
     db.session.rollback()
     # First Redis, then PostgreSQL: what is stored in between may count twice, and never not at all.
     views = stock.views(ids)
-    stored = dict(
-        db.session.execute(select(ProductTotals.product_id, ProductTotals.held_units)).all()
-    )
+    totals = select(ProductTotals.product_id, ProductTotals.held_units)
+    of = ProductTotals.product_id.in_(ids)
+    stored = dict(db.session.execute(totals if lately is None else totals.where(of)).all())
     db.session.rollback()
     stock.put_held(generation, stored, views)
+    if any(isinstance(view, Unavailable) for view in views):
+        return set(ids)
+    held = {of for of, units in stored.items() if units}
+    for view in views:
+        if not isinstance(view, Unavailable):
+            held |= {of for of, figures in view.products.items() if figures.get("held")}
+    return held

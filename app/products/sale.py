@@ -78,17 +78,17 @@ def publish_stale() -> int:
 
     Raises stock.Unavailable where a shard can't be told, once all else is done.
     """
-    products = list(db.session.scalars(select(Product)))
-    view = stock.view([product.id for product in products])
+    versions = dict(db.session.execute(select(Product.id, Product.version)).all())
+    known = stock.view(list(versions)).products
+    stale = [of for of in versions if known.get(of, {}).get("version", 0) < versions[of]]
     done, failed = 0, None
-    for product in products:
-        if view.products.get(product.id, {}).get("version", 0) < product.version:
-            try:
-                done += publish(product)
-            except Unavailable as error:
-                failed = error
-                if len(stock.shards) == 1:
-                    break
+    for product in db.session.scalars(select(Product).where(Product.id.in_(stale))):
+        try:
+            done += publish(product)
+        except Unavailable as error:
+            failed = error
+            if len(stock.shards) == 1:
+                break
     if failed:
         raise failed
     return done

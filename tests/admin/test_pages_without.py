@@ -353,7 +353,8 @@ class TestShelf:
                     assert getattr(kept, column.key) == getattr(row, column.key), column.key
             assert product not in db.session
 
-    def test_only_what_changed_is_written(self, app, client, admin_headers):
+    def test_only_what_changed_is_written(self, app, client, admin_headers, monkeypatch):
+        monkeypatch.setattr(shelf, "RESTS", 0)
         kept = shelf.Shelf()
         with app.app_context():
             kept.renew()
@@ -364,6 +365,22 @@ class TestShelf:
             db.session.rollback()
             kept.renew()
             assert shelf.read()[0][0].name == "Lamp"
+
+    def test_it_takes_a_tenth_of_a_worker_at_most(self, app, monkeypatch):
+        now, written = [100.0], []
+
+        def put(texts):
+            written.append(now[0])
+            now[0] += 0.5
+
+        monkeypatch.setattr(stock.board, "put_shelf", put)
+        monkeypatch.setattr(shelf.time, "monotonic", lambda: now[0])
+        kept = shelf.Shelf()
+        with app.app_context():
+            for _ in range(20):
+                kept.renew()
+                now[0] += 1
+        assert written == [100, 105.5, 111, 116.5]
 
     def test_what_another_version_kept_is_read(self, app):
         old = [{"id": 7, "name": "Old", "unknown": 1}, {"product_id": 7, "confirmed_units": 2}]

@@ -17,7 +17,7 @@ from app.orders import deadletters, holds, intents, states
 from app.orders.drain import drain_batch
 from app.orders.expiry import Expiry, expire, tell_held
 from app.problems import Unavailable
-from app.products import movements
+from app.products import catalogue, movements, terms
 from app.stock.keys import KEYS
 from app.times import utc_text
 
@@ -191,6 +191,38 @@ def test_what_is_stored_while_the_sweeper_counts_may_still_come_back(
         monkeypatch.setattr(stock, step, real)
         tell_held(stock.generation())
         assert stock.client.hget(KEYS.product(1), "held") == "1"
+
+
+def test_only_products_with_holds_are_looked_at_each_second(
+    client, admin_headers, buy, drain, held, act, app, monkeypatch
+):
+    with app.app_context():
+        lamp = {"name": "Lamp", "priceCents": 1, "currency": "EUR", "stock": 1}
+        new = terms.read_new(lamp)
+        second = catalogue.create(new, CLI).product["id"]
+        asked = []
+        real = stock.views
+        monkeypatch.setattr(stock, "views", lambda ids: asked.append(ids) or real(ids))
+        generation = stock.generation()
+
+        def told(lately):
+            lately = tell_held(generation, lately)
+            return asked[-1], lately, stock.client.hget(KEYS.product(1), "held")
+
+        assert told(None) == ([1, second], set(), "0")
+        assert told(set()) == ([], set(), "0")
+        held()
+        buy(1)
+        assert told(set()) == ([1], {1}, "1")
+        drain()
+        # It does not hold its next orders, and has one that is held.
+        client.patch("/products/1", json={"holdSeconds": None}, headers=admin_headers)
+        assert told(set()) == ([1], {1}, "1")
+        act(1, "release", reason="x")
+        # None is held any more: what Redis was told is taken back, and then it is left alone.
+        assert told({1}) == ([1], {1}, "0")
+        assert told({1}) == ([1], set(), "0")
+        assert told(set()) == ([], set(), "0")
 
 
 def test_a_late_payment_takes_the_unit_anew_if_there_is_one(buy, drain, held, late, act, app):
