@@ -9,8 +9,12 @@ SUMS = (
     "cancelled_units", "released_orders", "released_units", "expired_orders", "expired_units",
     "dead_orders", "dead_units", "abandoned_units",
 )  # fmt: skip
-# What is inserted until the new shards are in force would count where it does not belong.
-STANDSTILL = text("LOCK TABLE products, dead_letters, stock_movements IN SHARE ROW EXCLUSIVE MODE")
+# What changes until the new shards are in force would count where it does not belong, or, where it
+# waited for a row that is deleted then, not at all. Orders first: who changes one goes on to its
+# movement.
+STANDSTILL = text(
+    "LOCK TABLE orders, products, dead_letters, stock_movements IN SHARE ROW EXCLUSIVE MODE"
+)
 # What is put on sale counts in a sale of one shard at once, in others when it is applied.
 FOLD = text(f"""
 WITH former AS (DELETE FROM product_totals RETURNING *), pending AS (
