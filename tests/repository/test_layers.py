@@ -69,7 +69,7 @@ ROOMS = {
 }
 BELOW = set(ROOMS) - {"run"}
 ROOMS |= {
-    # The server's limits (backlog) are told by who owns its sockets.
+    # A pulse is written as it is read, and the collector spared as by every program.
     "web": BELOW | {"run"},
     # The pages show errors as the web does, and share their polls with it.
     "admin": BELOW | {"web"},
