@@ -13,7 +13,7 @@ from wire import serving
 
 from app import database, locks
 from app.extensions import db, stock
-from app.problems import Unavailable
+from app.problems import Unavailable, Unprepared
 from app.stock.claims import Request
 from app.stock.keys import KEYS
 from app.watch import health
@@ -290,3 +290,33 @@ class TestSaleOnTheEventLoop:
             await until(probe, OK)
 
         probing(app, talk)
+
+
+class TestSaleOfSeveralShards:
+    """It is ready as long as one of them is: shoppers of the others are told by their claims."""
+
+    @pytest.fixture
+    def six(self, make_app):
+        return make_app(shards=6)
+
+    def test_as_wsgi(self, six):
+        client = six.test_client()
+        assert client.get("/readyz/sale").status_code == 200
+        for shard in stock.shards[1:]:
+            stock.client.delete(shard.keys.generation)
+        assert client.get("/readyz/sale").status_code == 200
+        stock.client.delete(stock.first.keys.generation)
+        assert client.get("/readyz/sale").status_code == 503
+
+    def test_on_the_event_loop(self, six):
+        async def talk():
+            lines, first = stock.loop_line.line, stock.first.keys.generation
+            name = stock.client.get(first)
+            await lines.check()
+            stock.client.delete(*(shard.keys.generation for shard in stock.shards))
+            with pytest.raises(Unprepared):
+                await lines.check()
+            stock.client.set(first, name)
+            await lines.check()
+
+        asyncio.run(talk())
