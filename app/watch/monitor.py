@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, func, select
+from sqlalchemy import func, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from ..database import is_unavailable
@@ -35,6 +35,8 @@ ARCHIVED, DRAFT = "archived", "draft"
 LEDGER_SECONDS = 15
 NOT_THIS_SALE = "This Redis does not hold this sale. Nothing is sold until it is rebuilt."
 DURABILITY_SECONDS = 30
+# Among which a product's next end is looked for: some milliseconds.
+MOST_HOLDS = 10_000
 
 
 @dataclass(frozen=True)
@@ -281,7 +283,7 @@ def items(
     live.postgres_error = health.in_words(error) if error else None
     found = [_item(product, totals, live) for product, totals in rows]
     if product_id is not None and found[0].held and error is None:
-        ends_in = _seconds_until(_next_end(Order.product_id == product_id), live.now)
+        ends_in = _seconds_until(_next_end(product_id), live.now)
         found = [replace(found[0], hold_ends_in=ends_in)]
     return found, live
 
@@ -465,11 +467,18 @@ def board() -> Board:
     )
 
 
-def _next_end(*of: ColumnElement[bool]) -> datetime | None:
-    """Return when the next hold ends that is not paid before."""
+def _next_end(product_id: int | None = None) -> datetime | None:
+    """Return when the next hold ends, of a product or of all, that is not paid before.
+
+    None where so many of other products end earlier that it would take long to find.
+    """
+    held = select(Order.held_until, Order.product_id).where(Order.status == "HELD")
+    first = held.order_by(Order.held_until, Order.id).limit(MOST_HOLDS).subquery()
+    ends = select(first.c.held_until).order_by(first.c.held_until).limit(1)
+    if product_id is not None:
+        ends = ends.where(first.c.product_id == product_id)
     try:
-        first = select(func.min(Order.held_until)).where(Order.status == "HELD", *of)
-        return db.session.scalar(first)
+        return db.session.scalar(ends)
     except SQLAlchemyError as error:
         if not is_unavailable(error):
             raise
