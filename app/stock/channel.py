@@ -13,8 +13,11 @@ from ..problems import Unavailable
 from .claims import refused
 from .servers import COMMAND_TIMEOUT_SECONDS, CONNECT_TIMEOUT_SECONDS, Server, pack
 
-# How often a connection that owes answers is looked at.
+# How often a connection that owes answers is looked at, and how often in vain. Looks are counted,
+# not seconds: after a stop of this process the first look comes before what Redis answered long ago
+# is read.
 WATCH_SECONDS = 0.1
+MOST_LOOKS = round(COMMAND_TIMEOUT_SECONDS / WATCH_SECONDS)
 
 
 class Channel(asyncio.Protocol):
@@ -28,8 +31,8 @@ class Channel(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._reader = hiredis.Reader()
         self._waiting: deque[Callable[[object], None]] = deque()
-        # When Redis last answered, or was asked after a pause.
-        self._heard_at = 0.0
+        # Looks since Redis last answered, or was asked after a pause.
+        self._looks = 0
         self._watched = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -43,7 +46,7 @@ class Channel(asyncio.Protocol):
         self._transport.write(command)
         if not self._watched:
             self._watched = True
-            self._heard_at = self._loop.time()
+            self._looks = 0
             self._loop.call_later(WATCH_SECONDS, self._watch)
         self._waiting.extend(tell)
 
@@ -77,7 +80,7 @@ class Channel(asyncio.Protocol):
         return answer
 
     def data_received(self, data: bytes) -> None:
-        self._heard_at = self._loop.time()
+        self._looks = 0
         reader, waiting = self._reader, self._waiting
         reader.feed(data)
         while (answer := reader.gets()) is not False:
@@ -90,7 +93,8 @@ class Channel(asyncio.Protocol):
         self._watched = bool(self._waiting) and not self._gone
         if not self._watched:
             return
-        if self._loop.time() - self._heard_at > COMMAND_TIMEOUT_SECONDS:
+        self._looks += 1
+        if self._looks > MOST_LOOKS:
             self.abort()
         else:
             self._loop.call_later(WATCH_SECONDS, self._watch)

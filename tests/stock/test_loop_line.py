@@ -3,12 +3,14 @@
 import asyncio
 import os
 import signal
+import socket
 import time
 from collections import Counter
 from dataclasses import replace
 
 import pytest
 import redis
+import uvloop
 from waiting import patience
 
 from app.config import NO_LIMIT
@@ -18,7 +20,7 @@ from app.run.embedded import RedisServer
 from app.stock.claims import ClaimScript, Request
 from app.stock.gateway import Stock
 from app.stock.loop_line import LoopLine
-from app.stock.servers import Server
+from app.stock.servers import COMMAND_TIMEOUT_SECONDS, Server
 
 
 @pytest.fixture
@@ -115,6 +117,34 @@ def test_a_redis_that_hangs_is_given_up_on_and_found_again(line, servers):
                 await asyncio.sleep(0.05)
 
     assert asyncio.run(claims()).outcome == b"accepted"
+
+
+def test_what_redis_answered_while_this_process_stood_still_is_heard(line):
+    """Stopped, or without a CPU: what came meanwhile is read after timers that are long due."""
+
+    class Stalling(asyncio.Protocol):
+        """A client whose request is served as such are: where it was read."""
+
+        def data_received(self, data: bytes) -> None:
+            line.ask(Request(2, 1, 1, None, "a"), told.set_result)
+            line._send()
+            time.sleep(COMMAND_TIMEOUT_SECONDS + 0.2)
+
+    async def whole():
+        nonlocal told
+        loop = asyncio.get_running_loop()
+        told = loop.create_future()
+        await line.claim(Request(1, 1, 1, None, "a"))
+        ours, clients = socket.socketpair()
+        transport, _ = await loop.create_connection(Stalling, sock=ours)
+        clients.send(b"x")
+        claim = await told
+        transport.close()
+        clients.close()
+        return claim
+
+    told = None
+    assert uvloop.run(whole()).detail == 2
 
 
 def test_no_redis_at_all(app, tmp_path):
