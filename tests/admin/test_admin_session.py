@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import limits
 import pytest
+import redis
 from client import free_port
 from flask.sessions import SecureCookieSessionInterface
 from itsdangerous import TimestampSigner
@@ -146,6 +147,27 @@ def test_without_postgres_a_confirmed_session_reads_and_changes_nothing(app, bli
         stock.client.delete(*stock.client.keys("staff:session:*"))
     answer = kept.get("/admin/password")
     assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1"), "not a 302: unknown"
+
+
+def test_without_the_redis_of_sessions_postgresql_decides_alone(app, blind, monkeypatch):
+    def away(*_, **__):
+        raise redis.ConnectionError("Redis is away")
+
+    create_person(app, "support")
+    browser = app.test_client()
+    sign_in(browser, "support-page@example.com")
+    kept = kept_cookie(app, browser)
+    monkeypatch.setattr(stock.jobs_client, "mget", away)
+    with monkeypatch.context() as patch:
+        patch.setattr(stock.jobs_client, "set", away)
+        assert browser.get("/admin/password").status_code == 200
+    with app.app_context():
+        assert not stock.client.keys("staff:session:*")
+    kept.application = blind
+    assert kept.get("/admin/password").status_code == 503
+    with app.app_context():
+        people.set_active(people.find("support-page@example.com"), False, CLI)
+    assert browser.get("/admin/password").status_code == 302
 
 
 def test_a_token_that_cannot_be_checked_is_neither_valid_nor_wrong(app, blind, admin_headers):
