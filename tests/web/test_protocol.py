@@ -157,6 +157,91 @@ def held_pages(app, monkeypatch):
     held.release()
 
 
+# What goes wrong
+
+
+@pytest.fixture
+def put_below(app, monkeypatch):
+    """Put something beside Flask, under a path."""
+
+    def put(path: str, view) -> None:
+        below = app.wsgi_app
+
+        def wsgi(environ, start_response):
+            other = environ["PATH_INFO"] == path
+            return (view if other else below)(environ, start_response)
+
+        monkeypatch.setattr(app, "wsgi_app", wsgi)
+
+    return put
+
+
+def test_a_program_that_fails_is_a_500_and_the_connection_goes_on(app, put_below):
+    def fail(environ, start_response):
+        raise RuntimeError("a bug")
+
+    put_below("/fault", fail)
+    broken, healthy = replies_to(app, get("/fault") + get("/healthz"), 2)
+    assert (broken.status, broken.json["code"], healthy.status) == (500, "internal_error", 200)
+
+
+def test_a_header_of_two_lines_is_never_sent(app, put_below):
+    def answer(environ, start_response):
+        start_response("200 OK", [("Content-Length", "0"), ("A", "b\r\nSet-Cookie: x")])
+        return []
+
+    put_below("/two", answer)
+    (broken,) = replies_to(app, get("/two"), 1)
+    assert broken.status == 500
+    assert "set-cookie" not in broken.headers
+
+
+@pytest.mark.parametrize("where", ["lane", "answer", "page"])
+def test_a_fault_of_the_server_s_own_ends_that_connection_alone(app, monkeypatch, where):
+    """Rather an unknown outcome than a client that waits for ever."""
+
+    def fail(*_):
+        raise RuntimeError("a bug")
+
+    async def conversation(process):
+        wire, other = [await process.connect() for _ in range(2)]
+        other.send(get("/healthz"))
+        assert (await other.reply()).status == 200
+        with monkeypatch.context() as patch:
+            if where == "lane":
+                patch.setattr(protocol.PurchaseLane, "serve", fail)
+            elif where == "answer":
+                patch.setattr(protocol.Connection, "_answer", fail)
+            else:
+                patch.setattr(pages.Pages, "answer", fail)
+            wire.send(get("/healthz") if where == "page" else purchase(1))
+            assert await wire.is_closed()
+        other.send(purchase(2))
+        assert (await other.reply()).status == 200
+
+    talk(app, conversation)
+
+
+def test_too_many_long_answers_are_refused_and_closed(app, put_below, monkeypatch):
+    closed = []
+
+    class Pieces:
+        def __iter__(self):
+            return iter([b"a"])
+
+        def close(self):
+            closed.append(1)
+
+    def answer(environ, start_response):
+        start_response("200 OK", [])
+        return Pieces()
+
+    put_below("/long", answer)
+    monkeypatch.setattr(pages, "MOST_STREAMS", 0)
+    (refused,) = replies_to(app, get("/long"), 1)
+    assert (refused.status, closed) == (503, [1])
+
+
 # Answers in order
 
 
