@@ -27,6 +27,7 @@ import rq
 from rq import SimpleWorker
 from rq.exceptions import StopRequested
 from rq.serializers import JSONSerializer
+from rq.worker import WorkerStatus
 
 from app.extensions import stock
 from app.problems import Unavailable
@@ -61,6 +62,10 @@ class Worker(SimpleWorker):
 
     def heartbeat(self, *arguments: Any, **options: Any) -> None:
         self.turned()
+        if self.asked and self.get_state() != WorkerStatus.BUSY:
+            # What the signal's handler raised was kept by whom it interrupted: by logging, where
+            # Redis is gone at the same moment.
+            raise StopRequested
         super().heartbeat(*arguments, **options)
 
     def request_stop(self, signum: int, frame: FrameType | None) -> None:
