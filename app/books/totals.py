@@ -3,6 +3,7 @@
 from sqlalchemy import text
 
 from ..extensions import db, stock
+from ..products.movements import coming
 
 SUMS = (
     "confirmed_orders", "confirmed_units", "held_orders", "held_units", "cancelled_orders",
@@ -38,6 +39,14 @@ SELECT product_id, number, floor(free / :shards) + (number < mod(mod(free, :shar
        :shards))::int, {", ".join("0" for _ in SUMS)}
 FROM whole, generate_series(0, :shards - 1) AS number WHERE :shards > 1
 """)  # noqa: S608
+# A shard begins without any order, so that what was moved there is free.
+DEBTS = text("""
+SELECT product_id, sum(moved_units)::bigint FROM product_totals WHERE shard >= 0
+GROUP BY 1 HAVING sum(moved_units) < 0
+""")
+DEAL = text(
+    "UPDATE product_totals SET moved_units = :units WHERE product_id = :product AND shard = :shard"
+)
 
 
 def deal_anew(former: int, first_order_id: int) -> None:
@@ -50,6 +59,8 @@ def deal_anew(former: int, first_order_id: int) -> None:
     db.session.execute(STANDSTILL)
     if shards > 1 or former > 1:
         db.session.execute(FOLD, {"former": former, "shards": shards})
+    if shards > 1:
+        _deal_debts()
     db.session.execute(text("DELETE FROM sale_shards"))
     db.session.execute(
         text(
@@ -59,3 +70,21 @@ def deal_anew(former: int, first_order_id: int) -> None:
         ),
         {"first": first_order_id, "shards": shards},
     )
+
+
+def _deal_debts() -> None:
+    """Deal what is less than nothing to the shards that will get the units for it.
+
+    Such as those of a restock that Redis had, and sold, and PostgreSQL does not know that it had.
+    Another shard would sell them once more.
+    """
+    debts: dict[int, int] = dict(db.session.execute(DEBTS).all())
+    for product_id, units in (coming(list(debts)) if debts else {}).items():
+        in_the_end = debts[product_id] + sum(units)
+        for shard, comes in zip(stock.shards, units, strict=True):
+            values = {
+                "product": product_id,
+                "shard": shard.part.shard,
+                "units": shard.part.deals(in_the_end) - comes,
+            }
+            db.session.execute(DEAL, values)

@@ -206,6 +206,28 @@ def _together(movements: Iterable[Any]) -> list[Together]:
     return [Together(*of, orders[of[0]]) for of in told]
 
 
+def coming(product_ids: Sequence[int]) -> dict[int, list[int]]:
+    """Return of these products what each shard still gets by movements that are on record."""
+    found = db.session.scalars(
+        select(StockMovement).where(
+            StockMovement.product_id.in_(product_ids),
+            StockMovement.applied_at.is_(None),
+            StockMovement.units > 0,
+        )
+    ).all()
+    ended = expired([movement.id for movement in found if movement.order_ids is not None])
+    units = {product_id: [0] * len(stock.shards) for product_id in product_ids}
+    for movement in found:
+        if movement.order_ids is None:
+            parts = stock.parts_of(_told(movement, None))
+        else:
+            by_shard = stock.of_each_shard(ended[movement.id])
+            parts = {shard: sum(of.units for of in part) for shard, part in enumerate(by_shard)}
+        for shard, part in parts.items():
+            units[movement.product_id][shard] += part
+    return units
+
+
 def apply_first_stock(created: list[tuple[Product, StockMovement]]) -> None:
     """Publish new products with their first movements, in one round trip, and mark these applied.
 

@@ -208,6 +208,21 @@ def test_restocks_returns_and_corrections(shop):
     assert sum(db.session.scalars(text("SELECT moved_units FROM product_sums")).all()) == 117
 
 
+def test_units_that_were_sold_before_they_are_on_record_are_owed_by_their_shards(six):
+    """Redis had a restock; who was to say so in PostgreSQL was killed."""
+    movements.correct(1, -90, "few", CLI)
+    movements.restock(1, 2, None, CLI)
+    assert buy_all(range(1, 14)) == {"accepted": 12, "sold_out": 1}
+    drained()
+    forget = "UPDATE stock_movements SET applied_at = NULL, parts = NULL WHERE kind = 'restock'"
+    db.session.execute(text(forget))
+    db.session.commit()
+    recovery.rebuild(CLI)
+    assert [shard.view([1]).products[1]["free"] for shard in stock.shards] == [0] * 6
+    assert buy_all(range(14, 40)) == {"sold_out": 26}
+    assert ledger.check(rows=True).ok
+
+
 @pytest.mark.parametrize("act", ["confirm", "release"])
 def test_an_order_that_changes_beside_a_rebuild_counts_once(make_app, monkeypatch, act):
     app = make_app(shards=6, purchase_user_limit=NO_LIMIT)
