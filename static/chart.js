@@ -143,7 +143,8 @@
   const legend = (chart) => {
     const place = document.getElementById(`legend-${chart.id}`);
     const data = chart.plot?.data ?? dataOf(chart);
-    const at = chart.plot?.cursor.idx ?? data[0].length - 1;
+    // What is pointed at, or else the newest; that is not now where nothing newer is to be had.
+    const at = chart.plot?.cursor.idx ?? (unknown ? data[0].length : data[0].length - 1);
     while (place.children.length < chart.series.length) {
       const item = document.createElement("li");
       item.append(
@@ -187,6 +188,7 @@
     }
   };
 
+  let unknown = false;
   let asking = null;
   let askedAt = 0;
   const update = async () => {
@@ -195,6 +197,7 @@
     const newest = JSON.parse(document.getElementById("board").dataset.samples);
     const polled = shown.span === "15m" && !shown.product;
     if (polled && columns.second.length && columns.second.at(-1) >= newest.second[0] - 1) {
+      unknown = false;
       add(newest);
       show();
       return;
@@ -209,13 +212,12 @@
       const source = document.getElementById("charts").dataset.source;
       const query = new URLSearchParams({ since, span, product });
       const answer = await fetch(`${source}?${query}`, { headers: { "X-Poll": "1" } });
-      if (answer.ok && !answer.redirected) {
-        const found = await answer.json();
-        // Something else may have been chosen meanwhile.
-        if (wanted === shown) {
-          add(found);
-          show();
-        }
+      const found = answer.ok && !answer.redirected ? await answer.json() : null;
+      // Something else may have been chosen meanwhile.
+      if (wanted === shown) {
+        unknown = !found;
+        if (found) add(found);
+        show();
       }
     } catch {
       // The page's own polling tells that the server is away.

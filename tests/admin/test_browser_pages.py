@@ -300,11 +300,11 @@ DRAWN_COLUMNS = """() => {
 def open_chart(open_page):
     """Open the dashboard with samples of so many seconds, of which the middle fifth is missing."""
 
-    def open_one(seconds: int):
+    def open_one(seconds: int, **options):
         now = int(time.time())
         moments = [now - age for age in range(seconds, 0, -1) if not 0.4 < age / seconds < 0.6]
         figures = {name: [5] * len(moments) for name in ("accepted", "refused", "waiting", "free")}
-        page = open_page("about:blank", color_scheme="light")
+        page = open_page("about:blank", color_scheme="light", **options)
         page.add_init_script(WATCH_TEXTS)
         page.route(
             "**/chart.json*", lambda route: route.fulfill(json={"second": moments, **figures})
@@ -329,6 +329,20 @@ def test_a_gap_in_the_samples_is_a_gap_in_the_chart(open_chart):
     columns = open_chart(600).evaluate(DRAWN_COLUMNS).strip("0")
     gap = max(len(run) for run in columns.split("1"))
     assert gap / len(columns) == pytest.approx(0.2, abs=0.03)
+
+
+def test_what_is_not_known_now_is_no_figure_of_the_chart(open_chart):
+    """As the tiles above it: the last figure of before stays where it was, as a line."""
+    # The browser itself complains of the 503.
+    page = open_chart(60, complain=False)
+    page.select_option("#chart-product", "1")
+    free = page.locator("#legend-stock li").first
+    free.get_by_text("5", exact=True).wait_for()
+    page.unroute("**/chart.json*")
+    page.route("**/chart.json*", lambda route: route.fulfill(status=503, json={}))
+    free.get_by_text("–", exact=True).wait_for()
+    page.locator("#chart-stock .u-over").hover(position={"x": 20, "y": 20})
+    free.get_by_text("5", exact=True).wait_for()
 
 
 def test_the_apis_page_fits_a_phone(open_page):
