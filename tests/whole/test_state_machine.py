@@ -32,6 +32,7 @@ from app.orders.drain import drain_batch
 from app.problems import Conflict, Unavailable
 from app.products import catalogue, movements, sale
 from app.stock import dealing, pulls
+from app.stock.claims import MOST_AT_ONCE, Claim, Request, claim_of
 from app.stock.link import scripts
 from app.stock.place import place
 from app.stock.shard import Shard
@@ -111,6 +112,19 @@ def crash_in_pull(script: str, after: bool):
         yield
 
 
+def decided(batch) -> list[Claim]:
+    """Have the only shard's script decide purchases together, as the event loop's line does."""
+    script = stock.thread_line.script
+    requests = [Request(user, 1, units, key, "a") for user, units, key in batch]
+    connection = stock.raw_client.connection_pool.get_connection()
+    try:
+        connection.send_packed_command((script.load, script.command(*requests)))
+        connection.read_response()
+        return [claim_of(answer) for answer in connection.read_response()]
+    finally:
+        stock.raw_client.connection_pool.release(connection)
+
+
 def settle_lent():
     """Go on with what a dead puller left, at once."""
     names = pulls.names_of(stock.shards, on_record())
@@ -181,19 +195,28 @@ class Sale(RuleBasedStateMachine):
         untold = sum(units for units, order in self.untold if order in own)
         return sum(map(self.left, own)) + untold
 
-    @rule(purchases=PURCHASES)
-    def rush(self, purchases):
-        for purchase in purchases:
-            self.buy(*purchase)
+    @rule(purchases=PURCHASES, most=st.sampled_from([1, 7, MOST_AT_ONCE]))
+    def rush(self, purchases, most):
+        """One by one, or in batches; where there are several shards, each asks others by itself."""
+        most = most if len(stock.shards) == 1 else 1
+        for start in range(0, len(purchases), most):
+            batch = purchases[start : start + most]
+            if most == 1:
+                self.buy(*batch[0])
+            else:
+                for purchase, claim in zip(batch, decided(batch), strict=True):
+                    self.check(claim, *purchase)
 
     @rule(purchases=PURCHASES, most=st.integers(1, 20))
     def rush_and_drain(self, purchases, most):
-        self.rush(purchases)
+        self.rush(purchases, MOST_AT_ONCE)
         self.drain(most)
 
     def buy(self, user, units, key):
+        self.check(stock.claim(user, 1, units, key, "a"), user, units, key)
+
+    def check(self, claim, user, units, key):
         Sale.steps += 1
-        claim = stock.claim(user, 1, units, key, "a")
         known = self.keys.get((user, key))
         if known:
             expected = b"replayed" if self.orders[known][1] == units else b"mismatched"
