@@ -150,10 +150,13 @@ class Loss:
         rescued = f"Waiting orders that were found and stored: {self.rescued}."
         if self.intact:
             return f"Redis was intact, nothing was lost. {rescued}"
+        lost = "none"
+        if self.lost_orders_at_most:
+            units = counted(self.lost_units_at_most, "unit")
+            lost = f"at most {self.lost_orders_at_most:,}, with at most {units}"
         return (
             "Redis had lost the sale, and with it the orders that were not stored: up to number "
-            f"{self.last_known_order_id} at most {self.lost_orders_at_most}, with at most "
-            f"{self.lost_units_at_most} units; and besides, an unknown number that were claimed "
+            f"{self.last_known_order_id} {lost}; and besides, an unknown number that were claimed "
             f"after {self.sampled_at or 'the start'}, when ids were seen last. {rescued}"
         )
 

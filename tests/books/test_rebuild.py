@@ -2,6 +2,7 @@
 
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 from sqlalchemy import text
@@ -110,7 +111,9 @@ def test_what_was_only_in_redis_is_bounded(sold, buy):
     assert (report.loss.lost_orders_at_most, report.loss.last_known_order_id) == (7, 12)
     assert report.loss.lost_units_at_most == 70
     told = str(report)
-    assert "up to number 12 at most 7, with at most" in told
+    assert "up to number 12 at most 7, with at most 70 units; and besides" in told
+    none = replace(report.loss, lost_orders_at_most=0, lost_units_at_most=0)
+    assert "up to number 12 none; and besides" in str(none)
     assert f"an unknown number that were claimed after {report.loss.sampled_at}" in told
     assert ledger.differences(1).missing_orders == [(6, 12)]
     again = recovery.rebuild(CLI)
