@@ -49,12 +49,12 @@ from stored import read_rows
 from app import create_app
 from app.audit import Actor
 from app.books import ledger
-from app.config import load_settings
+from app.config import SHARD_COUNTS, load_settings
 from app.orders import cancelling as orders
 from app.problems import Conflict, Unavailable, UnknownOrder
 from app.run.embedded import PostgresServer, RedisServer
 from app.stock.keys import Keys
-from app.stock.shards import COUNTS, Part
+from app.stock.shards import Part
 
 TOKEN = "chaos-token-0123456789"
 SECRET = "chaos-secret-0123456789"
@@ -621,7 +621,7 @@ def main() -> int:
     parser.add_argument(
         "--faults", type=float, default=0.5, help="other faults for each kill (%(default)s)"
     )
-    parser.add_argument("--shards", type=int, choices=COUNTS, default=1, help="%(default)s")
+    parser.add_argument("--shards", type=int, choices=SHARD_COUNTS, default=1, help="%(default)s")
     parser.add_argument("--quick", action="store_true", help="the supervisor's delays don't grow")
     parser.add_argument("--keep", metavar="FILE", help="write what happened, for checker.py")
     words = parser.parse_args()

@@ -1,6 +1,7 @@
 """Who may import whom: the rooms of docs/architecture.md, and every module stands in one."""
 
 import ast
+import importlib
 
 import pytest
 
@@ -128,3 +129,22 @@ def test_only_one_module_names_redis_keys():
     for path in APP.rglob("*"):
         if path.suffix in (".py", ".lua") and path.name != "keys.py":
             assert "sale:{" not in path.read_text(), path.name
+
+
+# Most of them are run by drills and by people alone.
+BESIDE = [
+    path
+    for folder in (ROOT, ROOT / "stress", ROOT / "docs", ROOT / "migrations")
+    for path in (folder.glob("*.py") if folder == ROOT else folder.rglob("*.py"))
+    if "node_modules" not in path.parts
+]
+
+
+@pytest.mark.parametrize("path", BESIDE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_other_programs_import_of_the_package_is_there(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "app":
+            module = importlib.import_module(node.module)
+            for name in (alias.name for alias in node.names):
+                if not hasattr(module, name):
+                    importlib.import_module(f"{node.module}.{name}")

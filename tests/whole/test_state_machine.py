@@ -599,5 +599,5 @@ def test_a_planted_bug_is_found(make_app, monkeypatch, name):
     monkeypatch.setitem(scripts(), script, planted)
     Sale.app = make_app(shards=6, purchase_user_limit=NO_LIMIT, purchase_address_limit=NO_LIMIT)
     with pytest.raises(AssertionError) as found:
-        explore(DealtSale, 30, (Phase.generate,))
+        explore(DealtSale, 400, (Phase.generate,))
     print(found.value)
