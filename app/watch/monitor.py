@@ -5,7 +5,7 @@ script call and one pipeline.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -112,11 +112,10 @@ class Item:
         return bar
 
 
-def conversion(items: Iterable[Item]) -> float | None:
+def conversion(items: Sequence[Item]) -> float | None:
     """Return it for all of these products together."""
-    ended = [(item.ended_holds, item.paid_holds) for item in items if item.ended_holds]
-    holds, paid = map(sum, zip(*ended, strict=True)) if ended else (0, 0)
-    return paid * 100 / holds if holds else None
+    ended = sum(item.ended_holds for item in items)
+    return sum(item.paid_holds for item in items) * 100 / ended if ended else None
 
 
 @dataclass(frozen=True)

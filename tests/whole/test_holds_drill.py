@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 import psycopg2
 import pytest
 from drills import often
-from system import processes, run_program, start_system, stop_system
+from system import Server, processes, run_program, start_system, stop_system
 from waiting import patience, wait_until
 
 from app.run.embedded import PostgresServer
@@ -84,6 +84,14 @@ class Crowd:
         return False
 
 
+def held_product(server: Server) -> int:
+    """Put UNITS on sale that are held for HOLD_SECONDS; return the product."""
+    body = {"name": "Rush", "priceCents": 1, "currency": "EUR", "stock": UNITS}
+    body["holdSeconds"] = HOLD_SECONDS
+    token = {"Authorization": f"Bearer {server.api_token}"}
+    return json.loads(server.call("POST", "/products", body, **token)[2])["id"]
+
+
 @pytest.mark.drill
 def test_a_third_never_pays(tmp_path):
     server = start_system(
@@ -92,10 +100,7 @@ def test_a_third_never_pays(tmp_path):
     connection = psycopg2.connect(PostgresServer(tmp_path).url.replace("+psycopg2", ""))
     connection.autocommit = True
     try:
-        token = {"Authorization": f"Bearer {server.api_token}"}
-        body = {"name": "Rush", "priceCents": 1, "currency": "EUR", "stock": UNITS}
-        body["holdSeconds"] = HOLD_SECONDS
-        product = json.loads(server.call("POST", "/products", body, **token)[2])["id"]
+        product = held_product(server)
         crowd = Crowd(server, product)
         hopeful = list(range(1, SHOPPERS + 1))
         with ThreadPoolExecutor(CLIENTS) as pool, connection.cursor() as cursor:
@@ -220,10 +225,7 @@ def test_kills_between_hold_and_payment(tmp_path, shards):
         SHARDS=shards,
     )
     try:
-        token = {"Authorization": f"Bearer {server.api_token}"}
-        body = {"name": "Held", "priceCents": 1, "currency": "EUR", "stock": UNITS}
-        body["holdSeconds"] = HOLD_SECONDS
-        product = json.loads(server.call("POST", "/products", body, **token)[2])["id"]
+        product = held_product(server)
         crowd = Persistent(server, product)
         choose = random.Random(1)
         with ThreadPoolExecutor(8) as pool:
